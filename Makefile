@@ -1,0 +1,18 @@
+# make demo: FaceMAE on drawn faces from start to table. make test: the test suite.
+PYTHON ?= python3
+# The oldest and a broken interpreter are told apart from a wrong package early and in a sentence
+VERSION_CHECK = import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')
+
+demo: .venv/ready
+	PYTHON=.venv/bin/python ./reproduce.sh configs/toy.yaml
+
+test: .venv/ready
+	.venv/bin/python -m pytest -q
+
+.venv/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -c "$(VERSION_CHECK)"
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+.PHONY: demo test

@@ -1,0 +1,160 @@
+"""One YAML file is one experiment: read, check, and override it from the command line.
+
+configs/casia.yaml holds every key with its default and its meaning; another config names only what
+differs. `resolve` gives nested dicts, `namespace` makes them `cfg.mae.lr`.
+"""
+import contextlib
+import copy
+import difflib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import yaml
+
+from records import InputError
+
+CONFIGS = Path(__file__).parent / 'configs'
+CHOICES = {
+    'stage': ('teacher', 'judge', 'student'),
+    'run.device': ('auto', 'cpu', 'cuda'),
+    'run.precision': ('bf16', 'fp16', 'fp32'),
+    'data.on_size': ('refuse', 'resize'),
+    'irm.relations': ('cosine', 'l2'),
+    'reconstruct.method': ('facemae', 'mask', 'blur', 'pixelate', 'noise', 'none'),
+    'reconstruct.format': ('jpeg', 'png'),
+    'fr.schedule': ('steps', 'cosine'),
+    'fr.loss': ('arcface', 'cosface'),
+    'fr.margin_gradient': ('exact', 'straight_through'),
+}
+AT_LEAST_ONE = {'size', 'folds', 'batch', 'micro_batch', 'norm_batch', 'patch', 'dim', 'heads',
+                'depth', 'width', 'decoder_dim', 'decoder_heads', 'log_every', 'pixelate_block',
+                'quality', 'epochs'}
+
+
+def read_yaml(path):
+    """The mapping in a YAML file, read without constructing anything but plain values."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f'config {path} does not exist: name one of '
+                         f'{", ".join(sorted(str(p) for p in CONFIGS.glob("*.yaml")))}')
+    if path.stat().st_size > 1 << 20:
+        raise InputError(f'config {path} is larger than 1 MiB: this is not one of our configs')
+    try:
+        found = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as e:
+        raise InputError(f'config {path} is not YAML: {" ".join(str(e).split())[:200]}') from None
+    if not isinstance(found, dict):
+        raise InputError(f'config {path} holds no "section:" lines: see configs/casia.yaml')
+    return found
+
+
+def check_value(key, value, default):
+    """`value` as the type of `default`, or an InputError that names the key and the remedy."""
+    if isinstance(default, float) and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):   # YAML reads 1e-4 as a string
+            value = float(value)
+    kind = type(default)
+    if type(value) is not kind:
+        raise InputError(f'{key} = {value!r} is a {type(value).__name__}: '
+                         f'give a {kind.__name__}, for example {key}={default!r}')
+    if isinstance(value, list) and default and key != 'data.exclude':
+        value = [check_value(key, item, default[0]) for item in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        raise InputError(f'{key} = {value} is not finite: give a number such as {default}')
+    if isinstance(value, (int, float)) and value < (key.split('.')[-1] in AT_LEAST_ONE):
+        raise InputError(f'{key} = {value} is too small: give a number such as {default}')
+    if key in CHOICES and value not in CHOICES[key]:
+        raise InputError(f'{key} = {value!r} is unknown: choose from {", ".join(CHOICES[key])}')
+    return value
+
+
+def overlay(config, changes, where):
+    """Set the keys in `changes` (nested dict) in `config`; unknown keys and types are refused."""
+    for section, content in changes.items():
+        known = [section] if section in config else difflib.get_close_matches(
+            str(section), config, 1) or sorted(config)
+        if section not in config:
+            raise InputError(f'{where}: key {section!r} is unknown: did you mean '
+                             f'{" or ".join(map(repr, known))}?')
+        if section == 'compare' and isinstance(content, dict):
+            config[section] = content
+        elif not isinstance(config[section], dict):
+            config[section] = check_value(section, content, config[section])
+        elif not isinstance(content, dict):
+            raise InputError(f'{where}: {section} = {content!r} is a section: set {section}.KEY')
+        else:
+            for key, value in content.items():
+                if key not in config[section]:
+                    near = difflib.get_close_matches(str(key), config[section], 1)
+                    raise InputError(f'{where}: key {section}.{key} is unknown: did you mean '
+                                     + ' or '.join(near or sorted(config[section])) + '?')
+                config[section][key] = check_value(f'{section}.{key}', value,
+                                                   config[section][key])
+
+
+def assign(config, assignment):
+    """Apply one `section.key=value` of the command line."""
+    name, equals, text = assignment.partition('=')
+    if not equals:
+        raise InputError(f'argument {assignment!r} is not understood: write section.key=value, '
+                         'for example mae.epochs=100')
+    try:
+        value = yaml.safe_load(text) if text else ''
+    except yaml.YAMLError:
+        raise InputError(f'{name} = {text!r} is not a YAML value: quote it') from None
+    for part in reversed(name.split('.')):
+        value = {part: value}
+    overlay(config, value, 'command line')
+
+
+def resolve(path, assignments=()):
+    """Config file plus command line over the defaults of casia.yaml, as nested dicts."""
+    chain = [(Path(path), read_yaml(path))]
+    while chain[-1][1].get('base'):
+        path = chain[-1][0].parent / str(chain[-1][1]['base'])
+        if len(chain) > 8:
+            raise InputError(f'config {path}: base leads round in a circle: remove one of them')
+        chain.append((path, read_yaml(path)))
+    config = read_yaml(CONFIGS / 'casia.yaml')
+    for path, changes in reversed(chain):
+        overlay(config, changes, path)
+    for assignment in assignments:
+        assign(config, assignment)
+    config['run']['folder'] = config['run']['folder'] or f'runs/{chain[0][0].stem}'
+    config['base'], config['run']['config'] = '', str(chain[0][0])
+    return config
+
+
+def namespace(config):
+    """Nested dicts as namespaces; `as_dict` is the way back."""
+    return SimpleNamespace(**{k: namespace(v) if isinstance(v, dict) and k != 'compare' else v
+                              for k, v in config.items()})
+
+
+def as_dict(cfg):
+    """The namespaces of a config as nested plain dicts."""
+    return {k: as_dict(v) if isinstance(v, SimpleNamespace) else v for k, v in vars(cfg).items()}
+
+
+def rows(cfg, compare):
+    """The method and, if `compare`, every row and seed of the comparison.
+
+    Yields namespaces: `name`, `cfg` (resolved for the row), `folder` (release, student, results),
+    `mae(fold)` (path of its masked autoencoder). The method with run.seed lies in the run folder
+    itself, other rows and seeds in sub-folders, so that all share teacher, judge and cache.
+    """
+    names = ['', *cfg.compare] if compare else [cfg.run.row]
+    for seed in (compare and cfg.compare_seeds) or [cfg.run.seed]:
+        for name in names:
+            if name and name not in cfg.compare:
+                raise InputError(f'run.row = {name!r} is no row: compare has {list(cfg.compare)}')
+            config = copy.deepcopy(as_dict(cfg))
+            for change in cfg.compare[name] if name else []:
+                assign(config, change)
+            config['run'].update(seed=seed, row=name)
+            run, again = Path(cfg.run.folder), '' if seed == cfg.run.seed else f'seed{seed}'
+            yield SimpleNamespace(
+                name=name or config['reconstruct']['method'], cfg=namespace(config),
+                folder=run / name / again,
+                mae=lambda k, f=f"{config['mae']['name']}{again}.pt": run / f'fold{k}' / f)

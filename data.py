@@ -1,0 +1,330 @@
+"""From a data set on disk to batches on the device: decoded cache, splits, order, random numbers.
+
+Every image is decoded once into one memory-mapped file of uint8 pixels; from then on a batch is a
+gather of rows. What is random about an image depends on (seed, image number, epoch) alone, never
+on batch, process or device, so that a run can be interrupted or spread over more GPUs.
+"""
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.progress import track
+
+import records
+import runtime
+import toy
+from records import InputError
+
+
+# --------------------------------------------------------------------------------- cache
+
+def open_source(path):
+    """A data set on disk: (read, labels, fingerprint); read(i) is encoded image i.
+
+    Records are told from a folder per identity by what the path holds. Labels are as in the
+    source, int64 (N,). The fingerprint changes when the source does.
+    """
+    path = Path(path)
+    if path.suffix == '.rec' or (path / 'train.rec').is_file():
+        source = records.Records(path)
+        files = [source.path]
+        return source.__getitem__, source.labels, fingerprint(files, source.labels)
+    if not path.is_dir():
+        raise InputError(f'data set {path} does not exist: set data.root to a folder with '
+                         'train.rec, or with one sub-folder of photos a person')
+    files, labels = records.face_folders(path)
+    labels = np.asarray(labels, np.int64)
+    return lambda i: files[i].read_bytes(), labels, fingerprint(files, labels)
+
+
+def fingerprint(files, labels):
+    state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in map(Path, files)]
+    return hashlib.sha256(repr(state).encode() + labels.tobytes()).hexdigest()
+
+
+def pixels(data, where, size, on_size):
+    """Encoded image -> uint8 (size, size, 3); another size is resized or refused."""
+    image = records.decode(data, where)                                      # (3, H, W)
+    if image.shape[1:] != (size, size):
+        if on_size == 'refuse':
+            raise InputError(f'{where} is {image.shape[2]}x{image.shape[1]} pixels, data.size is '
+                             f'{size}: set data.on_size=resize or align the faces')
+        image = F.interpolate(image[None].float(), (size, size), mode='bilinear',
+                              antialias=True, align_corners=False)[0].round_().byte()
+    return image.permute(1, 2, 0).numpy()
+
+
+def load(path, cfg):
+    """A data set as uint8 pixels, decoded on first use into a memory-mapped cache.
+
+    Returns a namespace: `images` uint8 memmap (N, size, size, 3), `labels` int64 (N,) as in the
+    source, `hashes` uint64 (N,) of the decoded pixels. Built by rank 0, the others wait.
+    """
+    path = Path(path)
+    if cfg.toy.identities and not path.exists() and path == Path(cfg.data.root):
+        if runtime.rank() == 0:
+            t = cfg.toy
+            toy.draw_set(path, t.identities, t.images, t.test_identities, t.test_pairs,
+                         cfg.data.size, t.seed)
+        runtime.barrier()
+    read, labels, mark = open_source(path)
+    mark = [mark, cfg.data.size, cfg.data.on_size]
+    name = f'{path.name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:10]}'
+    folder = Path(cfg.data.cache) / f'{name}-{cfg.data.size}'
+    if runtime.rank() == 0 and not is_current(folder, mark):
+        build_cache(folder, mark, path, read, len(labels), cfg)
+    runtime.barrier()
+    size = cfg.data.size
+    return SimpleNamespace(
+        images=np.memmap(folder / 'images.u8', np.uint8, 'c', shape=(len(labels), size, size, 3)),
+        hashes=np.load(folder / 'hashes.npy', allow_pickle=False), labels=labels, path=path)
+
+
+def is_current(folder, mark):
+    try:
+        return json.loads((folder / 'source.json').read_text()) == mark
+    except (OSError, ValueError):
+        return False
+
+
+def build_cache(folder, mark, path, read, count, cfg):
+    """Decode images read(0 .. count-1) on all cores into `folder`, whole or not at all."""
+    size, temporary = cfg.data.size, folder.with_name(folder.name + '.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    images = np.memmap(temporary / 'images.u8', np.uint8, 'w+', shape=(count, size, size, 3))
+    hashes = np.zeros(count, np.uint64)
+
+    def decode(first):
+        for i in range(first, min(first + 256, count)):
+            where = f'{path} image {i} (from 0)'
+            images[i] = pixels(read(i), where, size, cfg.data.on_size)
+            hashes[i] = int.from_bytes(hashlib.blake2b(images[i], digest_size=8).digest())
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in track(pool.map(decode, range(0, count, 256)), f'decoding {path}',
+                       total=-(-count // 256), transient=True):
+            pass
+    images.flush()
+    np.save(temporary / 'hashes.npy', hashes)
+    (temporary / 'source.json').write_text(json.dumps(mark))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+# -------------------------------------------------------------------------------- splits
+
+def renumber(labels):
+    """Labels with gaps -> 0 .. C-1, in order of size."""
+    return np.unique(labels, return_inverse=True)[1].reshape(-1)
+
+
+def split(cfg):
+    """Who is public and who is private: a list of folds.
+
+    Each fold is a namespace of the public and the private set with index arrays: `data`
+    (the public set), `train` (images of public identities that train recognisers), `mae`
+    (the same and people with too few images), `validation` (public identities kept from all
+    training), `private_data`, `private`. With data.public, one fold; otherwise the identities of
+    data.root fall into data.folds groups by a seeded hash, and each group is private in its fold.
+    """
+    whole = load(cfg.data.root, cfg)
+    public = load(cfg.data.public, cfg) if cfg.data.public else whole
+    kept = ~np.isin(whole.labels, cfg.data.exclude)
+    names, inverse, counts = np.unique(whole.labels, return_inverse=True, return_counts=True)
+    many = (counts >= cfg.data.min_images)[inverse] & kept
+    if cfg.data.public:
+        groups = np.zeros(len(names), int)
+        wanted = [0]
+    else:
+        if cfg.data.folds < 2:
+            raise InputError('data.folds = 1 leaves nobody public: set data.folds=2 or more, '
+                             'or data.public to another data set')
+        groups = ordered_by_hash(names, cfg.data.split_seed).argsort() % cfg.data.folds
+        wanted = cfg.data.release_folds or range(cfg.data.folds)
+        if max(wanted) >= cfg.data.folds:
+            raise InputError(f'data.release_folds = {wanted} names a group that does not exist: '
+                             f'data.folds = {cfg.data.folds} makes 0..{cfg.data.folds - 1}')
+    folds = []
+    for k in wanted:
+        private = many & (groups == k)[inverse]
+        open_to_mae = np.ones(len(public.labels), bool) if cfg.data.public else kept & ~private
+        trainable = open_to_mae if cfg.data.public else many & ~private
+        people = np.unique(public.labels[trainable])
+        held = people[ordered_by_hash(people, cfg.data.split_seed + 1)]
+        held = held[:round(cfg.data.validation * len(people))]
+        validation = np.isin(public.labels, held)
+        fold = SimpleNamespace(
+            k=k, data=public, private_data=whole, train=np.flatnonzero(trainable & ~validation),
+            mae=np.flatnonzero(open_to_mae & ~validation),
+            validation=np.flatnonzero(trainable & validation), private=np.flatnonzero(private))
+        check_disjoint(fold, same_set=not cfg.data.public)
+        folds.append(fold)
+    return folds
+
+
+def ordered_by_hash(names, seed):
+    """Order of identity labels by a seeded hash: int64 (len(names),)."""
+    return np.argsort([hashlib.sha256(f'{seed} {n}'.encode()).digest() for n in names])
+
+
+def check_disjoint(fold, same_set):
+    """Refuse a fold that shares an identity or an image between public and private."""
+    if not len(fold.private) or not len(fold.train):
+        raise InputError(f'fold {fold.k} has {len(fold.train)} public and {len(fold.private)} '
+                         'private images: change data.folds, data.min_images or data.validation')
+    public = np.union1d(fold.mae, fold.validation)
+    shared = np.intersect1d(fold.data.labels[public], fold.private_data.labels[fold.private])
+    if same_set and len(shared):
+        raise InputError(f'identity {shared[0]} of {fold.data.path} is public and private: '
+                         'this is an error of the split, please report it')
+    shared, a, b = np.intersect1d(fold.data.hashes[public],
+                                  fold.private_data.hashes[fold.private], return_indices=True)
+    if len(shared):
+        a, b = public[a[0]], fold.private[b[0]]
+        raise InputError(
+            f'image {a} of {fold.data.path} (identity {fold.data.labels[a]}) is the same picture '
+            f'as private image {b} of {fold.private_data.path} (identity '
+            f'{fold.private_data.labels[b]}), {len(shared)} such in all: put one of the two '
+            'identities into data.exclude')
+
+
+# ------------------------------------------------------------------------------- batches
+
+class Store:
+    """Rows of a cached data set as batches on the device: `store(indices) -> uint8 (B, H, W, 3)`.
+
+    `rows` chooses and orders the images, so that index i means images[rows[i]]. Where they fit
+    into half of the GPU's free memory they are copied there once.
+    """
+
+    def __init__(self, images, rows, device):
+        self.rows, self.device = torch.as_tensor(rows), device
+        self.images = torch.from_numpy(np.asarray(images)) if isinstance(
+            images, np.ndarray) else images
+        if device.type == 'cuda':
+            needed = len(rows) * self.images[0].numel()
+            if needed < torch.cuda.mem_get_info(device)[0] / 2:
+                self.images = torch.cat([self.images[part].to(device)
+                                         for part in self.rows.split(4096)])
+                self.rows = torch.arange(len(rows), device=device)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __call__(self, indices):
+        indices = torch.as_tensor(indices).to(self.rows.device)
+        batch = self.images[self.rows[indices]]
+        if batch.device != self.device:
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
+        return batch
+
+
+class Order:
+    """Which images form the global batch of a step: a pure function of (seed, step).
+
+    Each epoch is a seeded permutation of 0..count-1 whose last incomplete batch is dropped. With
+    `per_identity` = k, batches hold k images of each of batch / k identities; people with fewer
+    than k are filled up by repetition.
+    """
+
+    def __init__(self, count, batch, seed, labels=None, per_identity=0):
+        if batch > count:
+            raise InputError(f'a batch of {batch} is larger than the set of {count} images: use '
+                             'a smaller mae.batch or fr.batch')
+        self.count, self.batch, self.seed = count, batch, seed
+        self.labels, self.per_identity = labels, per_identity
+        self.steps_per_epoch = count // batch
+        self.epoch = None
+
+    def __call__(self, step):
+        """Image numbers int64 (batch,) and the epoch of a step."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self.order = rng.permutation(self.count)
+            if self.per_identity:
+                self.order = self.grouped(rng)
+            self.epoch = epoch
+        return self.order[number * self.batch:(number + 1) * self.batch], epoch
+
+    def grouped(self, rng):
+        order = self.order[np.argsort(self.labels[self.order], kind='stable')]
+        groups = []
+        for person in np.split(order, np.flatnonzero(np.diff(self.labels[order])) + 1):
+            filling = rng.choice(person, -len(person) % self.per_identity)
+            groups.append(np.concatenate([person, filling]))
+        groups = np.concatenate(groups).reshape(-1, self.per_identity)
+        return groups[rng.permutation(len(groups))].reshape(-1)
+
+
+def mix(x):
+    """Finaliser of splitmix64 on int64 tensors: one well-mixed 64-bit number for each."""
+    for shift, factor in ((30, -0x40a7b892e31b1a47), (27, -0x6b2fb644ecceee15)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def hashed(seed, epoch, images, columns):
+    """Counter-based random int64 (B, columns): depend on (seed, epoch, image number) alone.
+
+    The same on every device, and for an image whatever else is in its batch.
+    """
+    images = torch.as_tensor(images)
+    start = mix(mix(torch.tensor(seed, device=images.device)) + epoch)
+    row = mix(start ^ mix(images.long()))[:, None]
+    step = -0x61c8864680b583eb                       # 2^64 / golden ratio: splitmix64's increment
+    return mix(row + step * torch.arange(1, columns + 1, device=images.device))
+
+
+def uniform(bits):
+    """Random int64 -> float32 in (0, 1), never 0 or 1."""
+    return ((bits >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)
+
+
+def flipped(batch, flip):
+    """Mirror the images of uint8 (B, H, W, 3) where flip (B,) is true."""
+    return torch.where(flip[:, None, None, None], batch.flip(2), batch)
+
+
+# ---------------------------------------------------------------------------- embeddings
+
+def for_recogniser(batch, net):
+    """uint8 (B, H, W, 3) or float (B, 3, H, W) in 0..1 -> what an IResNet takes: -1..1, its size.
+
+    The result keeps the gradient and lies in channels_last memory.
+    """
+    x = batch.permute(0, 3, 1, 2).float() / 255 if batch.dtype == torch.uint8 else batch
+    if x.shape[-1] != net.size:
+        x = F.interpolate(x, (net.size, net.size), mode='bilinear', align_corners=False)
+    return (2 * x - 1).contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def embed(net, store, batch, precision, flips=(False, True)):
+    """Embeddings of every image of a store, one float32 tensor (N, d) for each of `flips`.
+
+    Batches are dealt to the processes and gathered, so the result does not depend on them.
+    """
+    starts = range(0, len(store), batch)
+    found = {}
+    for number, first in enumerate(starts):
+        if number % runtime.world() == runtime.rank():
+            images = store(torch.arange(first, min(first + batch, len(store))))
+            with runtime.autocast(store.device, precision):
+                found[number] = [net(for_recogniser(images.flip(2) if flip else images, net))
+                                 .float() for flip in flips]
+    if runtime.world() > 1:
+        every = [None] * runtime.world()
+        dist.all_gather_object(every, {n: [z.cpu() for z in zs] for n, zs in found.items()})
+        found = {n: zs for part in every for n, zs in part.items()}
+    return [torch.cat([found[n][i].to(store.device) for n in range(len(starts))])
+            for i in range(len(flips))]

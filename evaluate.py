@@ -1,0 +1,364 @@
+"""Stage 4 of FaceMAE: what a release is worth, and what it gives away.
+
+    python evaluate.py                                   # the student of the toy run
+    python evaluate.py --config configs/casia.yaml
+    python evaluate.py --compare                         # all rows, one table
+    python evaluate.py evaluate.model=backbone.pth evaluate.sets=[lfw.bin]   # any recogniser
+    python evaluate.py release=PATH originals=PATH       # anybody's release, same order
+
+Reads   evaluate.sets (.bin), <run>/<row>/fr.pt, <run>/<row>/reconstructed, <run>/fold<k>/judge.pt
+Writes  <run>/<row>/results.json, with --compare <run>/results.json and <run>/figures/*.png
+
+Utility is insightface's ten-fold verification. Leakage is retrieval: how often the original of a
+released image (same image), or another photo of its person (same person), comes first among all
+private originals. Attackers: judge = a recogniser of other people that is not the teacher,
+pixels = the nearest neighbour in 16 x 16 contrast-normalised pixels, insider = a recogniser
+trained on the release itself, teacher = the one that shaped the release.
+"""
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+import data
+import figures
+import models
+import records
+import runtime
+from config import as_dict, rows
+from reconstruct import release_order, release_secret
+
+FOLDS = 10
+
+
+# ---------------------------------------------------------------------------- verification
+
+def fold_accuracies(distance, same):
+    """Ten-fold accuracies of insightface's protocol, float64 (10,).
+
+    distance (P,): squared L2 distances of unit embeddings, 0..4; same (P,) bool. Thresholds 0..4
+    by 0.01, 'same' when distance < threshold, first best threshold of the other nine contiguous
+    folds. All thresholds and folds come from one histogram.
+    """
+    thresholds = np.arange(0, 4, 0.01)
+    first = np.searchsorted(thresholds, distance, side='right')     # threshold that accepts it
+    sizes = np.full(FOLDS, len(same) // FOLDS)
+    sizes[:len(same) % FOLDS] += 1
+    fold = np.repeat(np.arange(FOLDS), sizes)
+    # +1 for a same pair that becomes right, -1 for a different pair that becomes wrong
+    change = np.zeros((FOLDS, len(thresholds) + 1), np.int64)
+    np.add.at(change, (fold, first), np.where(same, 1, -1))
+    different = np.bincount(fold[~same], minlength=FOLDS)
+    right = change[:, :-1].cumsum(1) + different[:, None]            # (fold, threshold)
+    best = (right.sum(0) - right).argmax(1)
+    return right[np.arange(FOLDS), best] / sizes
+
+
+def tar_at_far(distance, same, far):
+    """Share of same pairs accepted at the loosest threshold that accepts at most `far` of the
+    different pairs (floor(far * count) of them; no interpolation)."""
+    others = np.sort(distance[~same])
+    allowed = int(far * len(others))
+    return float((distance[same] < others[min(allowed, len(others) - 1)]).mean())
+
+
+def auc(distance, same):
+    """Area under the ROC: chance that a same pair is closer than a different one (ties half)."""
+    others, own = np.sort(distance[~same]), distance[same]
+    closer = len(others) - np.searchsorted(others, own, 'right')
+    ties = np.searchsorted(others, own, 'right') - np.searchsorted(others, own, 'left')
+    return float((closer + ties / 2).mean() / len(others))
+
+
+def load_pairs(path, cfg):
+    """A verification set: distinct images uint8 (M, S, S, 3), pairs int64 (P, 2), same (P,)."""
+    encoded, same = records.read_bin(path)
+    number = {}
+    where = np.array([number.setdefault(bytes(e), len(number)) for e in encoded])
+    images = np.stack([data.pixels(e, f'{path} image {i} (from 0)', cfg.data.size, 'resize')
+                       for i, e in enumerate(number)])
+    return images, where.reshape(-1, 2), same
+
+
+def unit_embeddings(net, images, cfg, device):
+    """f(x) + f(mirrored x), L2-normalised, float32 (N, d)."""
+    store = data.Store(images, range(len(images)), device)
+    plain, mirrored = data.embed(net, store, cfg.evaluate.batch, cfg.run.precision)
+    return F.normalize(plain + mirrored)
+
+
+def verify(net, sets, cfg, device):
+    """Verification of a recogniser on each set: results by name, and the distances of each."""
+    results, curves = {}, {}
+    for path, (images, pairs, same) in sets.items():
+        z = unit_embeddings(net, images, cfg, device).double().cpu().numpy()
+        distance = np.square(z[pairs[:, 0]] - z[pairs[:, 1]]).sum(1)
+        accuracy = fold_accuracies(distance, same)
+        results[Path(path).stem] = {
+            'accuracy': accuracy.mean(), 'std': accuracy.std(), 'auc': auc(distance, same),
+            'tar@far=1e-2': tar_at_far(distance, same, 1e-2),
+            'tar@far=1e-3': tar_at_far(distance, same, 1e-3), 'pairs': len(same),
+            'sha256': hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+        curves[Path(path).stem] = distance, same
+    return results, curves
+
+
+# ------------------------------------------------------------------------------- retrieval
+
+def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=16384):
+    """Rank every gallery item that a probe should find, exactly and in bounded memory.
+
+    probes (n, d), gallery (N, d): unit float32; ids int64: those with the probe's id are to be
+    found, except row exclude[i]. Returns for each probe that has any: the rank of its best one
+    (1 = first; ties share the middle), its average precision, and its chance of a hit at rank 1.
+    """
+    device = gallery.device
+    order = gallery_ids.argsort(stable=True)
+    left = torch.searchsorted(gallery_ids[order], probe_ids)
+    right = torch.searchsorted(gallery_ids[order], probe_ids, right=True)
+    widest = int((right - left).max())
+    results = []
+    for part in torch.arange(len(probes), device=device).split(512):
+        slot = left[part, None] + torch.arange(widest, device=device)            # (b, m)
+        found = order[slot.clamp(max=len(order) - 1)]
+        valid = slot < right[part, None]
+        if exclude is not None:
+            valid &= found != exclude[part, None]
+        part, found, valid = (t[valid.any(1)] for t in (part, found, valid))
+        z = probes[part]
+        wanted = torch.einsum('bd,bmd->bm', z, gallery[found])
+        # Rising order for searchsorted; the padding comes last and is never counted
+        wanted = wanted.masked_fill(~valid, torch.inf).sort(1).values
+        above = torch.zeros(len(part), widest + 1, device=device)
+        for begin in range(0, len(gallery), block):
+            score = z @ gallery[begin:begin + block].T
+            score[probe_ids[part, None] == gallery_ids[None, begin:begin + block]] = -torch.inf
+            for side in (False, True):            # counting ties once below and once above
+                place = torch.searchsorted(wanted, score, right=side)
+                above.scatter_add_(1, place, torch.full_like(score, 0.5))
+        # A distractor at place p beats the p lowest of the wanted
+        beaten_by = above.flip(1).cumsum(1).flip(1)[:, 1:]                        # (b, m)
+        count = valid.sum(1, keepdim=True)
+        own = count - torch.arange(widest, device=device)        # place among the wanted, best = 1
+        rank = own + beaten_by
+        precision = torch.where(own > 0, own / rank, 0).sum(1) / count[:, 0]
+        best = rank.gather(1, count - 1)[:, 0]
+        others = len(gallery) - (exclude is not None)
+        results.append(torch.stack([best, precision, count[:, 0] / others], 1))
+    return torch.cat(results).cpu()
+
+
+def summary(found, ceiling):
+    """Retrieval results (n, 3) of search() as the figures of results.json."""
+    best = found[:, 0]
+    return {'rank1': (best <= 1).float().mean().item(), 'rank5': (best <= 5).float().mean().item(),
+            'rank20': (best <= 20).float().mean().item(), 'map': found[:, 1].mean().item(),
+            'chance': found[:, 2].mean().item(), 'probes': len(found),
+            'ceiling': (ceiling[:, 0] <= 1).float().mean().item()}
+
+
+def pixel_embeddings(images, device):
+    """16 x 16 pixels of each image, contrast-normalised, as unit vectors (N, 768)."""
+    small = [F.adaptive_avg_pool2d(torch.as_tensor(part).to(device).permute(0, 3, 1, 2).float(), 16)
+             .flatten(2) for part in np.array_split(images, max(1, len(images) // 4096))]
+    small = torch.cat(small)
+    return F.normalize((small - small.mean(2, keepdim=True)).flatten(1))
+
+
+def leakage(groups, attackers, cfg, device):
+    """Retrieval under each attacker, pooled over the folds.
+
+    groups: for each fold (released images, originals of its gallery, source row of each released
+    image, person of each gallery row); attackers: {name: [embedder of fold 0, 1, ...]}.
+    """
+    results = {}
+    for name, embedders in attackers.items():
+        found = {'same_image': [], 'same_person': []}
+        ceiling = {'same_image': [], 'same_person': []}
+        for embedder, (released, originals, source, person) in zip(embedders, groups):
+            gallery = embedder(originals)
+            source = torch.as_tensor(source, device=device)
+            person = torch.as_tensor(person, device=device)
+            numbers = torch.arange(len(gallery), device=device)
+            for probes, kept in ((embedder(released), found), (gallery[source], ceiling)):
+                kept['same_image'].append(search(probes, gallery, source, numbers))
+                kept['same_person'].append(search(probes, gallery, person[source], person, source))
+        for kind in found:
+            results[f'{name}_{kind}'] = summary(torch.cat(found[kind]), torch.cat(ceiling[kind]))
+    return results
+
+
+# ---------------------------------------------------------------------------- image quality
+
+def image_quality(made, originals, device):
+    """PSNR, dB, and SSIM (Wang et al. 2004: 11 x 11 Gaussian, sigma 1.5; grey), mean of images."""
+    line = torch.exp(-torch.arange(-5.0, 6.0) ** 2 / (2 * 1.5 ** 2))
+    window = (line[:, None] * line / line.sum() ** 2)[None, None].to(device)
+    psnr, ssim = [], []
+    for a, b in zip(np.array_split(made, len(made) // 256 + 1),
+                    np.array_split(originals, len(made) // 256 + 1)):
+        a, b = (torch.as_tensor(t).to(device).permute(0, 3, 1, 2).double() for t in (a, b))
+        error = (a - b).square().mean((1, 2, 3)).clamp(min=1e-10)
+        psnr.append(10 * torch.log10(255 ** 2 / error))
+        a, b = a.mean(1, keepdim=True), b.mean(1, keepdim=True)
+        mean_a, mean_b, aa, bb, ab = (F.conv2d(t, window.double()) for t in
+                                      (a, b, a * a, b * b, a * b))
+        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+        value = ((2 * mean_a * mean_b + c1) * (2 * (ab - mean_a * mean_b) + c2) /
+                 ((mean_a ** 2 + mean_b ** 2 + c1) *
+                  (aa - mean_a ** 2 + bb - mean_b ** 2 + c2)))
+        ssim.append(value.mean((1, 2, 3)))
+    return {'psnr': torch.cat(psnr).mean().item(), 'ssim': torch.cat(ssim).mean().item()}
+
+
+# ------------------------------------------------------------------------------------ rows
+
+def released_pairs(row, folds):
+    """Released images beside their originals, a group for each fold as leakage() takes them."""
+    cfg = row.cfg
+    if cfg.release or cfg.originals:
+        if not (cfg.release and cfg.originals):
+            raise runtime.InputError('release and originals belong together: give both paths')
+        made, whole = data.load(cfg.release, cfg), data.load(cfg.originals, cfg)
+        if len(made.labels) != len(whole.labels):
+            raise runtime.InputError(f'release has {len(made.labels)} images and originals '
+                                     f'{len(whole.labels)}: both need the same, in one order')
+        image, galleries, fold = np.arange(len(whole.labels)), [np.arange(len(whole.labels))], 0
+        fold = np.zeros(len(image), int)
+    else:
+        made, whole = data.load(row.folder / 'reconstructed', cfg), folds[0].private_data
+        secret = release_secret(cfg)
+        fold, image, _ = release_order(folds, secret, cfg.reconstruct.images_per_person)
+        galleries = [f.private for f in folds]
+    chosen = np.arange(len(image))
+    if cfg.evaluate.probes and cfg.evaluate.probes < len(chosen):
+        chosen = np.sort(np.random.default_rng(0).permutation(chosen)[:cfg.evaluate.probes])
+    groups = []
+    for k, gallery in enumerate(galleries):
+        mine = chosen[fold[chosen] == k]
+        groups.append((made.images[mine], whole.images[gallery],
+                       np.searchsorted(gallery, image[mine]), whole.labels[gallery]))
+    return groups
+
+
+def evaluate(row, folds, sets, device):
+    """Everything about one row, written to its results.json; also the distances for the plots."""
+    cfg, run = row.cfg, Path(row.cfg.run.folder)
+    path = cfg.evaluate.model or row.folder / 'fr.pt'
+    again = f'python train_fr.py --config {cfg.run.config}'
+    results, curves = {'row': row.name, 'seed': cfg.run.seed}, {}
+    student = runtime.recogniser(path, device, again)
+    results['verification'], curves = verify(student, sets, cfg, device)
+    if folds or cfg.release:
+        def embedder(net):
+            return lambda images: unit_embeddings(net, images, cfg, device)
+
+        def public(role):
+            count = len(folds) if not cfg.release else 1
+            return [embedder(runtime.recogniser(
+                getattr(cfg, role).checkpoint or run / f'fold{folds[k].k if folds else 0}' /
+                f'{role}.pt', device, f'{again} stage={role}')) for k in range(count)]
+
+        groups = released_pairs(row, folds)
+        known = {'judge': lambda: public('judge'), 'teacher': lambda: public('teacher'),
+                 'pixels': lambda: [lambda images: pixel_embeddings(images, device)] * len(groups),
+                 'insider': lambda: [embedder(student)] * len(groups)}
+        unknown = set(cfg.evaluate.attacks) - set(known)
+        if unknown:
+            raise runtime.InputError(f'evaluate.attacks has {sorted(unknown)[0]!r}: choose from '
+                                     f'{", ".join(known)}')
+        results['privacy'] = leakage(groups, {a: known[a]() for a in cfg.evaluate.attacks}, cfg,
+                                     device)
+        results['reconstruction'] = image_quality(
+            np.concatenate([g[0] for g in groups]), np.concatenate([g[1][g[2]] for g in groups]),
+            device)
+    results |= {'seconds': stage_seconds(run), 'made_with': runtime.provenance(),
+                'config': as_dict(cfg)}
+    runtime.write_json(row.folder / 'results.json', results)
+    return results, curves
+
+
+def stage_seconds(run):
+    """Wall time of each stage, from log.jsonl: an interrupted stage is the sum of its pieces."""
+    total, last = {}, {}
+    for line in (run / 'log.jsonl').read_text().splitlines() if (run / 'log.jsonl').exists() else []:
+        entry = json.loads(line)
+        stage, seconds = entry['stage'], entry['seconds']
+        total[stage] = total.get(stage, 0) + seconds - (
+            last.get(stage, 0) if seconds > last.get(stage, 0) else 0)
+        last[stage] = seconds
+    return {stage: round(seconds, 1) for stage, seconds in total.items()}
+
+
+def floors(cfg, sets, device):
+    """Recognisers that learnt nothing: an untrained net of each seed."""
+    results = []
+    for seed in cfg.compare_seeds or [cfg.run.seed]:
+        torch.manual_seed(seed)
+        net = models.iresnet(cfg.fr.depth, cfg.fr.width, cfg.data.size, cfg.fr.dim).to(device).eval()
+        results.append({'verification': verify(net, sets, cfg, device)[0]})
+    return results
+
+
+def table(found):
+    """The comparison as a table: `found` = {row: [results of each seed]}, in per cent."""
+    def cell(values):
+        values = 100 * np.array([v for v in values if v is not None])
+        spread = f' ±{values.std(ddof=1):.1f}' if len(values) > 1 else ''
+        return f'{values.mean():.1f}{spread}' if len(values) else ''
+
+    with_privacy = [r[0] for r in found.values() if 'privacy' in r[0]]
+    attacks = list(with_privacy[0]['privacy']) if with_privacy else []
+    names = list(next(iter(found.values()))[0]['verification'])
+    shown = Table(title='utility: verification, %; leakage: originals found first, %')
+    for column in ('released set', *(f'{n} acc.' for n in names),
+                   *(f'{n} TAR@1e-2' for n in names), *(a.replace('_', ' ') for a in attacks),
+                   'PSNR'):
+        shown.add_column(column, justify='left' if column == 'released set' else 'right')
+    for row, results in found.items():
+        cells = [cell([r['verification'][n][key] for r in results])
+                 for key in ('accuracy', 'tar@far=1e-2') for n in names]
+        chance = with_privacy[0]['privacy'] if with_privacy else {}
+        cells += [cell([r['privacy'][a]['rank1'] for r in results]) if 'privacy' in results[0]
+                  else f'{100 * chance[a]["chance"]:.1f}' for a in attacks]
+        psnr = [r['reconstruction']['psnr'] for r in results if 'reconstruction' in r]
+        shown.add_row(row, *cells, f'{np.mean(psnr):.1f}' if psnr else '')
+    return shown
+
+
+def main(cfg, device, compare=False):
+    sets = {path: load_pairs(path, cfg) for path in cfg.evaluate.sets}
+    folds = [] if cfg.evaluate.model or cfg.release else data.split(cfg)
+    found, curves = {}, {}
+    if compare:
+        found['untrained net (floor)'] = floors(cfg, sets, device)
+    for row in rows(cfg, compare):
+        results, distances = evaluate(row, folds, sets, device)
+        found.setdefault(row.name, []).append(results)
+        curves.setdefault(row.name, next(iter(distances.values())))
+    if runtime.rank():
+        return
+    shown = table(found)
+    Console().print(shown)
+    run = Path(cfg.run.folder)
+    (run / 'figures').mkdir(parents=True, exist_ok=True)
+    figures.verification_plots(curves, run / 'figures')
+    if compare:
+        runtime.write_json(run / 'results.json', {'rows': found, **found[next(rows(cfg, 0)).name][0]})
+        with open(run / 'table.txt', 'w') as f:
+            Console(file=f, width=160).print(shown)
+        points = {name: (np.mean([next(iter(r['verification'].values()))['accuracy'] for r in rs]),
+                         {a: np.mean([r['privacy'][f'{a}_same_image']['rank1'] for r in rs])
+                          for a in cfg.evaluate.attacks})
+                  for name, rs in found.items() if 'privacy' in rs[0]}
+        chance = found[next(rows(cfg, 0)).name][0]['privacy']
+        figures.tradeoff_plot(points, next(iter(chance.values()))['chance'], run / 'figures')
+
+
+if __name__ == '__main__':
+    runtime.launch(main, __doc__, [('compare', 'evaluate all rows of compare in one table')])

@@ -1,0 +1,323 @@
+"""Stage 2 of FaceMAE: turn the private faces into the set that is released.
+
+    python reconstruct.py
+    torchrun --nproc_per_node=8 reconstruct.py --config configs/casia.yaml
+    python reconstruct.py reconstruct.method=pixelate run.folder=runs/pixelate     # a baseline
+    python reconstruct.py reconstruct.photos=FOLDER      # a picture of your own aligned photos
+
+Reads   data.root, <run>/fold<k>/mae.pt (method facemae)
+Writes  <run>/<row>/reconstructed/ (train.rec, train.idx, property, manifest.json, README.md),
+        <run>/release.key, <run>/figures/<row>.png
+
+Labels are renumbered and images reordered by a secret in release.key, which is not released; the
+masks come from it, too. Every image of fold k is made by the model that never saw its people.
+An interrupted release continues where it was; the result is the same for any number of processes.
+"""
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from einops import rearrange, reduce, repeat
+
+import data
+import models
+import records
+import runtime
+from config import as_dict, rows
+from figures import save_grid
+from train_mae import make_model
+
+PART = 2048     # images between two points where an interrupted release can continue
+STRENGTH = {'facemae': 'mask_ratio', 'mask': 'mask_ratio', 'blur': 'blur_sigma',
+            'pixelate': 'pixelate_block', 'noise': 'noise_std'}
+
+
+# ------------------------------------------------------------------------- secret and order
+
+def release_secret(cfg):
+    """The secret of a run's releases, drawn once: bytes."""
+    path = Path(cfg.reconstruct.key or Path(cfg.run.folder) / 'release.key')
+    if cfg.reconstruct.key and not path.is_file():
+        raise runtime.InputError(f'reconstruct.key = {path} does not exist: leave it empty to '
+                                 'have a new secret drawn')
+    if runtime.rank() == 0 and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name('release.key.tmp')
+        temporary.touch(mode=0o600)
+        temporary.write_text(secrets.token_hex(32) + '\n')
+        temporary.replace(path)
+    runtime.barrier()
+    return path.read_bytes().strip()
+
+
+def secret_seed(secret, purpose):
+    """63-bit seed that reveals nothing of the secret nor of the other purposes' seeds."""
+    return int.from_bytes(hashlib.sha256(secret + purpose.encode()).digest()[:8], 'big') >> 1
+
+
+def release_order(folds, secret, images_per_person=0):
+    """Which private image stands where in the release, arrays of length N.
+
+    Returns fold (position in `folds`), image (row of the private set), label (0..C-1, rising).
+    People come in secret order, and each person's images.
+    """
+    rng = np.random.default_rng(secret_seed(secret, 'order'))
+    fold = np.repeat(np.arange(len(folds)), [len(f.private) for f in folds])
+    image = np.concatenate([f.private for f in folds])
+    person = data.renumber(folds[0].private_data.labels[image])
+    label = rng.permutation(person.max() + 1)[person]
+    order = rng.permutation(len(image))
+    order = order[np.argsort(label[order], kind='stable')]
+    fold, image, label = fold[order], image[order], label[order]
+    if images_per_person:
+        first = np.searchsorted(label, label)              # where this person's images begin
+        kept = np.arange(len(label)) - first < images_per_person
+        fold, image, label = fold[kept], image[kept], label[kept]
+    return fold, image, label
+
+
+# ---------------------------------------------------------------------------- the methods
+
+def load_mae(path, size, device, made_by):
+    """A finished masked autoencoder with its normalisation: namespace(model, mean, std)."""
+    saved = runtime.load(path, made_by)
+    if saved['step'] < saved['steps']:
+        raise runtime.InputError(f'{path} is only trained to step {saved["step"]} of '
+                                 f'{saved["steps"]}: first run `{made_by}` to its end')
+    config = SimpleNamespace(mae=SimpleNamespace(**saved['config']['mae']))
+    if config.mae.norm_pix_loss:
+        raise runtime.InputError(
+            f'{path} was trained with mae.norm_pix_loss: undoing that normalisation needs the '
+            'hidden pixels and would leak them; train with mae.norm_pix_loss=false')
+    if saved['config']['data']['size'] != size:
+        raise runtime.InputError(f'{path} was trained at {saved["config"]["data"]["size"]} pixels, '
+                                 f'data.size is {size}: set them alike')
+    model = make_model(config, size)
+    runtime.fill(model, saved, path)
+    return SimpleNamespace(model=model.to(device).eval(), mean=saved['mean'].to(device),
+                           std=saved['std'])
+
+
+def masked(x, noise, ratio, patch):
+    """Images (B, 3, H, W) in 0..1 with hidden patches grey."""
+    mask = models.random_masking(noise, ratio)[2]                                 # (B, L)
+    side = x.shape[-1] // patch
+    hidden = repeat(mask, 'b (h w) -> b 1 (h p) (w q)', h=side, p=patch, q=patch)
+    return torch.where(hidden > 0, 0.5, x)
+
+
+@torch.inference_mode()
+def protect(images, numbers, seed, cfg, mae=None):
+    """Images as they are released: uint8 (B, H, W, 3) -> uint8 (B, H, W, 3).
+
+    `numbers` (B,) are the images' numbers in the private set: with `seed` they alone decide masks
+    and noise. Methods facemae and mask never read a hidden pixel.
+    """
+    c, size = cfg.reconstruct, images.shape[1]
+    x = images.permute(0, 3, 1, 2).float() / 255
+    noise = data.hashed(seed, 0, numbers, (size // cfg.mae.patch) ** 2)
+    if c.method == 'mask':
+        x = masked(x, noise, c.mask_ratio, cfg.mae.patch)
+    elif c.method == 'blur':
+        x = TF.gaussian_blur(x, 2 * math.ceil(3 * c.blur_sigma) + 1, c.blur_sigma)
+    elif c.method == 'pixelate':
+        blocks = F.pad(x, [0, -size % c.pixelate_block] * 2, mode='replicate')
+        small = reduce(blocks, 'b c (h p) (w q) -> b c h w', 'mean', p=c.pixelate_block,
+                       q=c.pixelate_block)
+        x = repeat(small, 'b c h w -> b c (h p) (w q)', p=c.pixelate_block,
+                   q=c.pixelate_block)[..., :size, :size]
+    elif c.method == 'noise':
+        u = data.uniform(data.hashed(seed + 1, 0, numbers, 3 * size * size))
+        x = x + c.noise_std / 255 * math.sqrt(2) * torch.erfinv(2 * u - 1).view_as(x)
+    elif c.method == 'facemae':
+        model, visible = mae.model, (x - mae.mean) / mae.std
+        with runtime.autocast(x.device, cfg.run.precision):
+            pred, mask = model(visible, noise, c.mask_ratio)
+        if c.paste_visible:
+            pred = torch.where(mask[:, :, None] > 0, pred.float(), model.patchify(visible))
+        x = model.unpatchify(pred.float()) * mae.std + mae.mean
+    return rearrange(x.clamp(0, 1) * 255, 'b c h w -> b h w c').round().byte()
+
+
+# ---------------------------------------------------------------------------- the release
+
+def release(row, folds, device):
+    """Write one released data set."""
+    cfg, c = row.cfg, row.cfg.reconstruct
+    target = row.folder / 'reconstructed'
+    fixed = {k: as_dict(cfg)[k] for k in ('reconstruct', 'data', 'mae', 'run')}
+    note = row.folder / 'release.json'          # stays in the run folder: it names the source
+    if (target / 'manifest.json').exists():
+        runtime.same_config(json.loads(note.read_text()), cfg,
+                            ['reconstruct', 'data', 'run.seed'], target)
+        return runtime.say(f'{target} is finished: nothing to do')
+    maes = [load_mae(row.mae(f.k), cfg.data.size, device, f'python train_mae.py --config '
+                     f'{cfg.run.config}') if c.method == 'facemae' else None for f in folds]
+    secret = release_secret(cfg)
+    fold, image, label = release_order(folds, secret, c.images_per_person)
+    seed = secret_seed(secret, f'masks {cfg.run.seed}')
+    source = data.Store(folds[0].private_data.images, range(len(folds[0].private_data.labels)),
+                        device)
+    parts = row.folder / 'reconstructed.parts'
+    if runtime.rank() == 0:
+        if not note.exists() or json.loads(note.read_text()) != fixed:
+            shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(fixed))
+    runtime.barrier()
+
+    def make(number):
+        """Released pixels of one part, batch by batch and each fold by its own model."""
+        chosen = slice(number * PART, (number + 1) * PART)
+        out = torch.empty(len(image[chosen]), cfg.data.size, cfg.data.size, 3, dtype=torch.uint8)
+        for k, mae in enumerate(maes):
+            mine = np.flatnonzero(fold[chosen] == k)
+            for places in (mine[i:i + c.batch] for i in range(0, len(mine), c.batch)):
+                numbers = torch.from_numpy(image[chosen][places]).to(device)
+                out[places] = protect(source(numbers), numbers, seed, cfg, mae).cpu()
+        return out.permute(0, 3, 1, 2)
+
+    def write(number, encoded):
+        """One part whole or not at all: bytes of all images behind each other, and lengths."""
+        encoded = [future.result() for future in encoded]
+        temporary = parts / f'{number}.tmp'
+        with open(temporary, 'wb') as f:
+            np.savez(f, lengths=[len(e) for e in encoded],
+                     bytes=np.frombuffer(b''.join(encoded), np.uint8))
+        temporary.rename(parts / f'{number}.npz')
+
+    total = math.ceil(len(image) / PART)
+    todo = [n for n in range(runtime.rank(), total, runtime.world())
+            if not (parts / f'{n}.npz').exists()]
+    stage = f'reconstruct/{row.folder.relative_to(cfg.run.folder)}'.removesuffix('/.')
+    log = runtime.Log(cfg.run.folder, stage, total, total - len(todo) * runtime.world())
+    stop = runtime.Stop()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting = None                                # the part that is still being encoded
+        for done, number in enumerate(todo, 1):
+            pixels = make(number)
+            encoded = [pool.submit(records.encode, x, c.format, c.quality) for x in pixels]
+            if waiting:
+                write(*waiting)
+            waiting = number, encoded
+            log(min(total, total - (len(todo) - done) * runtime.world()),
+                min(done * PART * runtime.world(), len(image)))
+            if stop.mine:
+                break
+        if waiting:
+            write(*waiting)
+    if stop.mine:
+        raise KeyboardInterrupt
+    runtime.barrier()
+    if runtime.rank() == 0:
+        finish(row, parts, target, total, label)
+        show(row, folds, maes, fold, image, seed, source)
+    runtime.barrier()
+    runtime.say(f'released {len(image)} images of {label[-1] + 1} people: {target}')
+
+
+def finish(row, parts, target, total, label):
+    """Join the parts into insightface records; the folder appears with its manifest or not."""
+    c, temporary = row.cfg.reconstruct, target.with_name('reconstructed.tmp')
+    shutil.rmtree(temporary, ignore_errors=True)
+
+    def encoded():
+        for number in range(total):
+            with np.load(parts / f'{number}.npz', allow_pickle=False) as part:
+                content, ends = part['bytes'].tobytes(), np.cumsum(part['lengths'])
+            for begin, end in zip([0, *ends], ends):
+                yield content[begin:end]
+
+    records.write_records(temporary, encoded(), label, row.cfg.data.size)
+    key = STRENGTH.get(c.method)
+    facts = {'method': c.method, **({key: getattr(c, key)} if key else {}),
+             'paste_visible': c.paste_visible and c.method == 'facemae',
+             'images': len(label), 'people': int(label[-1]) + 1, 'size': row.cfg.data.size,
+             'format': c.format, 'quality': c.quality, 'made_by': 'FaceMAE benchmark kit '
+             + runtime.provenance()['commit']}
+    (temporary / 'manifest.json').write_text(json.dumps(facts, indent=1) + '\n')
+    (temporary / 'README.md').write_text(DATA_CARD.format(
+        facts='\n'.join(f'- {k}: {v}' for k, v in facts.items())))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    shutil.rmtree(parts)
+
+
+DATA_CARD = """# Released face data set
+
+{facts}
+
+**What it is.** Each image was made from one photo of a real (or drawn) person by the method above
+and is stored in insightface's record format. Labels were renumbered and the order was changed by
+a secret that is not part of this release. Train on it as on any `train.rec`.
+
+**What it does not promise.** The people are not anonymous. The images are meant to be harder to
+trace to the originals than the originals themselves; how hard, and for which attackers, is in the
+maker's results.json. Several images share one label, so what is known of one image holds for all,
+and the number of images of a person is visible unless the maker capped it.
+
+**Taking a person out.** The maker, who holds the secret, adds the person's label of the original
+set to `data.exclude`, makes the release again with the same secret and replaces this one. Models
+that were trained on the earlier release have to be trained again.
+"""
+
+
+# ------------------------------------------------------------------------------- pictures
+
+def show(row, folds, maes, fold, image, seed, source):
+    """Picture of originals, masked images and the release; it stays in the run folder."""
+    cfg, first = row.cfg, np.linspace(0, len(image) - 1, 8).astype(int)
+    first = first[fold[first] == fold[first[0]]]
+    numbers = torch.from_numpy(image[first]).to(source.device)
+    originals = source(numbers)
+    made = protect(originals, numbers, seed, cfg, maes[fold[first[0]]])
+    save_grid(with_masked(originals, numbers, seed, cfg, made),
+              Path(cfg.run.folder) / 'figures' / f'{cfg.run.row or "release"}.png')
+
+
+def with_masked(originals, numbers, seed, cfg, made):
+    """Rows of a picture: originals, what the mask leaves, what was made; floats in 0..1."""
+    x, made = (t.permute(0, 3, 1, 2).float() / 255 for t in (originals, made))
+    noise = data.hashed(seed, 0, numbers, (x.shape[-1] // cfg.mae.patch) ** 2)
+    return [x, masked(x, noise, cfg.reconstruct.mask_ratio, cfg.mae.patch), made]
+
+
+def picture_of_photos(row, device):
+    """Reconstruct the user's own photos into one picture; nothing is released."""
+    cfg, folder = row.cfg, Path(row.cfg.reconstruct.photos)
+    files = sorted(f for f in folder.glob('*') if f.suffix.lower() in ('.jpg', '.jpeg', '.png'))
+    if not files:
+        raise runtime.InputError(f'reconstruct.photos = {folder} holds no .jpg or .png: name a '
+                                 'folder of face photos')
+    mae = load_mae(row.mae(0), cfg.data.size, device,
+                   f'python train_mae.py --config {cfg.run.config}')
+    images = torch.stack([torch.from_numpy(np.array(data.pixels(
+        f.read_bytes(), f, cfg.data.size, 'resize'))) for f in files[:64]]).to(device)
+    data.warn_if_unaligned(images.cpu().numpy(), folder)
+    numbers = torch.arange(len(images), device=device)
+    made = protect(images, numbers, cfg.run.seed, cfg, mae)
+    path = Path(cfg.run.folder) / 'figures' / 'photos.png'
+    save_grid(with_masked(images, numbers, cfg.run.seed, cfg, made), path)
+    runtime.say(f'{len(images)} photos, masked, reconstructed: {path}')
+
+
+def main(cfg, device, compare=False):
+    if cfg.reconstruct.photos:
+        return picture_of_photos(next(rows(cfg, False)), device)
+    folds = data.split(cfg)
+    for row in rows(cfg, compare):
+        release(row, folds, device)
+
+
+if __name__ == '__main__':
+    runtime.launch(main, __doc__, [('compare', 'make the releases of all rows of compare')])

@@ -1,0 +1,339 @@
+"""What every script needs around its own work: processes, checkpoints, the log line, the launch.
+
+Nothing here knows about faces. A script ends with `runtime.launch(main, __doc__)`; `main(cfg)` gets
+the resolved config as nested namespaces (`cfg.mae.lr`).
+"""
+import argparse
+import contextlib
+import datetime
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import models
+from config import CONFIGS, as_dict, namespace, resolve
+from records import InputError
+
+# ------------------------------------------------------------------------------ processes
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def say(*text):
+    """Print on the first process only."""
+    if rank() == 0:
+        print(*text, flush=True)
+
+
+def start_processes(cfg):
+    """Join the other torchrun processes, if any, and return this one's device."""
+    cuda = torch.cuda.is_available() and cfg.run.device != 'cpu'
+    if cfg.run.device == 'cuda' and not cuda:
+        raise InputError('run.device = cuda, but torch sees no GPU: use run.device=auto, or '
+                         'install the torch build for your driver')
+    device = torch.device('cpu')
+    if cuda:
+        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))
+                              % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    processes = int(os.environ.get('WORLD_SIZE', 1))
+    if processes > 1 and not dist.is_initialized():
+        # Building CASIA's cache keeps the others waiting for minutes, not for an hour.
+        dist.init_process_group('nccl' if cuda else 'gloo', timeout=datetime.timedelta(hours=1))
+    torch.set_num_threads(cfg.run.threads or max(1, (os.cpu_count() or 1) // processes))
+    if cfg.run.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+    if cuda:
+        torch.backends.cuda.matmul.allow_tf32 = cfg.run.precision != 'fp32'
+        torch.backends.cudnn.benchmark = not cfg.run.deterministic
+    return device
+
+
+def share(batch, what):
+    """This process's slice of a global batch, which must divide evenly."""
+    if batch % world():
+        raise InputError(f'{what} = {batch} does not divide by {world()} processes: '
+                         f'use {batch // world() * world() or world()}')
+    size = batch // world()
+    return slice(rank() * size, (rank() + 1) * size)
+
+
+def average_gradients(parameters):
+    """Mean of the gradients over all processes, in one message."""
+    if world() > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for g, piece in zip(grads, flat.div_(world()).split([g.numel() for g in grads])):
+            g.copy_(piece.view_as(g))
+
+
+def autocast(device, precision):
+    """Context for the forward pass; fp32 leaves everything alone."""
+    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': None}[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def mean(values):
+    """Mean of a tensor over all processes."""
+    if world() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values / world()
+
+
+def check_finite(losses, step, path):
+    """Stop the run when a loss is no number any more; the last checkpoint stays as it is."""
+    bad = [name for name, value in losses.items() if not np.isfinite(value)]
+    if bad:
+        raise InputError(f'{" and ".join(bad)} became {losses[bad[0]]} at step {step}; {path} keeps '
+                         'the last good state: try a smaller lr, a longer warm-up or '
+                         'run.precision=fp32')
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask for a last checkpoint instead of ending the process at once."""
+
+    def __init__(self):
+        self.mine = self.agreed = False
+        # Agreeing over gloo keeps the device out of it: no GPU sync in the training loop
+        self.group = dist.new_group(backend='gloo') if world() > 1 else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.mine = True
+
+    def checkpoint_due(self, want):
+        """True for all processes at the same step, once any wants to save or was asked to stop."""
+        flags = torch.tensor([int(want), int(self.mine)])
+        if self.group:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        self.agreed = bool(flags[1])
+        return bool(flags.any())
+
+    def leave(self):
+        """End the process if it was asked to, once the state is saved."""
+        if self.agreed:
+            say('stopped on request; the same command continues from here')
+            raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+def save(path, state):
+    """Write a checkpoint (tensors and plain values) whole or not at all; rank 0 alone writes."""
+    if rank():
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'{path.name}.tmp')
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as e:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f'{path} could not be written ({str(e).splitlines()[0]}): free space '
+                         'and run the same command again; the last checkpoint is whole') from None
+
+
+def write_json(path, content):
+    """Write numbers and plain values as JSON, whole or not at all, on rank 0."""
+    if rank() == 0:
+        temporary = Path(f'{path}.tmp')
+        temporary.write_text(json.dumps(content, indent=1) + '\n')
+        temporary.replace(path)
+
+
+def load(path, made_by=''):
+    """A checkpoint as a dict; nothing in the file is executed.
+
+    `made_by` is the command that makes the file, for the sentence that says it is missing.
+    """
+    if not Path(path).is_file():
+        raise InputError(f'{path} is missing: ' + (f'first run `{made_by}`' if made_by else
+                                                   'check the path'))
+    try:   # facebookresearch/mae keeps its arguments in the checkpoint, as plain values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:  # torch raises a different type for each way a file can be damaged
+        reason = ' '.join(str(e).split())[:120]
+        raise InputError(f'{path} is no checkpoint that can be read safely ({reason}): '
+                         'download or make it again') from None
+    if not isinstance(state, dict):
+        raise InputError(f'{path} holds a {type(state).__name__}, not a dict of tensors: save '
+                         'its state_dict()')
+    return state
+
+
+def fill(module, state, path):
+    """Load a state_dict, ours or a published one, or say in a sentence why it does not fit."""
+    for name in ('model', 'net', 'state_dict'):
+        state = state[name] if isinstance(state.get(name), dict) else state
+    state = {k.removeprefix('module.'): v for k, v in state.items() if torch.is_tensor(v)}
+    own = module.state_dict()
+    wrong = sorted(set(own) ^ set(state)) or sorted(
+        k for k in own if own[k].shape != state[k].shape)
+    if wrong:
+        raise InputError(f'{path} does not fit: {len(wrong)} keys differ, first {wrong[0]!r}: use a '
+                         'checkpoint of this architecture or change its keys in the config')
+    module.load_state_dict(state)
+
+
+def recogniser(path, device, made_by=''):
+    """An IResNet (eval mode) from our checkpoint or insightface's; its size is read off the keys."""
+    saved = load(path, made_by)
+    if saved.get('step', 0) < saved.get('steps', 0):
+        raise InputError(f'{path} is only trained to step {saved["step"]} of {saved["steps"]}: '
+                         f'first run `{made_by}` to its end')
+    state = saved['net'] if isinstance(saved.get('net'), dict) else saved
+    state = {k.removeprefix('module.'): v for k, v in state.items() if torch.is_tensor(v)}
+    try:
+        stem, fc = state['conv1.weight'], state['fc.weight']
+        layers = [len({k.split('.')[1] for k in state if k.startswith(f'layer{i}.')})
+                  for i in range(1, 5)]
+        side = round((fc.shape[1] / state['bn2.weight'].numel()) ** 0.5)
+        size = saved['config']['data']['size'] if 'config' in saved else 16 * side
+        net = models.IResNet(layers, stem.shape[0], size, fc.shape[0])
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        raise InputError(f'{path} is no insightface IResNet: it lacks conv1, layer1-4, bn2 or fc; '
+                         'use a backbone of arcface_torch') from None
+    fill(net, state, path)
+    return net.to(device, memory_format=torch.channels_last).eval()
+
+
+def same_config(saved, cfg, keys, path):
+    """Refuse to continue a checkpoint whose config differs in the named sections or keys."""
+    now = as_dict(cfg)
+    differ = []
+    for key in keys:
+        section, _, name = key.partition('.')
+        old, new = saved.get(section), now[section]
+        names = [name] if name else sorted(new)
+        differ += [f'{section}.{n} ({old.get(n)!r} then, {new[n]!r} now)' for n in names
+                   if old.get(n) != new[n]]
+    if differ:
+        raise InputError(f'{path} was made with another config: {", ".join(differ)}; change it '
+                         'back, use another run.folder, or delete the file')
+
+
+def provenance():
+    """What a result depends on beside the config: versions, hardware, commit."""
+    commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'],
+                            cwd=CONFIGS, capture_output=True, text=True).stdout.strip()
+    device = (torch.cuda.get_device_name() if torch.cuda.is_available()
+              else f'CPU, {os.cpu_count()} cores')
+    return {'commit': commit or 'unknown', 'device': device, 'processes': world(),
+            'python': sys.version.split()[0], 'torch': torch.__version__,
+            'numpy': np.__version__}
+
+
+# ------------------------------------------------------------------------------- log line
+
+class Log:
+    """One JSON object a line in log.jsonl, and one status line for people.
+
+    A stage that continues from `step` first drops its own later lines, so that the log of an
+    interrupted run reads like that of an undisturbed one.
+    """
+
+    def __init__(self, folder, stage, total, step=0):
+        self.path, self.stage, self.total = Path(folder) / 'log.jsonl', stage, total
+        self.begin, self.first = time.time(), step
+        if rank():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        for line in (self.path.read_text().splitlines() if self.path.exists() else []):
+            with contextlib.suppress(ValueError):     # a line cut short by a kill
+                entry = json.loads(line)
+                if entry['stage'] != stage or entry['step'] <= step:
+                    kept.append(line)
+        temporary = self.path.with_name('log.jsonl.tmp')
+        temporary.write_text(''.join(line + '\n' for line in kept))
+        temporary.replace(self.path)
+
+    def seconds(self):
+        """Seconds since this process began the stage."""
+        return max(time.time() - self.begin, 1e-9)
+
+    def __call__(self, step, images, **values):
+        """Log `values` at `step`; `images` is how many the run has taken since it (re)started."""
+        if rank():
+            return
+        seconds = self.seconds()
+        peak = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
+                resident_bytes()) / 2 ** 30
+        eta = seconds / max(step - self.first, 1) * (self.total - step)
+        values = {k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in values.items()}
+        entry = {'stage': self.stage, 'step': step, **values,
+                 'images_per_second': round(images / seconds, 1), 'seconds': round(seconds, 2),
+                 'memory_gib': round(peak, 2)}
+        with open(self.path, 'a') as f:
+            f.write(json.dumps(entry) + '\n')
+        shown = '  '.join(f'{k} {v:.4g}' for k, v in values.items())
+        print(f'[{self.stage}] {step}/{self.total}  {shown}  {images / seconds:,.0f} images/s  '
+              f'ETA {datetime.timedelta(seconds=round(eta))}  {peak:.1f} GiB', flush=True)
+
+
+def resident_bytes():
+    """Peak resident memory of this process, bytes."""
+    import resource                                   # not on Windows, and only wanted here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# -------------------------------------------------------------------------------- launch
+
+def launch(main, doc, flags=()):
+    """Parse the command line, run `main(cfg, **flags)`, turn wrong input into one sentence.
+
+    Exit code 0 = done, 2 = wrong input, 130 = stopped by the keyboard.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.
+                                     RawDescriptionHelpFormatter)
+    parser.add_argument('--config', default=str(CONFIGS / 'toy.yaml'), help='YAML file')
+    for flag, text in flags:
+        parser.add_argument(f'--{flag}', action='store_true', help=text)
+    parser.add_argument('set', nargs='*', metavar='section.key=value', help='see casia.yaml')
+    args = parser.parse_intermixed_args()
+    try:
+        cfg = namespace(resolve(args.config, args.set))
+        device = start_processes(cfg)
+        main(cfg, device, **{flag: getattr(args, flag) for flag, _ in flags})
+    except InputError as e:
+        print(f'error: {e}', file=sys.stderr, flush=True)
+        os._exit(2) if world() > 1 else sys.exit(2)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES):
+            raise
+        print(f'error: {e.filename or cfg.run.folder}: {e.strerror}: free space or choose '
+              'another run.folder, then run the same command again', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

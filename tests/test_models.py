@@ -1,0 +1,310 @@
+"""The networks against what the originals' software answers, and against their own definitions."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models
+
+GOLDEN = json.loads((Path(__file__).parent / 'fixtures' / 'interchange.json').read_text())
+
+
+def normal(seed, shape):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype('float32'))
+
+
+def fill(net):
+    """Weights by the rule of the reference page, so that any two equal nets answer alike."""
+    state = net.state_dict()
+    for number, key in enumerate(sorted(state)):
+        tensor = state[key]
+        if not tensor.is_floating_point() or key.endswith('pos_embed'):
+            continue
+        value = normal(number, tuple(tensor.shape))
+        if key.endswith('running_var'):
+            value = 1 + 0.1 * value.abs()
+        elif tensor.ndim > 1:
+            value = value / math.prod(tensor.shape[1:]) ** 0.5
+        elif key.endswith('weight'):
+            value = 0.25 + 0.02 * value if 'prelu' in key else 1 + 0.05 * value
+        else:
+            value = 0.05 * value
+        tensor.copy_(value)
+    return net.eval()
+
+
+def shapes(net):
+    return {key: list(value.shape) for key, value in net.state_dict().items()}
+
+
+def close(ours, golden, tolerance=2e-5):
+    """Errors relative to the largest value: the last bits of a sum grow with its terms."""
+    golden = torch.as_tensor(golden, dtype=ours.dtype)
+    assert (ours - golden).abs().max() <= tolerance * golden.abs().max().clamp(min=1)
+
+
+def small_mae(**changes):
+    settings = dict(size=32, patch=4, dim=32, depth=2, heads=2,
+                    decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    torch.manual_seed(0)
+    return models.MAE(**settings | changes)
+
+
+@torch.no_grad()
+def test_mae_is_interchangeable_with_the_reference():
+    golden = GOLDEN['mae_vit_b8_112']
+    mae = models.MAE()
+    assert shapes(mae) == golden['keys']
+    close(mae.pos_embed[0, 0, :8], golden['pos_embed_first8'])
+    close(mae.pos_embed[0, -1, -8:], golden['pos_embed_last8'])
+
+    images = normal(124, (2, 3, 112, 112))
+    noise = torch.from_numpy(np.random.default_rng(125).random((2, 196)).astype('float32'))
+    pred, mask = fill(mae)(images, noise)
+    assert mask.sum(dim=1).tolist() == golden['mask_sum']
+    assert mask[0, :32].tolist() == golden['mask_first32']
+    close(pred[:, 0, :8], golden['pred_first8'])
+    close(pred[:, -1, -8:], golden['pred_last8'])
+    close(models.masked_mse(pred, mae.patchify(images), mask), golden['loss'])
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+@torch.no_grad()
+def test_iresnet_is_interchangeable_with_the_reference(depth):
+    golden = GOLDEN[f'iresnet{depth}']
+    net = models.iresnet(depth)
+    assert shapes(net) == golden['keys']
+    assert sum(p.numel() for p in net.parameters()) == golden['params']
+    z = fill(net)(normal(123, (2, 3, 112, 112)))
+    norms = z.norm(dim=1)
+    close(z[:, :8] / norms[:, None],
+          torch.tensor(golden['out_first8']) / torch.tensor(golden['out_norm'])[:, None])
+    close(norms, golden['out_norm'])
+    close(F.cosine_similarity(z[0], z[1], dim=0), golden['cos'])
+
+
+def test_positions_tell_rows_from_columns():
+    """The reference values lie on the diagonal of the grid, where both axes are equal."""
+    positions = models.sincos_positions(8, 3)
+    assert positions.shape == (10, 8) and not positions[0].any()
+    row, column = 2, 1
+    expected = [math.sin(column), math.sin(column / 100), math.cos(column), math.cos(column / 100),
+                math.sin(row), math.sin(row / 100), math.cos(row), math.cos(row / 100)]
+    close(positions[1 + 3 * row + column], expected, 1e-6)
+
+
+def test_patches_are_row_major_channels_last_and_come_back():
+    mae = small_mae()
+    images = torch.randn(2, 3, 32, 32)
+    patches = mae.patchify(images)
+    assert patches.shape == (2, 64, 48)
+    # patch 9 is row 1, column 1; value 3*(4*2 + 3) + 1 is pixel row 2, column 3, green
+    assert patches[1, 9, 34] == images[1, 1, 4 + 2, 4 + 3]
+    assert torch.equal(mae.unpatchify(patches), images)
+
+
+@pytest.mark.parametrize('patches, ratio, kept', [(100, 0.9, 10), (196, 0.75, 49), (196, 0, 196),
+                                                  (64, 0.5, 32), (49, 0.75, 12)])
+def test_kept_counts_are_exact(patches, ratio, kept):
+    keep, restore, mask = models.random_masking(torch.rand(3, patches), ratio)
+    assert keep.shape == (3, kept) and keep.dtype == restore.dtype == torch.int64
+    assert (mask.sum(dim=1) == patches - kept).all()
+    assert mask.take_along_dim(keep, dim=1).sum() == 0
+
+
+def test_masks_follow_integer_noise_beyond_float_precision():
+    """Masks come from 64-bit hashes; compared as floats, neighbours would tie."""
+    noise = torch.tensor([[2 ** 62 + 3, 2 ** 62 + 1, 2 ** 62 + 2, 2 ** 62]])
+    keep, restore, mask = models.random_masking(noise, 0.5)
+    assert keep.tolist() == [[3, 1]] and restore.tolist() == [[3, 1, 2, 0]]
+    assert mask.tolist() == [[1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize('ratio', [1.0, 0.999, -0.5])
+def test_impossible_ratios_are_refused(ratio):
+    with pytest.raises(ValueError, match='mask ratio'):
+        models.random_masking(torch.rand(1, 64), ratio)
+
+
+@torch.no_grad()
+def test_hidden_pixels_do_not_change_a_bit():
+    """What is released may hold nothing of the hidden pixels."""
+    mae = small_mae()
+    images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 64)
+    pred, mask = mae(images, noise)
+    patches = mae.patchify(images)
+    hidden = mask[:, :, None].bool()
+    altered = mae.unpatchify(torch.where(hidden, torch.full_like(patches, math.nan), patches))
+    assert torch.equal(mae(altered, noise)[0], pred)
+    altered = mae.unpatchify(torch.where(hidden, patches, patches + 1))
+    assert not torch.equal(mae(altered, noise)[0], pred)
+
+
+@torch.no_grad()
+def test_embedding_visible_patches_equals_the_convolution():
+    mae = small_mae(depth=0)
+    images, keep = torch.randn(2, 3, 32, 32), torch.rand(2, 64).argsort(dim=1)[:, :16]
+    tokens = mae.patch_embed['proj'](images).flatten(2).transpose(1, 2) + mae.pos_embed[:, 1:]
+    close(mae.encode(images, keep)[:, 1:],
+          mae.norm(tokens.take_along_dim(keep[:, :, None], dim=1)), 1e-5)
+
+
+@pytest.mark.parametrize('settings', [dict(size=48, patch=16), dict(size=40, patch=8, dim=48),
+                                      dict(size=12, patch=4, mlp_ratio=2.5)])
+def test_other_sizes_train(settings):
+    mae = small_mae(**settings)
+    images = torch.randn(2, 3, mae.size, mae.size)
+    pred, mask = mae(images, torch.rand(2, mae.grid ** 2), ratio=0.6)
+    models.masked_mse(pred, mae.patchify(images), mask).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mae.parameters())
+
+
+def test_mae_names_what_does_not_fit():
+    with pytest.raises(ValueError, match='size 30'):
+        small_mae(size=30)
+    with pytest.raises(ValueError, match='multiple of 4'):
+        small_mae(dim=6)
+    with pytest.raises(ValueError, match='do not fit'):
+        small_mae().patchify(torch.zeros(1, 3, 16, 32))
+
+
+def test_masked_mse_by_hand():
+    pred, target = torch.zeros(1, 2, 4), torch.tensor([[[9., 9, 9, 9], [1, 2, 3, 4]]])
+    mask = torch.tensor([[0., 1]])
+    assert models.masked_mse(pred, target, mask).item() == 30 / 4
+    # normalised by the unbiased variance, four values have squares that add up to 3
+    assert models.masked_mse(pred, target, mask, norm_pix=True).item() == pytest.approx(3 / 4)
+    assert models.masked_mse(pred, target, 0 * mask).item() == 0
+
+
+@pytest.mark.parametrize('size', [16, 20, 48, 100])
+def test_iresnet_takes_any_size_and_width(size):
+    net = models.iresnet(10, width=8, size=size, dim=24)
+    z = net(torch.randn(2, 3, size, size))
+    assert z.shape == (2, 24) and net.features.weight.grad is None
+    z.square().sum().backward()
+    assert not net.features.weight.requires_grad
+
+
+def test_iresnet_refuses_unknown_depths():
+    with pytest.raises(ValueError, match='depth 19'):
+        models.iresnet(19)
+
+
+@torch.no_grad()
+def test_the_tail_stays_float32_under_autocast():
+    net = models.iresnet(10, width=8, size=32, dim=16).eval()
+    seen = []
+    net.fc.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert net(torch.randn(2, 3, 32, 32)).dtype == torch.float32
+    assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize('size', [112, 48])
+def test_folding_keeps_outputs_and_input_gradients(size):
+    net = fill(models.iresnet(18, width=16, size=size, dim=64))
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    frozen = models.folded(net.train())
+    net.eval()
+    images = normal(1, (2, 3, size, size)).requires_grad_()
+    z, z_frozen = net(images), frozen(images)
+    close(z_frozen / z.abs().max(), z / z.abs().max(), 1e-4)
+    gradient, = torch.autograd.grad(z.square().sum(), images)
+    gradient_frozen, = torch.autograd.grad(z_frozen.square().sum(), images)
+    close(gradient_frozen / gradient.abs().max(), gradient / gradient.abs().max(), 1e-4)
+
+    left = [name for name, module in frozen.named_modules()
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    assert len(left) == 8 and all(name.startswith('layer') and name.endswith('.bn1')
+                                  for name in left)
+    assert not frozen.training and not any(p.requires_grad for p in frozen.parameters())
+    assert all(value.dtype == torch.float32 for value in frozen.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def head_and_cosines(cosines, **settings):
+    """A head whose first class is the x axis, and unit embeddings at the given cosines to it."""
+    head = models.MarginHead(2, 3, **settings)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1., 0], [0, 1], [-1, 0]]))
+    cosines = torch.tensor(cosines)
+    z = torch.stack([cosines, (1 - cosines ** 2).clamp(min=0).sqrt()], dim=1).requires_grad_()
+    return head, z, torch.zeros(len(cosines), dtype=torch.int64)
+
+
+@pytest.mark.parametrize('loss', ['arcface', 'cosface'])
+def test_margin_gradient_is_the_derivative(loss):
+    torch.manual_seed(0)
+    head = models.MarginHead(4, 6, loss).double()
+    z = torch.randn(8, 4, dtype=torch.float64)
+    weight = torch.randn(6, 4, dtype=torch.float64)
+    labels = torch.randint(6, (8,))
+    # the last embedding lies opposite to its class, where ArcFace continues beyond pi
+    z[-1] = -weight[labels[-1]] + 0.1 * torch.randn(4, dtype=torch.float64)
+
+    def logits(z, weight):
+        return torch.func.functional_call(head, {'weight': weight}, (z, labels))
+
+    assert torch.autograd.gradcheck(logits, (z.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize('gradient', ['exact', 'straight_through'])
+@pytest.mark.parametrize('loss', ['arcface', 'cosface'])
+def test_margin_gradient_is_finite_at_the_poles(loss, gradient):
+    head, z, labels = head_and_cosines([1., -1., 0.99999994], loss=loss, gradient=gradient)
+    # a plain sum, because cross-entropy saturates here and sends back zeros
+    head(z, labels).sum().backward()
+    assert z.grad.isfinite().all() and head.weight.grad.isfinite().all()
+    # the angle alone, because some versions of torch let no gradient through clamp() at its ends
+    cosine = torch.tensor([1., -1.], requires_grad=True)
+    assert torch.autograd.grad(head.arc(cosine, 0.5).sum(), cosine)[0].isfinite().all()
+
+
+def test_arcface_adds_the_angle_and_falls_beyond_pi():
+    angles = [0.3, 1.5, 2.6, 2.7, 3.1]
+    head, z, labels = head_and_cosines([math.cos(a) for a in angles], scale=1.0)
+    target = head(z, labels, margin=0.5)[:, 0]
+    continued = math.cos(2.7) - 0.5 * math.sin(0.5), math.cos(3.1) - 0.5 * math.sin(0.5)
+    close(target, [math.cos(0.8), math.cos(2.0), math.cos(3.1), *continued], 1e-5)
+    assert (target.diff() < 0).all()
+
+
+def test_straight_through_is_what_arcface_torch_computes():
+    angles = [0.3, 1.5, 2.9]
+    head, z, labels = head_and_cosines([math.cos(a) for a in angles], scale=2.0,
+                                       gradient='straight_through')
+    target = head(z, labels, margin=0.5)[:, 0]
+    close(target, [2 * math.cos(a + 0.5) for a in angles], 1e-5)
+    gradient, = torch.autograd.grad(target.sum(), z)
+    plain, = torch.autograd.grad(2 * F.normalize(z)[:, 0].sum(), z)
+    close(gradient, plain, 1e-6)
+
+
+def test_cosface_subtracts_from_the_true_class_only():
+    head, z, labels = head_and_cosines([0.5, -0.2], loss='cosface', scale=10.0)
+    close(head(z, labels, 0.35) - head(z, labels, 0.), [[-3.5, 0, 0], [-3.5, 0, 0]], 1e-6)
+
+
+@pytest.mark.parametrize('gradient', ['exact', 'straight_through'])
+def test_margin_zero_is_the_plain_softmax(gradient):
+    head = models.MarginHead(16, 7, gradient=gradient)
+    z, labels = torch.randn(5, 16), torch.randint(7, (5,))
+    plain = 64 * F.normalize(z) @ F.normalize(head.weight).T
+    with torch.autocast('cpu', torch.bfloat16):
+        logits = head(z, labels, 0.)
+    assert logits.dtype == torch.float32
+    close(logits / 64, plain / 64, 1e-6)
+
+
+def test_unknown_margin_settings_are_refused():
+    with pytest.raises(ValueError, match="loss 'softmax'"):
+        models.MarginHead(2, 3, loss='softmax')
+    with pytest.raises(ValueError, match="gradient 'none'"):
+        models.MarginHead(2, 3, gradient='none')

@@ -1,0 +1,202 @@
+"""Stages 0 and 3 of FaceMAE: train a face recogniser, IResNet with ArcFace or CosFace.
+
+    python train_fr.py stage=teacher     # on public faces; judge: the same with other seed, depth
+    python train_fr.py                   # the student, on the released faces alone
+    torchrun --nproc_per_node=8 train_fr.py --config configs/casia.yaml
+    python train_fr.py release=PATH run.folder=runs/mine     # on anybody's records or folders
+
+Reads   teacher, judge: data.root (or data.public); student: <run>/<row>/reconstructed
+Writes  <run>/fold<k>/teacher.pt, <run>/fold<k>/judge.pt, <run>/<row>/fr.pt, <run>/log.jsonl
+
+BatchNorm sees fr.norm_batch images at a time and its running statistics take one step for the
+mean of all of them, so that a run does not depend on the number of processes. The same command
+continues an interrupted run exactly.
+"""
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import data
+import models
+import runtime
+from config import as_dict, rows
+
+FIXED = ['fr', 'data.size', 'run.precision']   # and what the caller adds: a checkpoint's premises
+
+
+def learning_rate(step, total, steps_per_epoch, cfg):
+    """Warm-up, then steps or a cosine: a pure function of the step."""
+    epoch = step / steps_per_epoch
+    if epoch < cfg.warmup_epochs:
+        return cfg.lr * (epoch + 1 / steps_per_epoch) / cfg.warmup_epochs
+    if cfg.schedule == 'cosine':
+        warm = cfg.warmup_epochs * steps_per_epoch
+        return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+    return cfg.lr * 0.1 ** sum(epoch >= drop for drop in cfg.lr_drops)
+
+
+def margin(step, total, cfg):
+    """The margin grows linearly between the two shares of training in fr.margin_warmup.
+
+    Small recognisers do not converge when the full margin acts from the first step.
+    """
+    begin, end = cfg.margin_warmup
+    done = step / total
+    if done >= end:
+        return cfg.margin
+    return cfg.margin * max(0.0, (done - begin) / (end - begin)) if end > begin else 0.0
+
+
+class NormStatistics:
+    """One step of BatchNorm's running statistics for a batch that is seen in several parts."""
+
+    def __init__(self, net):
+        self.buffers = [b for name, b in net.named_buffers() if b.is_floating_point()]
+
+    def begin(self):
+        self.old = [b.clone() for b in self.buffers]
+        self.sums = [torch.zeros_like(b) for b in self.buffers]
+
+    def collect(self):
+        """After a part's forward pass: keep what it made of the statistics, and go back."""
+        torch._foreach_add_(self.sums, self.buffers)
+        torch._foreach_copy_(self.buffers, self.old)
+
+    def finish(self, parts):
+        """Set the mean over the parts of all processes."""
+        flat = torch.cat([s.flatten() for s in self.sums]) / parts
+        if runtime.world() > 1:
+            dist.all_reduce(flat)
+            flat /= runtime.world()
+        for b, piece in zip(self.buffers, flat.split([b.numel() for b in self.buffers])):
+            b.copy_(piece.view_as(b))
+
+
+def train(cfg, path, store, labels, depth, width, epochs, seed, stage, fixed, device):
+    """Train one recogniser on the images of `store` with `labels` 0..C-1 and save it at `path`."""
+    saved = runtime.load(path) if path.exists() else None
+    if saved:
+        runtime.same_config(saved['config'], cfg, FIXED + fixed, path)
+    c = cfg.fr
+    order = data.Order(len(store), c.batch, seed)
+    total = epochs * order.steps_per_epoch
+    if saved and saved['step'] >= total:
+        return runtime.say(f'{path} is finished ({total} steps): nothing to do')
+    mine = runtime.share(c.batch, 'fr.batch')
+    part = min(c.norm_batch, mine.stop - mine.start)
+    if (mine.stop - mine.start) % part or part < 2:
+        raise runtime.InputError(f'fr.norm_batch = {c.norm_batch} does not divide the '
+                                 f'{mine.stop - mine.start} images of a process: change fr.batch')
+    classes = int(labels.max()) + 1
+    runtime.say(f'training {path} on {len(store)} images of {classes} people, {total} steps')
+
+    torch.manual_seed(seed)
+    try:
+        net = models.iresnet(depth, width, cfg.data.size, c.dim)
+    except ValueError as e:
+        raise runtime.InputError(f'{stage}: {e}') from None
+    head = models.MarginHead(c.dim, classes, c.loss, c.scale, c.margin_gradient).to(device)
+    net = net.to(device, memory_format=torch.channels_last)
+    parameters = [p for p in [*net.parameters(), *head.parameters()] if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, momentum=c.momentum, weight_decay=c.weight_decay,
+                                fused=device.type == 'cuda')
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == 'fp16')
+    step, logged, sums = 0, 0, torch.zeros(2, device=device)
+    if saved:
+        net.load_state_dict(saved['net'])
+        head.load_state_dict(saved['head'])
+        optimizer.load_state_dict(saved['optimizer'])
+        scaler.load_state_dict(saved['scaler'])
+        step, logged, sums = saved['step'], saved['logged'], saved['sums'].to(device)
+        runtime.say(f'continuing at step {step}')
+
+    labels = torch.as_tensor(labels, device=device)
+    statistics = NormStatistics(net)
+    log = runtime.Log(cfg.run.folder, stage, total, step)
+    stop, taken, saved_at = runtime.Stop(), 0, 0
+    while step < total:
+        chosen, epoch = order(step)
+        numbers = torch.from_numpy(chosen[mine]).to(device)
+        flip = data.hashed(seed + 1, epoch, numbers, 1)[:, 0] > 0
+        images, target = data.flipped(store(numbers), flip), labels[numbers]
+        statistics.begin()
+        parts = list(zip(images.split(part), target.split(part)))
+        for x, y in parts:
+            with runtime.autocast(device, cfg.run.precision):
+                z = net(data.for_recogniser(x, net))
+            logits = head(z, y, margin(step, total, c))
+            loss = F.cross_entropy(logits, y)
+            scaler.scale(loss / len(parts)).backward()
+            statistics.collect()
+            hits = (logits.detach().argmax(1) == y).float().mean()
+            sums += torch.stack([loss.detach(), hits]) / len(parts)
+        statistics.finish(len(parts))
+        runtime.average_gradients(parameters)
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(step, total, order.steps_per_epoch, c)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step, taken = step + 1, taken + c.batch
+
+        due = stop.checkpoint_due(step == total or
+                                  log.seconds() - saved_at >= 60 * cfg.run.save_minutes)
+        if step % cfg.run.log_every == 0 or step == total:
+            loss, hits = (runtime.mean(sums) / (step - logged)).tolist()
+            runtime.check_finite({'loss': loss}, step, path)
+            log(step, taken, loss=loss, accuracy=hits, margin=margin(step - 1, total, c),
+                lr=learning_rate(step - 1, total, order.steps_per_epoch, c))
+            sums.zero_()
+            logged = step
+        if due:
+            saved_at, sums = log.seconds(), runtime.mean(sums)
+            runtime.check_finite({'loss': sums[0].item()}, step, path)
+            runtime.save(path, {
+                'net': net.state_dict(), 'head': head.state_dict(), 'step': step, 'steps': total,
+                'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+                'logged': logged, 'sums': sums, 'config': as_dict(cfg)})
+        stop.leave()
+
+
+def train_public(cfg, stage, device):
+    """Teacher or judge of every fold, on public identities."""
+    role = getattr(cfg, stage)
+    if role.checkpoint:
+        return runtime.say(f'{stage}.checkpoint = {role.checkpoint} is used: nothing to train')
+    fixed = [stage, 'data.root', 'data.public', 'data.folds', 'data.split_seed', 'toy',
+             'data.min_images', 'data.validation', 'data.exclude']
+    for fold in data.split(cfg):
+        store = data.Store(fold.data.images, fold.train, device)
+        labels = data.renumber(fold.data.labels[fold.train])
+        train(cfg, Path(cfg.run.folder) / f'fold{fold.k}' / f'{stage}.pt', store, labels,
+              role.depth, role.width, role.epochs, role.seed, f'{stage}/fold{fold.k}', fixed,
+              device)
+
+
+def train_student(row, device):
+    """The recogniser of a release."""
+    cfg = row.cfg
+    release = Path(cfg.release or row.folder / 'reconstructed')
+    if not release.exists():
+        raise runtime.InputError(f'{release} is missing: first run `python reconstruct.py '
+                                 f'--config {cfg.run.config}` with the same arguments')
+    released = data.load(release, cfg)
+    store = data.Store(released.images, range(len(released.labels)), device)
+    stage = f'student/{row.folder.relative_to(cfg.run.folder)}'.removesuffix('/.')
+    train(cfg, row.folder / 'fr.pt', store, data.renumber(released.labels), cfg.fr.depth,
+          cfg.fr.width, cfg.fr.epochs, cfg.run.seed, stage, ['run.seed', 'reconstruct', 'release'],
+          device)
+
+
+def main(cfg, device, compare=False):
+    if cfg.stage != 'student':
+        return train_public(cfg, cfg.stage, device)
+    for row in rows(cfg, compare):
+        train_student(row, device)
+
+
+if __name__ == '__main__':
+    runtime.launch(main, __doc__, [('compare', 'train the students of all rows of compare')])
