@@ -6,6 +6,7 @@ differs. `resolve` gives nested dicts, `namespace` makes them `cfg.mae.lr`.
 import contextlib
 import copy
 import difflib
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,9 +65,21 @@ def check_value(key, value, default):
         raise InputError(f'{key} = {value} is not finite: give a number such as {default}')
     if isinstance(value, (int, float)) and value < (key.split('.')[-1] in AT_LEAST_ONE):
         raise InputError(f'{key} = {value} is too small: give a number such as {default}')
+    if key == 'mae.name' and not re.fullmatch(r'[\w-]+', value):
+        raise InputError(f'mae.name = {value!r} is a file name: use letters, digits, _ and -')
     if key in CHOICES and value not in CHOICES[key]:
         raise InputError(f'{key} = {value!r} is unknown: choose from {", ".join(CHOICES[key])}')
     return value
+
+
+def check_row(name, changes):
+    """The changes of one row of the comparison, whose name becomes a folder."""
+    if not re.fullmatch(r'(?!fold|seed|figures)[\w-]+', str(name)):
+        raise InputError(f'compare has a row {name!r}: use letters, digits, _ and -, and do not '
+                         'begin with fold, seed or figures')
+    if not isinstance(changes, list) or not all(isinstance(c, str) for c in changes):
+        raise InputError(f'compare.{name} = {changes!r}: write a list of section.key=value')
+    return changes
 
 
 def overlay(config, changes, where):
@@ -78,7 +91,7 @@ def overlay(config, changes, where):
             raise InputError(f'{where}: key {section!r} is unknown: did you mean '
                              f'{" or ".join(map(repr, known))}?')
         if section == 'compare' and isinstance(content, dict):
-            config[section] = content
+            config[section] = {str(name): check_row(name, row) for name, row in content.items()}
         elif not isinstance(config[section], dict):
             config[section] = check_value(section, content, config[section])
         elif not isinstance(content, dict):
@@ -154,7 +167,8 @@ def rows(cfg, compare):
                 assign(config, change)
             config['run'].update(seed=seed, row=name)
             run, again = Path(cfg.run.folder), '' if seed == cfg.run.seed else f'seed{seed}'
+            mae = '_'.join([config['mae']['name'], *filter(None, [again])]) + '.pt'
             yield SimpleNamespace(
                 name=name or config['reconstruct']['method'], cfg=namespace(config),
                 folder=run / name / again,
-                mae=lambda k, f=f"{config['mae']['name']}{again}.pt": run / f'fold{k}' / f)
+                mae=lambda k, name=mae: run / f'fold{k}' / name)

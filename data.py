@@ -76,13 +76,15 @@ def load(path, cfg):
                          cfg.data.size, t.seed)
         runtime.barrier()
     read, labels, mark = open_source(path)
-    mark = [mark, cfg.data.size, cfg.data.on_size]
+    size = cfg.data.size
+    # What a whole cache of this source looks like: the fingerprint, and bytes of the two files
+    mark = {'source': mark, 'on_size': cfg.data.on_size, 'images.u8': len(labels) * size ** 2 * 3,
+            'hashes.npy': 128 + 8 * len(labels)}
     name = f'{path.name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:10]}'
     folder = Path(cfg.data.cache) / f'{name}-{cfg.data.size}'
     if runtime.rank() == 0 and not is_current(folder, mark):
         build_cache(folder, mark, path, read, len(labels), cfg)
     runtime.barrier()
-    size = cfg.data.size
     return SimpleNamespace(
         images=np.memmap(folder / 'images.u8', np.uint8, 'c', shape=(len(labels), size, size, 3)),
         hashes=np.load(folder / 'hashes.npy', allow_pickle=False), labels=labels, path=path)
@@ -90,7 +92,8 @@ def load(path, cfg):
 
 def is_current(folder, mark):
     try:
-        return json.loads((folder / 'source.json').read_text()) == mark
+        return json.loads((folder / 'source.json').read_text()) == mark and all(
+            (folder / name).stat().st_size == mark[name] for name in ('images.u8', 'hashes.npy'))
     except (OSError, ValueError):
         return False
 

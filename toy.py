@@ -2,9 +2,8 @@
 
     python toy.py OUTFOLDER     # OUTFOLDER/toy_faces.png: 8 identities (rows), 8 images of each
 
-Who somebody is lies in many small measures (WHO), none of which tells two people apart alone;
-pose, light, expression, background and occlusion (SHOT) change the pixels more than that.
-Lengths are in half image widths, x to the right and y down; |x| draws both eyes at once.
+Who somebody is lies in many small measures (WHO); pose, light, expression, background and
+occlusion (SHOT) change the pixels more. Lengths: half image widths, x to the right, y down.
 """
 import shutil
 import sys
@@ -20,16 +19,15 @@ import torchvision
 import records
 
 WHO = dict(  # name=(low, high) of a uniform draw
-    head_w=(.50, .60), head_h=(.69, .80), jaw=(.05, .42), square=(0, .75), ear=(.05, .11),
-    skin=(0, 1), eye_x=(.20, .28), eye_y=(-.1, 0), eye_w=(.1, .145), eye_h=(.05, .085),
-    eye_tilt=(-.2, .25), iris=(.042, .06), iris_hue=(0, 1), lash=(.006, .02), brow_gap=(.11, .19),
-    brow_w=(.11, .17), brow_t=(.012, .038), brow_tilt=(-.15, .3), brow_arch=(0, 4),
-    nose_len=(.27, .43), nose_w=(.065, .13), nose_tall=(.36, .66), mouth_y=(.35, .44),
-    mouth_w=(.15, .25), lip_up=(.018, .05), lip_low=(.025, .07), lip_red=(0, .6), style=(0, 6),
-    hair_hue=(0, 1), hairline=(-.07, .06), part=(-1, 1), volume=(-.02, .05), strands=(5, 14),
-    beard=(-1.8, 1.4), beard_w=(.2, .7), beard_y=(.12, .3), moustache=(-2.4, 1.8),
-    mole_x=(-.4, .4), mole_y=(0, .6), glasses=(-1.8, 1), lens_w=(.12, .18), lens_h=(.08, .17),
-    rim=(.01, .022), rim_hue=(0, 1))
+    head_w=(.5, .6), head_h=(.69, .8), jaw=(.05, .42), square=(0, .75), ear=(.05, .11),
+    skin=(0, 1), eye_x=(.2, .28), eye_y=(-.1, 0), eye_w=(.1, .145), eye_h=(.05, .085),
+    eye_tilt=(-.2, .25), iris=(.04, .06), iris_hue=(0, 1), brow_gap=(.11, .19), brow_w=(.11, .17),
+    brow_t=(.01, .04), brow_tilt=(-.15, .3), brow_arch=(0, 4), nose_len=(.27, .43),
+    nose_w=(.065, .13), nose_tall=(.36, .66), mouth_y=(.35, .44), mouth_w=(.15, .25),
+    lip_up=(.02, .05), lip_low=(.03, .07), lip_red=(0, .6), style=(0, 6), hair_hue=(0, 1),
+    hairline=(-.07, .06), part=(-1, 1), volume=(-.02, .05), strands=(5, 14), beard=(-1.8, 1.4),
+    beard_w=(.2, .7), beard_y=(.12, .3), moustache=(-2.4, 1.8), mole_x=(-.4, .4), mole_y=(0, .6),
+    glasses=(-1.8, 1), lens_w=(.12, .18), lens_h=(.08, .17), rim_hue=(0, 1))
 SHOT = dict(
     yaw=(-.5, .5), nod=(-.1, .1), roll=(-.1, .1), scale=(.9, 1.1), shift_x=(-.07, .07),
     shift_y=(-.07, .07), light_x=(-1.1, 1.1), light_y=(-.8, .4), exposure=(.65, 1.25),
@@ -85,8 +83,8 @@ def _faces(who, shot, size):
     grid = (torch.arange(size * SUPER) + .5) / (size * SUPER) * 2 - 1
     skin, hair = _colour(SKIN, who.skin), _colour(HAIR, who.hair_hue * (1 - .6 * who.skin))
     # Where each point lies on the upright figure, (x, y), and on its turned face, (fx, fy)
-    dx, dy = (grid - shot.shift_x) / shot.scale, (grid[:, None] - shot.shift_y) / shot.scale
-    x, y = dx + dy * shot.roll, dy - dx * shot.roll                       # (N, 1, H, W) each
+    x, y = (grid - shot.shift_x) / shot.scale, (grid[:, None] - shot.shift_y) / shot.scale
+    x, y = x + y * shot.roll, y - x * shot.roll                           # (N, 1, H, W) each
     out, u, v = x.abs(), x / who.head_w, y / who.head_h
     fx = x * .95 - (1.21 - u.square()).clamp_(0).sqrt_() * who.head_w * shot.yaw
     fy = y - (1 - v.square()).clamp_(0).sqrt_() * shot.nod
@@ -100,8 +98,7 @@ def _faces(who, shot, size):
     hat, strand = head - volume - who.volume * (volume > 0) - curl, _wave(fx * who.strands + y)
     # From the back to the front: background, hair, neck, clothes, ears, head, beard
     rgb = _colour(CLOTH, shot.ground).repeat(1, 1, *x.shape[2:])
-    ramp = shot.ramp_x * x + shot.ramp_y * y + .5
-    rgb.lerp_(_colour(CLOTH, shot.ground2), ramp.clamp_(0, 1))
+    rgb.lerp_(_colour(CLOTH, shot.ground2), _cover(shot.ramp_x * x + shot.ramp_y * y, 1))
     rgb.lerp_(hair * .6, _cover(torch.max(out - who.head_w - volume, (y - back).abs() - back)))
     rgb.lerp_(skin, _cover(torch.max(out - who.head_w * .6, -y)))
     rgb.lerp_(skin * .3, _cover(head - .12, .2) * _cover(-y) * .5)
@@ -137,27 +134,27 @@ def _faces(who, shot, size):
     rgb.lerp_(WHITE, eye)
     rgb.lerp_(_colour(IRIS, who.iris_hue), eye * _cover(ball - who.iris))
     rgb.lerp_(BLACK, eye * _cover(ball - who.iris * .45))
-    rgb.lerp_(skin * .15, _cover(upper.abs() - who.lash) * _cover(u.abs() - who.eye_w * 1.1))
+    rgb.lerp_(skin * .15, _cover(upper.abs() - .012) * _cover(u.abs() - who.eye_w * 1.1))
     v = eye_v + who.brow_gap + shot.lift + (who.brow_tilt + shot.frown) * u
     brow = (v - who.brow_arch * u.square()).abs() - who.brow_t * (1 - .45 * u / who.brow_w)
     rgb.lerp_(hair * .7, _cover(brow, .03) * _cover(u.abs() - who.brow_w, .06) * .75)
     edge = hairline + who.hairline + curve * fx.square() + slope * who.part * fx
-    front = torch.max(hat, fy - edge - ripple * _wave(fx * 7))
-    rgb.lerp_(hair * (.85 + .2 * strand), _cover(front))
+    rgb.lerp_(hair * (.85 + .2 * strand), _cover(torch.max(hat, fy - edge - ripple * strand)))
     # Glasses; one image of four has sunglasses (hidden is 0.x), a face mask (1.x) or a bar (2.x)
     hidden = shot.hidden.floor()
     lens = torch.max(_oval(u, eye_v, who.lens_w, who.lens_w), eye_v.abs() - who.lens_h)
-    sides = torch.max((eye_v + .03).abs() - who.rim, torch.max(-lens, out - who.head_w))
-    frame = _cover(torch.min(lens.abs() - who.rim, sides))
+    sides = torch.max((eye_v + .03).abs() - .014, torch.max(-lens, out - who.head_w))
+    frame = _cover(torch.min(lens.abs() - .014, sides)) * ((who.glasses > 0) | (hidden == 0))
     rgb.lerp_(BLACK, _cover(lens) * (hidden == 0) * .93)
-    rgb.lerp_(_colour(CLOTH, who.rim_hue) * .6, frame * ((who.glasses > 0) | (hidden == 0)))
+    rgb.lerp_(_colour(CLOTH, who.rim_hue) * .6, frame)
     mask = torch.max(head - .03, .2 - eye_v + .3 * fx.square())
     hider = _cover(mask) * (hidden == 1) + _cover((y - shot.bar).abs() - .1) * (hidden == 2)
     rgb.lerp_(_colour(CLOTH, shot.veil) * (.85 + .15 * _wave(y * 6 + x)), hider)
-    # Light, as on a ball as wide as the head, and the camera
+    # Light, as on a ball as wide as the head; then the camera
     rgb = torch.nn.functional.avg_pool2d(rgb.mul_((.9 + light).clamp_(.12)), SUPER)
     rgb = (rgb * shot.exposure * (1 + shot.warmth * WARM) - .45) * shot.contrast + .45
-    return rgb.lerp_(torch.nn.functional.avg_pool2d(rgb, 3, 1, 1), shot.blur.clamp(0))
+    soft = torch.nn.functional.avg_pool2d(rgb, 3, 1, 1, count_include_pad=False)
+    return rgb.lerp_(soft, shot.blur.clamp(0))
 
 
 def draw(identities, poses, size=64, seed=0):
@@ -201,11 +198,11 @@ def draw_set(folder, identities, per_identity, test_identities, test_pairs, size
 
     labels, poses = np.divmod(np.arange(identities * per_identity), per_identity)
     records.write_records(part, files(labels, poses), labels, size)
-    folds = np.array_split(np.arange(test_pairs), 10)
-    same = np.concatenate([fold - fold[:1] < len(fold) / 2 for fold in folds])
+    same = np.concatenate([fold - fold[:1] < len(fold) / 2
+                           for fold in np.array_split(np.arange(test_pairs), 10)])
     rng, ends = np.random.default_rng((seed, 0, 0, 2)), (max(2, test_identities), 8)
-    first = rng.integers(ends, size=(test_pairs, 2))                      # person, image of 8
-    step = rng.integers(1, ends, size=(test_pairs, 2))
+    # Person and image (of 8) of the first of each pair, and how many further on the second is
+    first, step = (rng.integers(low, ends, size=(test_pairs, 2)) for low in (0, 1))
     step[same, 0] = 0
     pairs = np.stack([first, (first + step) % ends], 1).reshape(-1, 2)
     needed, where = np.unique(pairs, axis=0, return_inverse=True)

@@ -1,0 +1,80 @@
+"""Config files and the command line: what is refused, and in which words."""
+from pathlib import Path
+
+import pytest
+import yaml
+
+import config
+from records import InputError
+
+ALL = sorted(config.CONFIGS.glob('*.yaml'))
+
+
+@pytest.mark.parametrize('path', ALL, ids=lambda p: p.stem)
+def test_every_config_resolves_and_changes_only_what_it_names(path):
+    resolved = config.resolve(path)
+    assert resolved['run']['folder'] == f'runs/{path.stem}'
+    names = list(config.rows(config.namespace(resolved), compare=True))
+    assert names[0].folder == Path(resolved['run']['folder'])
+
+
+def test_every_key_of_casia_has_a_comment():
+    for line in (config.CONFIGS / 'casia.yaml').read_text().splitlines():
+        if line.strip() and not line.startswith('#') and not line.strip().startswith('- '):
+            section = not line.startswith(' ') and line.rstrip().endswith(':')
+            assert section or '#' in line or line.strip().endswith(':'), line
+
+
+@pytest.mark.parametrize('assignment, names', [
+    ('mae.epoch=3', ['mae.epoch', 'epochs']),
+    ('mea.epochs=3', ["'mea'", "'mae'"]),
+    ('mae.epochs=many', ['mae.epochs', "'many'", 'int']),
+    ('mae.epochs=true', ['mae.epochs', 'True', 'int']),
+    ('mae.epochs=0', ['mae.epochs', 'too small']),
+    ('mae.lr=-1', ['mae.lr', 'too small']),
+    ('mae.lr=.nan', ['mae.lr', 'finite']),
+    ('mae=3', ['mae', 'section']),
+    ('irm.relations=dot', ['irm.relations', 'cosine', 'l2']),
+    ('evaluate.sets=[1]', ['evaluate.sets', '1', 'str']),
+    ('mae.epochs', ['mae.epochs', 'section.key=value']),
+    ('run.folder=[', ['run.folder', 'quote']),
+])
+def test_a_wrong_assignment_is_one_sentence(assignment, names):
+    with pytest.raises(InputError) as error:
+        config.resolve(config.CONFIGS / 'toy.yaml', [assignment])
+    assert all(name in str(error.value) for name in names) and '\n' not in str(error.value)
+
+
+def test_exponents_without_a_dot_are_numbers():
+    # YAML 1.1 reads 1e-4 as a string; a learning rate must not fail for that
+    resolved = config.resolve(config.CONFIGS / 'toy.yaml', ['mae.lr=1e-4', 'fr.lr=1'])
+    assert resolved['mae']['lr'] == 1e-4 and resolved['fr']['lr'] == 1.0
+
+
+@pytest.mark.parametrize('text', ['', '3', '- a', 'a: [', '\x00', 'a: !!python/object:os.system x',
+                                  'mae: {epochs: {a: 1}}', 'base: nowhere.yaml', 'base: bad.yaml',
+                                  'compare: {x: 3}', 'compare: {x: [mae.lr]}', '1: 2'])
+def test_a_broken_file_is_one_sentence(tmp_path, text):
+    (tmp_path / 'bad.yaml').write_text(text)
+    with pytest.raises(InputError) as error:
+        resolved = config.resolve(tmp_path / 'bad.yaml')
+        list(config.rows(config.namespace(resolved), compare=True))
+    assert '\n' not in str(error.value)
+
+
+def test_a_config_builds_on_its_base(tmp_path):
+    (tmp_path / 'a.yaml').write_text(yaml.safe_dump({'mae': {'epochs': 7, 'batch': 8}}))
+    (tmp_path / 'b.yaml').write_text(yaml.safe_dump({'base': 'a.yaml', 'mae': {'batch': 9}}))
+    resolved = config.resolve(tmp_path / 'b.yaml')
+    assert (resolved['mae']['epochs'], resolved['mae']['batch']) == (7, 9)
+
+
+def test_rows_share_the_run_folder_and_have_their_own():
+    resolved = config.resolve(config.CONFIGS / 'toy.yaml', [
+        'compare_seeds=[0,1]', 'compare={mse: [irm.weight=0, mae.name=mse]}'])
+    found = {(r.name, r.cfg.run.seed): r for r in config.rows(config.namespace(resolved), True)}
+    assert {k: str(r.folder) for k, r in found.items()} == {
+        ('facemae', 0): 'runs/toy', ('mse', 0): 'runs/toy/mse',
+        ('facemae', 1): 'runs/toy/seed1', ('mse', 1): 'runs/toy/mse/seed1'}
+    assert str(found['mse', 1].mae(0)) == 'runs/toy/fold0/mse_seed1.pt'
+    assert found['mse', 0].cfg.irm.weight == 0 and found['facemae', 0].cfg.irm.weight > 0

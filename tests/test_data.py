@@ -1,0 +1,207 @@
+"""Cache, splits, order and random numbers of a data set."""
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import config
+import data
+import records
+import reconstruct
+import toy
+from records import InputError
+
+TINY = Path(__file__).parent / 'tiny.yaml'
+
+
+def make_config(folder, *assignments):
+    return config.namespace(config.resolve(TINY, [
+        f'run.folder={folder}/run', f'data.root={folder}/faces', f'data.cache={folder}/cache',
+        *assignments]))
+
+
+def write_faces(folder, people=8, images=3, form='png', start=0):
+    numbers = np.arange(people).repeat(images) + start, np.tile(np.arange(images), people)
+    pixels = toy.draw(*numbers, size=32)
+    records.write_records(folder, [records.encode(x, form) for x in pixels], numbers[0] - start, 32)
+    return pixels
+
+
+def test_cache_holds_the_decoded_images_and_follows_its_source(tmp_path):
+    cfg = make_config(tmp_path)
+    pixels = write_faces(tmp_path / 'faces')
+    found = data.load(tmp_path / 'faces', cfg)
+    assert np.array_equal(found.images, pixels.permute(0, 2, 3, 1))
+    built = (tmp_path / 'cache').rglob('images.u8')
+    first = next(built).stat().st_ino
+    data.load(tmp_path / 'faces', cfg)
+    assert next((tmp_path / 'cache').rglob('images.u8')).stat().st_ino == first   # not rebuilt
+    pixels = write_faces(tmp_path / 'faces', start=50)
+    assert np.array_equal(data.load(tmp_path / 'faces', cfg).images, pixels.permute(0, 2, 3, 1))
+
+
+def test_a_cache_that_was_not_finished_or_was_damaged_is_built_again(tmp_path):
+    cfg = make_config(tmp_path)
+    pixels = write_faces(tmp_path / 'faces').permute(0, 2, 3, 1)
+    data.load(tmp_path / 'faces', cfg)
+    folder = next((tmp_path / 'cache').iterdir())
+    for damage in ('source.json', 'hashes.npy', 'images.u8'):
+        os.truncate(folder / damage, (folder / damage).stat().st_size // 2)
+        assert np.array_equal(data.load(tmp_path / 'faces', cfg).images, pixels)
+
+
+def test_a_folder_per_person_is_read_like_records(tmp_path):
+    cfg = make_config(tmp_path)
+    pixels = toy.draw(np.arange(4), np.zeros(4, int), size=32)
+    for i, x in enumerate(pixels):
+        person = tmp_path / 'faces' / f'person {i // 2}'
+        person.mkdir(parents=True, exist_ok=True)
+        (person / f'{i}.png').write_bytes(records.encode(x, 'png'))
+    found = data.load(tmp_path / 'faces', cfg)
+    assert np.array_equal(found.images, pixels.permute(0, 2, 3, 1))
+    assert found.labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize('make, words', [
+    (lambda f: None, ['faces', 'does not exist', 'data.root']),
+    (lambda f: write_faces(f) is None or (f / 'train.idx').unlink(), ['train.idx']),
+    (lambda f: records.write_records(f, [b'no image'], [0], 32), ['image 0', 'faces']),
+    (lambda f: records.write_records(f, [records.encode(torch.zeros(3, 40, 32, dtype=torch.uint8))],
+                                     [0], 32), ['32x40', 'data.on_size=resize'])])
+def test_a_wrong_data_set_is_one_sentence(tmp_path, make, words):
+    make(tmp_path / 'faces')
+    with pytest.raises(InputError) as error:
+        data.split(make_config(tmp_path, 'toy.identities=0'))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_folds_release_everybody_once_and_share_nobody(tmp_path):
+    pixels = write_faces(tmp_path / 'faces', people=12)
+    cfg = make_config(tmp_path, 'data.folds=3', 'data.release_folds=[]', 'data.validation=0.2',
+                      'toy.identities=0', 'data.exclude=[5]')
+    folds = data.split(cfg)
+    labels = folds[0].data.labels
+    assert sorted(np.concatenate([f.private for f in folds])) == [
+        i for i in range(len(pixels)) if labels[i] != 5]
+    for f in folds:
+        groups = [set(labels[part]) for part in (f.private, f.train, f.validation)]
+        assert set.union(*groups) == set(range(12)) - {5}
+        assert sum(map(len, groups)) == 11 and all(groups)
+    again = data.split(make_config(tmp_path, 'data.folds=3', 'data.release_folds=[]',
+                                   'toy.identities=0', 'data.split_seed=1'))
+    assert any(set(a.private) != set(b.private) for a, b in zip(folds, again))
+
+
+def test_people_with_few_images_only_feed_the_mae(tmp_path):
+    pixels = toy.draw(np.arange(20), np.arange(20), size=32)
+    people = np.r_[np.arange(6).repeat(3), 6, 7]
+    records.write_records(tmp_path / 'faces', [records.encode(x, 'png') for x in pixels], people, 32)
+    fold = data.split(make_config(tmp_path, 'data.min_images=3', 'toy.identities=0'))[0]
+    assert set(people[fold.mae]) - set(people[fold.train]) == {6, 7}
+    assert not {6, 7} & set(people[fold.private])
+
+
+def test_a_picture_that_is_public_and_private_stops_the_run(tmp_path):
+    write_faces(tmp_path / 'faces')
+    write_faces(tmp_path / 'other', start=7)                 # person 7 is in both sets
+    cfg = make_config(tmp_path, f'data.public={tmp_path}/other', 'toy.identities=0')
+    with pytest.raises(InputError, match=r'same picture.*identity 7.*3 such'):
+        data.split(cfg)
+    fold = data.split(make_config(tmp_path, f'data.public={tmp_path}/other', 'toy.identities=0',
+                                  'data.exclude=[7]'))[0]
+    assert len(fold.private) == 21 and len(fold.train) == 24
+
+
+def test_order_visits_every_image_once_an_epoch():
+    order = data.Order(50, 10, seed=3)
+    epochs = [np.concatenate([order(5 * e + i)[0] for i in range(5)]) for e in range(2)]
+    assert all(sorted(e) == list(range(50)) for e in epochs) and any(epochs[0] != epochs[1])
+    assert np.array_equal(data.Order(50, 10, seed=3)(7)[0], order(7)[0])     # a pure function
+    with pytest.raises(InputError, match='larger than'):
+        data.Order(5, 10, seed=3)
+
+
+def test_balanced_batches_hold_k_images_of_each_person():
+    labels = np.repeat(np.arange(6), [1, 2, 3, 4, 9, 12])
+    order = data.Order(len(labels), 8, 0, labels, per_identity=4)
+    for step in range(6):
+        people, counts = np.unique(labels[order(step)[0]], return_counts=True)
+        assert (counts % 4 == 0).all()
+
+
+def test_hashes_depend_on_image_epoch_and_seed_alone():
+    images = torch.tensor([3, 1, 4, 159])
+    whole = data.hashed(7, 2, images, 64)
+    assert torch.equal(data.hashed(7, 2, images[2:3], 64)[0], whole[2])
+    assert not torch.equal(data.hashed(7, 3, images, 64), whole)
+    assert not torch.equal(data.hashed(8, 2, images, 64), whole)
+    assert len(data.hashed(0, 0, torch.arange(2000), 64).unique()) == 128000
+    u = data.uniform(data.hashed(1, 0, torch.arange(4000), 64))
+    # Mean, variance and correlation with the neighbouring image and column, at five sigma
+    assert abs(u.mean() - 0.5) < 0.003 and abs(u.var() - 1 / 12) < 0.003
+    for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1])):
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.01
+
+
+def test_release_order_is_secret_and_complete(tmp_path):
+    write_faces(tmp_path / 'faces')
+    folds = data.split(make_config(tmp_path, 'data.release_folds=[]', 'toy.identities=0'))
+    source = folds[0].data.labels
+    fold, image, label = reconstruct.release_order(folds, b'secret')
+    assert sorted(image) == list(range(24)) and (np.diff(label) >= 0).all()
+    assert len({(a, b) for a, b in zip(source[image], label)}) == 8      # one new label a person
+    assert (source[image] != np.sort(source)).any()
+    assert all(i in folds[k].private for k, i in zip(fold, image))
+    other = reconstruct.release_order(folds, b'another')
+    assert (other[1] != image).any()
+    capped = reconstruct.release_order(folds, b'secret', 2)
+    assert np.bincount(capped[2]).tolist() == [2] * 8
+
+
+@pytest.mark.parametrize('paste', ['true', 'false'])
+@pytest.mark.parametrize('method', ['facemae', 'mask'])
+def test_hidden_pixels_do_not_reach_the_release(tmp_path, method, paste):
+    from types import SimpleNamespace
+
+    from train_mae import make_model
+    cfg = make_config(tmp_path, f'reconstruct.method={method}', f'reconstruct.paste_visible={paste}')
+    torch.manual_seed(0)
+    mae = SimpleNamespace(model=make_model(cfg, 32).eval(), mean=torch.rand(3, 32, 32), std=0.25)
+    images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
+    numbers = torch.arange(5)
+    seen = reconstruct.masked(torch.zeros(5, 3, 32, 32), data.hashed(9, 0, numbers, 16), 0.75, 8)
+    hidden = (seen > 0).permute(0, 2, 3, 1)
+    changed = torch.where(hidden, 255 - images, images)
+    assert (changed != images).float().mean() > 0.7
+    made = [reconstruct.protect(x, numbers, 9, cfg, mae) for x in (images, changed)]
+    assert torch.equal(*made)
+    if method == 'mask' or paste == 'true':                      # what is visible is there
+        assert torch.equal(made[0][~hidden], images[~hidden])
+
+
+@pytest.mark.parametrize('method', ['facemae', 'mask', 'blur', 'pixelate', 'noise', 'none'])
+def test_methods_treat_an_image_alike_in_every_batch(tmp_path, method):
+    from types import SimpleNamespace
+
+    from train_mae import make_model
+    cfg = make_config(tmp_path, f'reconstruct.method={method}', 'reconstruct.pixelate_block=5')
+    mae = SimpleNamespace(model=make_model(cfg, 32).eval(), mean=torch.rand(3, 32, 32), std=0.25)
+    images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
+    numbers = torch.tensor([5, 9, 2, 7, 1, 3])
+    whole = reconstruct.protect(images, numbers, 4, cfg, mae)
+    alone = torch.cat([reconstruct.protect(images[i:i + 1], numbers[i:i + 1], 4, cfg, mae)
+                       for i in range(6)])
+    assert (whole.int() - alone.int()).abs().max() <= 1
+    assert torch.equal(whole, images) == (method == 'none')
+
+
+def test_normalised_targets_are_refused(tmp_path):
+    path = tmp_path / 'mae.pt'
+    cfg = make_config(tmp_path)
+    config_dict = config.as_dict(cfg)
+    config_dict['mae']['norm_pix_loss'] = True
+    torch.save({'step': 1, 'steps': 1, 'config': config_dict}, path)
+    with pytest.raises(InputError, match='leak'):
+        reconstruct.load_mae(path, 32, 'cpu', '')

@@ -1,0 +1,110 @@
+"""The toy faces: the same in every batch and process, people who differ, files to be read."""
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import records
+import toy
+
+
+def test_an_image_does_not_depend_on_its_batch_or_on_threads():
+    rng = np.random.default_rng(0)
+    identities, poses = rng.integers(20000, size=(2, 40))
+    for size in (64, 112):
+        batch = toy.draw(identities, poses, size)
+        assert batch.shape == (40, 3, size, size) and batch.dtype == torch.uint8
+        alone = [toy.draw([i], [p], size)[0] for i, p in zip(identities, poses)]
+        assert torch.equal(batch, torch.stack(alone))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3)
+        assert torch.equal(batch[7:], toy.draw(identities[7:], poses[7:], size))
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(threads)
+
+
+def test_another_process_draws_the_same():
+    code = 'import toy; print(toy.draw([3, 5], [0, 9], 32, seed=4).flatten().tolist())'
+    run = subprocess.run([sys.executable, '-c', code], cwd=Path(toy.__file__).parent,
+                         capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(toy.draw([3, 5], [0, 9], 32, seed=4).flatten().tolist())
+
+
+def test_seed_identity_and_pose_each_change_the_image():
+    images = torch.stack([toy.draw([i], [p], 32, seed)[0]
+                          for i in (0, 1) for p in (0, 1) for seed in (0, 1)])
+    assert len(torch.unique(images.flatten(1), dim=0)) == 8
+
+
+def test_people_differ_and_light_hides_it(monkeypatch):
+    """With the nuisances narrowed to their middle two images of one person are far closer than
+    those of two; as drawn, mean colours hardly tell which pairs are of one person."""
+    def distances():
+        faces = toy.draw(np.arange(120) // 2, np.arange(120) % 2, 32).float()
+        return torch.cdist(faces.flatten(1), faces.flatten(1)), faces.mean((2, 3))
+
+    _, colour = distances()
+    apart = torch.cdist(colour[::2], colour[1::2])
+    others = apart[~torch.eye(60, dtype=bool)]
+    assert 0.35 < (apart.diagonal()[:, None] < others).float().mean() < 0.75
+    still = {name: ((low + high) / 2,) * 2 for name, (low, high) in toy.SHOT.items()}
+    monkeypatch.setattr(toy, 'SHOT', {**still, 'gaze': toy.SHOT['gaze'], 'grain': (0, 2**17)})
+    pixels, _ = distances()
+    same = pixels[torch.arange(0, 120, 2), torch.arange(1, 120, 2)]
+    pixels.fill_diagonal_(torch.inf)
+    pixels[torch.arange(0, 120, 2), torch.arange(1, 120, 2)] = torch.inf
+    assert (pixels[::2].min(1).values > same).all()
+
+
+def test_parameters_of_many_images_are_uniform():
+    keys = np.stack(np.broadcast_arrays(0, np.arange(2000), 1), 1)
+    yaw = toy._uniform(keys, toy.SHOT).yaw.flatten()
+    low, high = toy.SHOT['yaw']
+    assert low <= yaw.min() and yaw.max() <= high and abs(yaw.mean()) < (high - low) / 30
+
+
+def test_draw_set(tmp_path, capsys):
+    folder = tmp_path / 'new' / 'toy'
+    leftover = tmp_path / 'new' / 'toy.part'
+    leftover.mkdir(parents=True)
+    (leftover / 'stale').write_text('of a killed draw')
+    toy.draw_set(folder, 5, 3, 6, 44, size=32, seed=2)
+    assert capsys.readouterr().out.count('\n') == 1
+    assert sorted(p.name for p in folder.parent.rglob('*')) == [
+        'property', 'toy', 'toy.bin', 'train.idx', 'train.rec']
+    assert (folder / 'property').read_text() == '5,32,32'
+    read = records.Records(folder)
+    assert read.labels.tolist() == [i for i in range(5) for _ in range(3)]
+    drawn = toy.draw(np.repeat(np.arange(5), 3), np.tile(np.arange(3), 5), 32, seed=2)
+    assert [bytes(read[i]) for i in range(15)] == [records.encode(x, 'jpeg', 95) for x in drawn]
+    images, same = records.read_bin(folder / 'toy.bin')
+    folds = np.array_split(same, 10)
+    assert all((f == (np.arange(len(f)) < len(f) / 2)).all() for f in folds)
+    # Whose image it is can be read off by drawing all it may be: people 5 to 10, 8 images each
+    people, poses = np.repeat(np.arange(5, 11), 8), np.tile(np.arange(8), 6)
+    source = {records.encode(x): key
+              for x, key in zip(toy.draw(people, poses, 32, seed=2), zip(people, poses))}
+    pairs = [(source[a], source[b]) for a, b in zip(images[::2], images[1::2])]
+    assert [a[0] == b[0] for a, b in pairs] == same.tolist()
+    assert all(a != b for a, b in pairs)
+
+
+def test_a_failed_draw_leaves_no_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, 'write_bin', lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        toy.draw_set(tmp_path / 'toy', 2, 2, 2, 10, size=16, seed=0)
+    assert not (tmp_path / 'toy').exists()
+
+
+def test_contact_sheet(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['toy.py', str(tmp_path / 'out')])
+    runpy.run_path(toy.__file__, run_name='__main__')
+    sheet = records.decode((tmp_path / 'out' / 'toy_faces.png').read_bytes(), 'sheet')
+    assert sheet.shape == (3, 8 * 114 + 2, 8 * 114 + 2)
+    monkeypatch.setattr(sys, 'argv', ['toy.py'])
+    with pytest.raises(SystemExit, match='OUTFOLDER'):
+        runpy.run_path(toy.__file__, run_name='__main__')
