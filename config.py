@@ -21,6 +21,7 @@ CHOICES = {
     'run.device': ('auto', 'cpu', 'cuda'),
     'run.precision': ('bf16', 'fp16', 'fp32'),
     'data.on_size': ('refuse', 'resize'),
+    'mae.mse_on': ('all', 'hidden'),
     'irm.relations': ('cosine', 'l2'),
     'reconstruct.method': ('facemae', 'mask', 'blur', 'pixelate', 'noise', 'none'),
     'reconstruct.format': ('jpeg', 'png'),

@@ -119,8 +119,30 @@ def build_cache(folder, mark, path, read, count, cfg):
     images.flush()
     np.save(temporary / 'hashes.npy', hashes)
     (temporary / 'source.json').write_text(json.dumps(mark))
+    if path.is_dir() and not (path / 'train.rec').exists():
+        warn_if_unaligned(images, path)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def warn_if_unaligned(images, path):
+    """Say so if uint8 photos (N, H, W, 3) do not look aligned to ArcFace's 112-pixel template.
+
+    Where the template has the eyes, the mean of aligned faces is darker than between them and on
+    the cheeks. On 600 photos of LFW the difference is 1.1 standard deviations, on the same photos
+    shifted by a tenth or shrunk to three quarters below 0.7; single photos scatter too much.
+    """
+    some = torch.as_tensor(np.array(images[::max(1, len(images) // 500)]))
+    grey = F.interpolate(some.float().mean(3)[:, None], (112, 112), mode='bilinear')[:, 0]
+    grey = grey - grey.mean((1, 2), keepdim=True)
+    face = (grey / (grey.square().mean((1, 2), keepdim=True).sqrt() + 1e-6)).mean(0)
+    left, right, bridge, cheek, other = (
+        face[y - 4:y + 5, x - 5:x + 6].mean()
+        for x, y in ((38, 52), (74, 52), (56, 52), (38, 72), (74, 72)))
+    if len(some) >= 5 and (bridge + cheek + other) / 3 - (left + right) / 2 < 0.75:
+        runtime.say(f'warning: the faces in {path} do not look aligned to the ArcFace template '
+                    '(eyes at 38,52 and 74,52 of 112 pixels): align them first, for example with '
+                    'insightface.utils.face_align.norm_crop, or results will be poor')
 
 
 # -------------------------------------------------------------------------------- splits
@@ -201,6 +223,12 @@ def check_disjoint(fold, same_set):
 
 
 # ------------------------------------------------------------------------------- batches
+
+def digest(found, rows):
+    """16 hex digits that tell one set of training images and labels from another."""
+    content = np.ascontiguousarray(found.hashes[rows]).tobytes() + found.labels[rows].tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
+
 
 class Store:
     """Rows of a cached data set as batches on the device: `store(indices) -> uint8 (B, H, W, 3)`.

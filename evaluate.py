@@ -305,30 +305,37 @@ def floors(cfg, sets, device):
     return results
 
 
-def table(found):
-    """The comparison as a table: `found` = {row: [results of each seed]}, in per cent."""
+def tables(found):
+    """The comparison as two tables of per cents: `found` = {row: [results of each seed]}."""
     def cell(values):
-        values = 100 * np.array([v for v in values if v is not None])
-        spread = f' ±{values.std(ddof=1):.1f}' if len(values) > 1 else ''
-        return f'{values.mean():.1f}{spread}' if len(values) else ''
+        values = 100 * np.array(values)
+        return f'{values.mean():.1f}' + (f' ±{values.std(ddof=1):.1f}' if len(values) > 1 else '')
 
-    with_privacy = [r[0] for r in found.values() if 'privacy' in r[0]]
-    attacks = list(with_privacy[0]['privacy']) if with_privacy else []
+    def start(title, columns):
+        shown = Table(title=title, title_justify='left')
+        shown.add_column('released set', no_wrap=True)
+        for column in columns:
+            shown.add_column(column, justify='right')
+        return shown
+
+    measures = {'acc.': 'accuracy', 'AUC': 'auc', 'TAR@FAR 1%': 'tar@far=1e-2'}
     names = list(next(iter(found.values()))[0]['verification'])
-    shown = Table(title='utility: verification, %; leakage: originals found first, %')
-    for column in ('released set', *(f'{n} acc.' for n in names),
-                   *(f'{n} TAR@1e-2' for n in names), *(a.replace('_', ' ') for a in attacks),
-                   'PSNR'):
-        shown.add_column(column, justify='left' if column == 'released set' else 'right')
+    utility = start('utility: verification of other people, %',
+                    [f'{name} {measure}' for name in names for measure in measures])
     for row, results in found.items():
-        cells = [cell([r['verification'][n][key] for r in results])
-                 for key in ('accuracy', 'tar@far=1e-2') for n in names]
-        chance = with_privacy[0]['privacy'] if with_privacy else {}
-        cells += [cell([r['privacy'][a]['rank1'] for r in results]) if 'privacy' in results[0]
-                  else f'{100 * chance[a]["chance"]:.1f}' for a in attacks]
-        psnr = [r['reconstruction']['psnr'] for r in results if 'reconstruction' in r]
-        shown.add_row(row, *cells, f'{np.mean(psnr):.1f}' if psnr else '')
-    return shown
+        utility.add_row(row, *(cell([r['verification'][n][key] for r in results])
+                               for n in names for key in measures.values()))
+    released = {row: results for row, results in found.items() if 'privacy' in results[0]}
+    if not released:
+        return [utility]
+    attacks = next(iter(released.values()))[0]['privacy']
+    leakage = start('leakage: the original, or another photo of the person, is found first, %',
+                    [*(a.replace('_', ' ') for a in attacks), 'PSNR, dB'])
+    for row, results in released.items():
+        leakage.add_row(row, *(cell([r['privacy'][a]['rank1'] for r in results]) for a in attacks),
+                        f'{np.mean([r["reconstruction"]["psnr"] for r in results]):.1f}')
+    leakage.add_row('chance', *(f'{100 * a["chance"]:.2f}' for a in attacks.values()), '')
+    return [utility, leakage]
 
 
 def main(cfg, device, compare=False):
@@ -336,22 +343,22 @@ def main(cfg, device, compare=False):
     folds = [] if cfg.evaluate.model or cfg.release else data.split(cfg)
     found, curves = {}, {}
     if compare:
-        found['untrained net (floor)'] = floors(cfg, sets, device)
+        found['untrained net'] = floors(cfg, sets, device)
     for row in rows(cfg, compare):
         results, distances = evaluate(row, folds, sets, device)
         found.setdefault(row.name, []).append(results)
         curves.setdefault(row.name, next(iter(distances.values())))
     if runtime.rank():
         return
-    shown = table(found)
-    Console().print(shown)
+    shown = tables(found)
+    Console().print(*shown)
     run = Path(cfg.run.folder)
     (run / 'figures').mkdir(parents=True, exist_ok=True)
     figures.verification_plots(curves, run / 'figures')
     if compare:
         runtime.write_json(run / 'results.json', {'rows': found, **found[next(rows(cfg, 0)).name][0]})
         with open(run / 'table.txt', 'w') as f:
-            Console(file=f, width=160).print(shown)
+            Console(file=f, width=120).print(*shown)
         points = {name: (np.mean([next(iter(r['verification'].values()))['accuracy'] for r in rs]),
                          {a: np.mean([r['privacy'][f'{a}_same_image']['rank1'] for r in rs])
                           for a in cfg.evaluate.attacks})

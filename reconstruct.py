@@ -37,6 +37,8 @@ from config import as_dict, rows
 from figures import save_grid
 from train_mae import make_model
 
+# A release made under other values of these, or from other images, would be a lie
+FIXED = ['reconstruct', 'data.size', 'data.folds', 'run.seed']
 PART = 2048     # images between two points where an interrupted release can continue
 STRENGTH = {'facemae': 'mask_ratio', 'mask': 'mask_ratio', 'blur': 'blur_sigma',
             'pixelate': 'pixelate_block', 'noise': 'noise_std'}
@@ -155,11 +157,10 @@ def release(row, folds, device):
     """Write one released data set."""
     cfg, c = row.cfg, row.cfg.reconstruct
     target = row.folder / 'reconstructed'
-    fixed = {k: as_dict(cfg)[k] for k in ('reconstruct', 'data', 'mae', 'run')}
+    digest = data.digest(folds[0].private_data, np.concatenate([f.private for f in folds]))
     note = row.folder / 'release.json'          # stays in the run folder: it names the source
     if (target / 'manifest.json').exists():
-        runtime.same_config(json.loads(note.read_text()), cfg,
-                            ['reconstruct', 'data', 'run.seed'], target)
+        runtime.same_premises(json.loads(note.read_text()), cfg, FIXED, target, digest)
         return runtime.say(f'{target} is finished: nothing to do')
     maes = [load_mae(row.mae(f.k), cfg.data.size, device, f'python train_mae.py --config '
                      f'{cfg.run.config}') if c.method == 'facemae' else None for f in folds]
@@ -170,10 +171,13 @@ def release(row, folds, device):
                         device)
     parts = row.folder / 'reconstructed.parts'
     if runtime.rank() == 0:
-        if not note.exists() or json.loads(note.read_text()) != fixed:
+        premises = {'config': as_dict(cfg), 'images': digest, 'mae': [
+            hashlib.sha256(row.mae(f.k).read_bytes()).hexdigest()
+            for f, mae in zip(folds, maes) if mae]}
+        if not note.exists() or json.loads(note.read_text()) != premises:
             shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(fixed))
+        runtime.write_json(note, premises)
     runtime.barrier()
 
     def make(number):

@@ -225,16 +225,17 @@ def recogniser(path, device, made_by=''):
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
-def same_config(saved, cfg, keys, path):
-    """Refuse to continue a checkpoint whose config differs in the named sections or keys."""
-    now = as_dict(cfg)
-    differ = []
+def same_premises(saved, cfg, keys, path, images=''):
+    """Refuse to continue what was made with another config (the named sections or keys) or from
+    other images (data.digest)."""
+    now, then = as_dict(cfg), saved['config']
+    differ = [] if saved.get('images', images) == images else ['the training images']
     for key in keys:
         section, _, name = key.partition('.')
-        old, new = saved.get(section), now[section]
-        names = [name] if name else sorted(new)
-        differ += [f'{section}.{n} ({old.get(n)!r} then, {new[n]!r} now)' for n in names
-                   if old.get(n) != new[n]]
+        old, new = then.get(section, {}), now[section]
+        for n in [name] if name else sorted(new) if isinstance(new, dict) else []:
+            if old.get(n) != new[n]:
+                differ.append(f'{section}.{n} ({old.get(n)!r} then, {new[n]!r} now)')
     if differ:
         raise InputError(f'{path} was made with another config: {", ".join(differ)}; change it '
                          'back, use another run.folder, or delete the file')

@@ -14,7 +14,9 @@ continues an interrupted run exactly.
 """
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ import models
 import runtime
 from config import as_dict, rows
 
-FIXED = ['fr', 'data.size', 'run.precision']   # and what the caller adds: a checkpoint's premises
+FIXED = ['fr', 'data.size', 'run.precision']     # premises of a checkpoint; callers add their own
 
 
 def learning_rate(step, total, steps_per_epoch, cfg):
@@ -75,14 +77,20 @@ class NormStatistics:
             b.copy_(piece.view_as(b))
 
 
-def train(cfg, path, store, labels, depth, width, epochs, seed, stage, fixed, device):
-    """Train one recogniser on the images of `store` with `labels` 0..C-1 and save it at `path`."""
+def train(cfg, path, faces, chosen, role, stage, fixed, device):
+    """Train one recogniser on the images faces[chosen] and save it at `path`.
+
+    `role` says which: depth, width, epochs, seed; all else is in the config's section fr.
+    """
     saved = runtime.load(path) if path.exists() else None
+    digest = data.digest(faces, chosen)
     if saved:
-        runtime.same_config(saved['config'], cfg, FIXED + fixed, path)
-    c = cfg.fr
+        runtime.same_premises(saved, cfg, FIXED + fixed, path, digest)
+    c, seed = cfg.fr, role.seed
+    store = data.Store(faces.images, chosen, device)
+    labels = data.renumber(faces.labels[chosen])
     order = data.Order(len(store), c.batch, seed)
-    total = epochs * order.steps_per_epoch
+    total = role.epochs * order.steps_per_epoch
     if saved and saved['step'] >= total:
         return runtime.say(f'{path} is finished ({total} steps): nothing to do')
     mine = runtime.share(c.batch, 'fr.batch')
@@ -95,7 +103,7 @@ def train(cfg, path, store, labels, depth, width, epochs, seed, stage, fixed, de
 
     torch.manual_seed(seed)
     try:
-        net = models.iresnet(depth, width, cfg.data.size, c.dim)
+        net = models.iresnet(role.depth, role.width, cfg.data.size, c.dim)
     except ValueError as e:
         raise runtime.InputError(f'{stage}: {e}') from None
     head = models.MarginHead(c.dim, classes, c.loss, c.scale, c.margin_gradient).to(device)
@@ -157,7 +165,7 @@ def train(cfg, path, store, labels, depth, width, epochs, seed, stage, fixed, de
             runtime.save(path, {
                 'net': net.state_dict(), 'head': head.state_dict(), 'step': step, 'steps': total,
                 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                'logged': logged, 'sums': sums, 'config': as_dict(cfg)})
+                'logged': logged, 'sums': sums, 'images': digest, 'config': as_dict(cfg)})
         stop.leave()
 
 
@@ -166,14 +174,9 @@ def train_public(cfg, stage, device):
     role = getattr(cfg, stage)
     if role.checkpoint:
         return runtime.say(f'{stage}.checkpoint = {role.checkpoint} is used: nothing to train')
-    fixed = [stage, 'data.root', 'data.public', 'data.folds', 'data.split_seed', 'toy',
-             'data.min_images', 'data.validation', 'data.exclude']
     for fold in data.split(cfg):
-        store = data.Store(fold.data.images, fold.train, device)
-        labels = data.renumber(fold.data.labels[fold.train])
-        train(cfg, Path(cfg.run.folder) / f'fold{fold.k}' / f'{stage}.pt', store, labels,
-              role.depth, role.width, role.epochs, role.seed, f'{stage}/fold{fold.k}', fixed,
-              device)
+        train(cfg, Path(cfg.run.folder) / f'fold{fold.k}' / f'{stage}.pt', fold.data, fold.train,
+              role, f'{stage}/fold{fold.k}', [stage], device)
 
 
 def train_student(row, device):
@@ -184,11 +187,10 @@ def train_student(row, device):
         raise runtime.InputError(f'{release} is missing: first run `python reconstruct.py '
                                  f'--config {cfg.run.config}` with the same arguments')
     released = data.load(release, cfg)
-    store = data.Store(released.images, range(len(released.labels)), device)
     stage = f'student/{row.folder.relative_to(cfg.run.folder)}'.removesuffix('/.')
-    train(cfg, row.folder / 'fr.pt', store, data.renumber(released.labels), cfg.fr.depth,
-          cfg.fr.width, cfg.fr.epochs, cfg.run.seed, stage, ['run.seed', 'reconstruct', 'release'],
-          device)
+    role = SimpleNamespace(**vars(cfg.fr), seed=cfg.run.seed)
+    train(cfg, row.folder / 'fr.pt', released, np.arange(len(released.labels)), role, stage,
+          ['run.seed'], device)
 
 
 def main(cfg, device, compare=False):

@@ -23,10 +23,9 @@ from config import as_dict, rows
 from irm import irm_loss, relation_correlation
 from figures import save_grid
 
-# A checkpoint made under other values of these would be a lie.
-FIXED = ['mae', 'irm', 'teacher', 'data.root', 'data.public', 'data.size', 'data.folds',
-         'data.split_seed', 'data.min_images', 'data.validation', 'data.exclude', 'toy',
-         'run.seed', 'run.precision', 'reconstruct.paste_visible']
+# A checkpoint made under other values of these, or from other images, would be a lie
+FIXED = ['mae', 'irm', 'teacher', 'data.size', 'run.seed', 'run.precision',
+         'reconstruct.paste_visible']
 STD = 0.25      # grey levels in 0..1 are divided by this; one number, so that hue is kept
 
 
@@ -63,15 +62,16 @@ class Objective:
     def __init__(self, cfg, model, teacher, mean):
         self.cfg, self.model, self.teacher, self.mean = cfg, model, teacher, mean
 
-    def forward(self, images, noise):
-        """uint8 (B, H, W, 3) and noise (B, L) -> squared error, and the teacher's embeddings of
-        the reconstructions (B, d), or None without IRM."""
+    def forward(self, images, noise, relate):
+        """uint8 (B, H, W, 3) and noise (B, L) -> squared error, and, if `relate`, the teacher's
+        embeddings of the reconstructions (B, d)."""
         x = images.permute(0, 3, 1, 2).float().div(255).sub(self.mean).div(STD)
         with runtime.autocast(x.device, self.cfg.run.precision):
             pred, mask = self.model(x, noise, self.cfg.mae.mask_ratio)
-            mse = models.masked_mse(pred, self.model.patchify(x), mask,
+            counted = mask if self.cfg.mae.mse_on == 'hidden' else torch.ones_like(mask)
+            mse = models.masked_mse(pred, self.model.patchify(x), counted,
                                     self.cfg.mae.norm_pix_loss)
-            if not self.cfg.irm.weight:
+            if not relate:
                 return mse, None
             if self.cfg.reconstruct.paste_visible:
                 pred = torch.where(mask[:, :, None] > 0, pred, self.model.patchify(x))
@@ -81,34 +81,34 @@ class Objective:
     def backward(self, images, noise, originals, scaler):
         """Accumulate the gradient of the whole batch, micro-batch by micro-batch.
 
-        IRM relates all instances of the global batch. Where they are more than a micro-batch, the
+        IRM (unless `originals` is None) relates all instances of the global batch. Where they are more than a micro-batch, the
         embeddings are made first without a graph; IRM's gradient with respect to them is then
         carried through one micro-batch at a time. Same gradient, memory of one micro-batch.
         Returns the losses and the correlation of the relations as tensors.
         """
-        size = self.cfg.mae.micro_batch
+        size, relate = self.cfg.mae.micro_batch, originals is not None
         parts = list(zip(images.split(size), noise.split(size)))
         irm = agreement = images.new_zeros((), dtype=torch.float32)
         carried = None
-        if self.cfg.irm.weight and len(parts) > 1:
+        if relate and len(parts) > 1:
             with torch.no_grad():
-                z = torch.cat([self.forward(*part)[1] for part in parts])
+                z = torch.cat([self.forward(*part, relate)[1] for part in parts])
             z.requires_grad_()
             irm = irm_loss(originals, z, self.cfg.irm.relations)
             carried = torch.autograd.grad(irm, z)[0].split(size)
         mse_sum = 0
         for number, part in enumerate(parts):
-            mse, z_part = self.forward(*part)
+            mse, z_part = self.forward(*part, relate)
             loss = self.cfg.mae.mse_weight * mse * (len(part[0]) / len(images))
             if carried:
                 loss = loss + self.cfg.irm.weight * (z_part * carried[number]).sum()
-            elif self.cfg.irm.weight:
+            elif relate:
                 z = z_part
                 irm = irm_loss(originals, z, self.cfg.irm.relations)
                 loss = loss + self.cfg.irm.weight * irm
             scaler.scale(loss).backward()
             mse_sum = mse_sum + mse.detach() * (len(part[0]) / len(images))
-        if self.cfg.irm.weight:
+        if relate:
             agreement = relation_correlation(originals, z.detach())
         return torch.stack([mse_sum, irm.detach(), agreement])
 
@@ -126,8 +126,9 @@ def preview(model, mean, images, noise, ratio, path):
 def train(row, fold, device):
     cfg, path = row.cfg, row.mae(fold.k)
     saved = runtime.load(path) if path.exists() else None
+    digest = data.digest(fold.data, fold.mae)
     if saved:
-        runtime.same_config(saved['config'], cfg, FIXED, path)
+        runtime.same_premises(saved, cfg, FIXED, path, digest)
     store = data.Store(fold.data.images, fold.mae, device)
     order = data.Order(len(store), cfg.mae.batch, cfg.run.seed, fold.data.labels[fold.mae],
                        cfg.irm.images_per_identity)
@@ -174,19 +175,22 @@ def train(row, fold, device):
             runtime.save(path, {
                 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
                 'scaler': scaler.state_dict(), 'step': step, 'steps': total,
-                'mean': mean.cpu(), 'std': STD, 'config': as_dict(cfg)})
+                'mean': mean.cpu(), 'std': STD, 'images': digest,
+                'config': as_dict(cfg)})
 
     stage = f'train_mae/fold{fold.k}/{path.stem}'
     log = runtime.Log(cfg.run.folder, stage, total, step)
     mine, stop, taken, saved_at = runtime.share(cfg.mae.batch, 'mae.batch'), runtime.Stop(), 0, 0
     previews = cfg.mae.preview_epochs * order.steps_per_epoch
+    relate_from = round(cfg.irm.warmup_epochs * order.steps_per_epoch)
     while step < total:
         chosen, epoch = order(step)
         numbers = torch.from_numpy(chosen[mine]).to(device)
         flip = data.hashed(cfg.run.seed + 1, epoch, numbers, 1)[:, 0] > 0
         noise = data.hashed(cfg.run.seed, epoch, numbers, patches)
         images = data.flipped(store(numbers), flip)
-        originals = None if known is None else known[flip.long(), numbers]
+        related = known is not None and step >= relate_from
+        originals = known[flip.long(), numbers] if related else None
         sums += objective.backward(images, noise, originals, scaler)
         runtime.average_gradients(model.parameters())
         for group in optimizer.param_groups:
@@ -215,7 +219,8 @@ def train(row, fold, device):
             runtime.save(path, {
                 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
                 'scaler': scaler.state_dict(), 'step': step, 'steps': total, 'logged': logged,
-                'sums': sums, 'mean': mean.cpu(), 'std': STD, 'config': as_dict(cfg)})
+                'sums': sums, 'mean': mean.cpu(), 'std': STD, 'images': digest,
+                'config': as_dict(cfg)})
         stop.leave()
 
 

@@ -205,3 +205,15 @@ def test_normalised_targets_are_refused(tmp_path):
     torch.save({'step': 1, 'steps': 1, 'config': config_dict}, path)
     with pytest.raises(InputError, match='leak'):
         reconstruct.load_mae(path, 32, 'cpu', '')
+
+
+def test_faces_off_the_template_are_noticed(capsys):
+    rng = np.random.default_rng(0)
+    faces = np.full((8, 112, 112, 3), 170.0) + rng.normal(0, 5, (8, 112, 112, 3))
+    faces[:, :20], faces[:, :, :12], faces[:, 105:] = 60, 90, 90
+    for x in (38, 74):
+        faces[:, 47:57, x - 7:x + 8] = 40                    # dark where the template has eyes
+    data.warn_if_unaligned(faces.astype(np.uint8), 'here')
+    assert not capsys.readouterr().out
+    data.warn_if_unaligned(np.roll(faces, 15, 1).astype(np.uint8), 'there')
+    assert 'there do not look aligned' in capsys.readouterr().out

@@ -1,0 +1,249 @@
+"""The scripts as users run them: the pipeline, interruption, several processes, wrong inputs."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import records
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / 'tests' / 'tiny.yaml'
+ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
+
+
+def command(folder, script, *assignments, processes=1):
+    launcher = [sys.executable] if processes == 1 else [
+        sys.executable, '-m', 'torch.distributed.run', '--standalone',
+        f'--nproc_per_node={processes}']
+    return [*launcher, str(ROOT / script), '--config', str(TINY), 'run.folder=run', *assignments]
+
+
+def run(folder, script, *assignments, processes=1, code=0):
+    """Run a script in `folder`; returns what it printed."""
+    done = subprocess.run(command(folder, script, *assignments, processes=processes), cwd=folder,
+                          capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory):
+    """A folder in which reproduce.sh has run the whole tiny experiment, and its output."""
+    folder = tmp_path_factory.mktemp('pipeline')
+    done = subprocess.run(
+        ['bash', ROOT / 'reproduce.sh', TINY, f'run.folder={folder}/run',
+         f'data.root={folder}/faces', f'data.cache={folder}/cache',
+         f'evaluate.sets=[{folder}/faces/toy.bin]'],
+        capture_output=True, text=True, env={**ONE_THREAD, 'PYTHON': sys.executable}, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder, done.stdout
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same folder to work on, without what stages 1 to 4 made of it."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    for path in ('run/fold0/mae.pt', 'run/reconstructed', 'run/fr.pt', 'run/results.json'):
+        shutil.rmtree(tmp_path / path) if (tmp_path / path).is_dir() else os.remove(tmp_path / path)
+    (tmp_path / 'run' / 'log.jsonl').unlink()
+    return tmp_path
+
+
+def tensors(state):
+    """Every tensor of a nested checkpoint by its path."""
+    if torch.is_tensor(state):
+        return {'': state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(
+        state, list) else []
+    return {f'{k}/{name}': t for k, v in items for name, t in tensors(v).items()}
+
+
+def equal_checkpoints(a, b):
+    a, b = (tensors(torch.load(p, weights_only=True)) for p in (a, b))
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def log_lines(folder, stage, drop=('images_per_second', 'seconds', 'memory_gib')):
+    lines = [json.loads(x) for x in (folder / 'run' / 'log.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k not in drop} for x in lines if x['stage'] == stage]
+
+
+def test_the_pipeline_writes_what_it_promises(finished):
+    folder, printed = finished
+    results = json.loads((folder / 'run' / 'results.json').read_text())
+    assert list(results['rows']) == ['untrained net', 'facemae', 'mask', 'originals']
+    toy = results['verification']['toy']
+    assert {'accuracy', 'std', 'auc', 'tar@far=1e-3', 'sha256'} <= set(toy)
+    assert {'rank1', 'rank5', 'map', 'chance', 'ceiling'} <= set(
+        results['privacy']['judge_same_image']) and 'pixels_same_person' in results['privacy']
+    assert results['privacy']['pixels_same_image']['chance'] == pytest.approx(1 / 72)
+    originals = results['rows']['originals'][0]
+    assert originals['privacy']['pixels_same_image']['rank1'] == 1
+    assert originals['reconstruction']['psnr'] > 90                  # PNG: nothing is lost
+    assert {'commit', 'torch', 'device'} <= set(results['made_with'])
+    assert results['config']['mae']['dim'] == 32 and results['seconds']['train_mae/fold0/mae'] > 0
+    for figure in ('release.png', 'mask.png', 'mae_fold0.png', 'roc.png', 'scores.png',
+                   'tradeoff.png'):
+        assert (folder / 'run' / 'figures' / figure).stat().st_size > 1000
+    assert 'facemae' in printed and 'ETA' in printed
+
+
+def test_the_release_is_insightfaces_and_says_nothing_of_its_source(finished):
+    folder = finished[0]
+    release = records.Records(folder / 'run' / 'reconstructed')
+    assert len(release) == 72 and np.bincount(release.labels).tolist() == [6] * 12
+    secret = (folder / 'run' / 'release.key').read_text().strip()
+    for path in (folder / 'run' / 'reconstructed').iterdir():
+        content = path.read_bytes()
+        assert secret.encode() not in content and str(folder).encode() not in content
+        assert b'seed' not in content and b'faces/' not in content
+    original = [bytes(x) for x in records.Records(folder / 'faces')]
+    kept = records.Records(folder / 'run' / 'originals' / 'reconstructed')
+    source = records.Records(folder / 'faces').labels
+    pictures = {records.decode(x, '').numpy().tobytes(): i for i, x in enumerate(original)}
+    pairs = [(kept.labels[i], source[pictures[records.decode(x, '').numpy().tobytes()]])
+             for i, x in enumerate(kept)]
+    assert len(set(pairs)) == 12 and pairs != sorted(pairs, key=lambda p: p[1])
+
+
+def test_finished_stages_do_nothing_and_changed_configs_are_refused(finished):
+    folder = finished[0]
+    before = {p: p.stat().st_mtime_ns for p in (folder / 'run').rglob('*.pt')}
+    assert 'nothing to do' in run(folder, 'train_mae.py')
+    assert 'nothing to do' in run(folder, 'train_fr.py', 'stage=teacher')
+    assert 'nothing to do' in run(folder, 'reconstruct.py', '--compare')
+    printed = run(folder, 'train_mae.py', 'irm.weight=0.5', code=2)
+    assert 'irm.weight (0.1 then, 0.5 now)' in printed and 'Traceback' not in printed
+    assert 'reconstruct.quality' in run(folder, 'reconstruct.py', 'reconstruct.quality=7', code=2)
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / 'run').rglob('*.pt')}
+
+
+@pytest.mark.parametrize('script, stage, result', [
+    ('train_mae.py', 'train_mae/fold0/mae', 'fold0/mae.pt'), ('train_fr.py', 'student/mask', 'fr.pt')])
+def test_an_interrupted_training_ends_like_an_undisturbed_one(copied, finished, script, stage,
+                                                              result):
+    extra = [] if script == 'train_mae.py' else ['run.row=mask']
+    if extra:
+        result = 'mask/fr.pt'
+        (copied / 'run' / result).unlink()
+    for step, how in ((3, signal.SIGTERM), (6, signal.SIGKILL)):
+        process = subprocess.Popen(command(copied, script, 'run.save_minutes=0', *extra), cwd=copied,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ONE_THREAD)
+        path = copied / 'run' / result
+        while process.poll() is None:           # in the middle of an epoch and of a log interval
+            if path.exists() and torch.load(path, weights_only=True)['step'] >= step:
+                process.send_signal(how)
+                break
+            time.sleep(0.005)
+        assert process.wait(30) != 0, 'the run ended before it could be interrupted'
+    printed = run(copied, script, 'run.save_minutes=0', *extra)
+    assert 'continuing at step' in printed
+    assert equal_checkpoints(copied / 'run' / result, finished[0] / 'run' / result)
+    assert log_lines(copied, stage) == log_lines(finished[0], stage)
+
+
+def test_two_processes_give_what_one_gives(copied, finished):
+    """Same masks, same losses, same release; the student up to rounding, BatchNorm included."""
+    run(copied, 'train_mae.py', processes=2)
+    one, two = (log_lines(f, 'train_mae/fold0/mae') for f in (finished[0], copied))
+    assert [x['step'] for x in one] == [x['step'] for x in two]
+    for key in ('mse', 'irm'):
+        np.testing.assert_allclose([x[key] for x in one], [x[key] for x in two], rtol=1e-3)
+    shutil.copy(finished[0] / 'run' / 'fold0' / 'mae.pt', copied / 'run' / 'fold0' / 'mae.pt')
+    run(copied, 'reconstruct.py', 'reconstruct.batch=7', processes=2)
+    first, second = (records.Records(f / 'run' / 'reconstructed') for f in (finished[0], copied))
+    assert np.array_equal(first.labels, second.labels)
+    for a, b in zip(first, second):
+        a, b = (records.decode(x, '').int() for x in (a, b))
+        assert (a - b).abs().max() <= 1
+    shutil.rmtree(copied / 'run' / 'reconstructed')
+    shutil.copytree(finished[0] / 'run' / 'reconstructed', copied / 'run' / 'reconstructed')
+    run(copied, 'train_fr.py', processes=2)
+    one, two = (log_lines(f, 'student') for f in (finished[0], copied))
+    np.testing.assert_allclose([x['loss'] for x in one], [x['loss'] for x in two], rtol=1e-2)
+    one, two = (torch.load(f / 'run' / 'fr.pt', weights_only=True)['net']
+                for f in (finished[0], copied))
+    one, two = (torch.cat([v.flatten() for name, v in s.items() if 'running' in name])
+                for s in (one, two))
+    assert torch.corrcoef(torch.stack([one, two]))[0, 1] > 0.98
+    run(copied, 'evaluate.py', processes=2)
+    results = [json.loads((f / 'run' / 'mask' / 'results.json').read_text()) for f in
+               (finished[0], copied)]
+    assert results[0]['verification'] == results[1]['verification']
+
+
+def test_micro_batches_do_not_change_the_gradient(copied, finished):
+    run(copied, 'train_mae.py', 'mae.micro_batch=7', 'mae.name=small')
+    one = log_lines(finished[0], 'train_mae/fold0/mae')
+    two = log_lines(copied, 'train_mae/fold0/small')
+    for key in ('mse', 'irm', 'relations'):
+        np.testing.assert_allclose([x[key] for x in one], [x[key] for x in two], rtol=1e-3)
+
+
+@pytest.mark.parametrize('script, arguments, words', [
+    ('train_mae.py', ['run.folder=empty'], ['teacher.pt', 'missing', 'stage=teacher']),
+    ('reconstruct.py', ['run.folder=empty'], ['mae.pt', 'python train_mae.py']),
+    ('train_fr.py', ['run.folder=empty'], ['reconstructed', 'python reconstruct.py']),
+    ('evaluate.py', ['run.folder=empty'], ['fr.pt', 'python train_fr.py']),
+    ('evaluate.py', ['evaluate.sets=[nowhere.bin]'], ['nowhere.bin', 'check the path']),
+    ('evaluate.py', ['evaluate.attacks=[psychic]'], ['psychic', 'pixels']),
+    ('train_fr.py', ['stage=teacher', 'run.folder=other', 'fr.batch=2000'], ['2000', 'fr.batch']),
+    ('train_fr.py', ['stage=teacher', 'run.folder=other', 'teacher.depth=12'], ['12', '[10, 18']),
+    ('train_mae.py', ['run.folder=other', 'mae.patch=5', 'irm.weight=0'], ['32', '5']),
+    ('train_mae.py', ['data.folds=1'], ['data.folds', 'data.public']),
+])
+def test_a_wrong_input_is_one_sentence_with_exit_code_2(finished, script, arguments, words):
+    printed = run(finished[0], script, *arguments, code=2)
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith('error: ') and 'Traceback' not in printed
+    assert all(word in last for word in words), last
+
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_half_precision_trains(copied, precision):
+    run(copied, 'train_mae.py', f'run.precision={precision}', 'mae.name=half', 'mae.epochs=2')
+    losses = [x['mse'] for x in log_lines(copied, 'train_mae/fold0/half')]
+    assert losses[-1] < losses[0]
+
+
+def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(copied):
+    printed = run(copied, 'train_mae.py', 'mae.lr=1e30', 'mae.name=hot', code=2)
+    assert 'mse' in printed and 'smaller lr' in printed
+    assert not (copied / 'run' / 'fold0' / 'hot.pt').exists()
+
+
+def test_published_checkpoints_and_foreign_releases_are_evaluated(finished, tmp_path):
+    folder = finished[0]
+    student = torch.load(folder / 'run' / 'fr.pt', weights_only=True)['net']
+    torch.save({f'module.{k}': v for k, v in student.items()}, tmp_path / 'backbone.pth')
+    run(folder, 'evaluate.py', f'evaluate.model={tmp_path}/backbone.pth', 'run.row=mask')
+    ours = json.loads((folder / 'run' / 'results.json').read_text())['verification']
+    theirs = json.loads((folder / 'run' / 'mask' / 'results.json').read_text())['verification']
+    assert ours == theirs
+    run(folder, 'evaluate.py', 'release=run/originals/reconstructed', 'run.row=originals',
+        'originals=run/originals/reconstructed')
+    found = json.loads((folder / 'run' / 'originals' / 'results.json').read_text())['privacy']
+    assert found['judge_same_image']['rank1'] == 1
+
+
+def test_photos_become_a_picture(finished, tmp_path):
+    for i, image in enumerate(list(records.Records(finished[0] / 'faces'))[:5]):
+        (tmp_path / f'{i}.jpg').write_bytes(image)
+    printed = run(finished[0], 'reconstruct.py', f'reconstruct.photos={tmp_path}')
+    assert 'photos.png' in printed and (finished[0] / 'run' / 'figures' / 'photos.png').exists()
+
+
+def test_tiny_names_only_known_keys():
+    known = yaml.safe_load((ROOT / 'configs' / 'casia.yaml').read_text())
+    for section, content in yaml.safe_load(TINY.read_text()).items():
+        assert section == 'compare' or set(content) <= set(known[section])
