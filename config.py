@@ -29,9 +29,15 @@ CHOICES = {
     'fr.loss': ('arcface', 'cosface'),
     'fr.margin_gradient': ('exact', 'straight_through'),
 }
-AT_LEAST_ONE = {'size', 'folds', 'batch', 'micro_batch', 'norm_batch', 'patch', 'dim', 'heads',
-                'depth', 'width', 'decoder_dim', 'decoder_heads', 'log_every', 'pixelate_block',
-                'quality', 'epochs'}
+LARGE = float('inf')
+RANGES = {                                   # any other number must not be negative
+    **dict.fromkeys((
+        'run.log_every', 'data.size', 'data.folds', 'data.min_images', 'mae.patch', 'mae.batch',
+        'mae.micro_batch', 'mae.dim', 'mae.heads', 'mae.decoder_dim', 'mae.decoder_heads',
+        'fr.width', 'fr.dim', 'fr.batch', 'fr.norm_batch', 'teacher.width', 'judge.width',
+        'reconstruct.pixelate_block', 'reconstruct.batch', 'evaluate.batch'), (1, LARGE)),
+    'data.validation': (0, 0.9), 'mae.mask_ratio': (0, 0.99), 'reconstruct.mask_ratio': (0, 0.99),
+    'reconstruct.blur_sigma': (0.1, 100), 'reconstruct.quality': (1, 100)}
 
 
 def read_yaml(path):
@@ -64,8 +70,10 @@ def check_value(key, value, default):
         value = [check_value(key, item, default[0]) for item in value]
     if isinstance(value, float) and not np.isfinite(value):
         raise InputError(f'{key} = {value} is not finite: give a number such as {default}')
-    if isinstance(value, (int, float)) and value < (key.split('.')[-1] in AT_LEAST_ONE):
-        raise InputError(f'{key} = {value} is too small: give a number such as {default}')
+    low, high = RANGES.get(key, (0, LARGE))
+    if isinstance(value, (int, float)) and not low <= value <= high:
+        raise InputError(f'{key} = {value} is out of range: give {low} to {high}, for example '
+                         f'{default}')
     if key == 'mae.name' and not re.fullmatch(r'[\w-]+', value):
         raise InputError(f'mae.name = {value!r} is a file name: use letters, digits, _ and -')
     if key in CHOICES and value not in CHOICES[key]:

@@ -339,7 +339,13 @@ def for_recogniser(batch, net):
     return (2 * x - 1).contiguous(memory_format=torch.channels_last)
 
 
-@torch.inference_mode()
+@torch.no_grad()
+def embed_batch(net, images, precision):
+    """Embeddings float32 (B, d) of uint8 images (B, H, W, 3)."""
+    with runtime.autocast(images.device, precision):
+        return net(for_recogniser(images, net)).float()
+
+
 def embed(net, store, batch, precision, flips=(False, True)):
     """Embeddings of every image of a store, one float32 tensor (N, d) for each of `flips`.
 
@@ -350,9 +356,8 @@ def embed(net, store, batch, precision, flips=(False, True)):
     for number, first in enumerate(starts):
         if number % runtime.world() == runtime.rank():
             images = store(torch.arange(first, min(first + batch, len(store))))
-            with runtime.autocast(store.device, precision):
-                found[number] = [net(for_recogniser(images.flip(2) if flip else images, net))
-                                 .float() for flip in flips]
+            found[number] = [embed_batch(net, images.flip(2) if flip else images, precision)
+                             for flip in flips]
     if runtime.world() > 1:
         every = [None] * runtime.world()
         dist.all_gather_object(every, {n: [z.cpu() for z in zs] for n, zs in found.items()})

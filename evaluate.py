@@ -7,7 +7,7 @@
     python evaluate.py release=PATH originals=PATH       # anybody's release, same order
 
 Reads   evaluate.sets (.bin), <run>/<row>/fr.pt, <run>/<row>/reconstructed, <run>/fold<k>/judge.pt
-Writes  <run>/<row>/results.json, with --compare <run>/results.json and <run>/figures/*.png
+Writes  <run>/<row>/results.json (external.json for others' models and releases), with --compare <run>/results.json and <run>/figures/*.png
 
 Utility is insightface's ten-fold verification. Leakage is retrieval: how often the original of a
 released image (same image), or another photo of its person (same person), comes first among all
@@ -18,6 +18,7 @@ trained on the release itself, teacher = the one that shaped the release.
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,12 +26,14 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+import attacks
 import data
 import figures
 import models
 import records
 import runtime
 from config import as_dict, rows
+from records import InputError
 from reconstruct import release_order, release_secret
 
 FOLDS = 10
@@ -85,9 +88,9 @@ def load_pairs(path, cfg):
     return images, where.reshape(-1, 2), same
 
 
-def unit_embeddings(net, images, cfg, device):
-    """f(x) + f(mirrored x), L2-normalised, float32 (N, d)."""
-    store = data.Store(images, range(len(images)), device)
+def unit_embeddings(net, images, chosen, cfg, device):
+    """f(x) + f(mirrored x) of images[chosen], L2-normalised, float32 (N, d)."""
+    store = data.Store(images, chosen, device)
     plain, mirrored = data.embed(net, store, cfg.evaluate.batch, cfg.run.precision)
     return F.normalize(plain + mirrored)
 
@@ -96,7 +99,7 @@ def verify(net, sets, cfg, device):
     """Verification of a recogniser on each set: results by name, and the distances of each."""
     results, curves = {}, {}
     for path, (images, pairs, same) in sets.items():
-        z = unit_embeddings(net, images, cfg, device).double().cpu().numpy()
+        z = unit_embeddings(net, images, range(len(images)), cfg, device).double().cpu().numpy()
         distance = np.square(z[pairs[:, 0]] - z[pairs[:, 1]]).sum(1)
         accuracy = fold_accuracies(distance, same)
         results[Path(path).stem] = {
@@ -106,91 +109,6 @@ def verify(net, sets, cfg, device):
             'sha256': hashlib.sha256(Path(path).read_bytes()).hexdigest()}
         curves[Path(path).stem] = distance, same
     return results, curves
-
-
-# ------------------------------------------------------------------------------- retrieval
-
-def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=16384):
-    """Rank every gallery item that a probe should find, exactly and in bounded memory.
-
-    probes (n, d), gallery (N, d): unit float32; ids int64: those with the probe's id are to be
-    found, except row exclude[i]. Returns for each probe that has any: the rank of its best one
-    (1 = first; ties share the middle), its average precision, and its chance of a hit at rank 1.
-    """
-    device = gallery.device
-    order = gallery_ids.argsort(stable=True)
-    left = torch.searchsorted(gallery_ids[order], probe_ids)
-    right = torch.searchsorted(gallery_ids[order], probe_ids, right=True)
-    widest = int((right - left).max())
-    results = []
-    for part in torch.arange(len(probes), device=device).split(512):
-        slot = left[part, None] + torch.arange(widest, device=device)            # (b, m)
-        found = order[slot.clamp(max=len(order) - 1)]
-        valid = slot < right[part, None]
-        if exclude is not None:
-            valid &= found != exclude[part, None]
-        part, found, valid = (t[valid.any(1)] for t in (part, found, valid))
-        z = probes[part]
-        wanted = torch.einsum('bd,bmd->bm', z, gallery[found])
-        # Rising order for searchsorted; the padding comes last and is never counted
-        wanted = wanted.masked_fill(~valid, torch.inf).sort(1).values
-        above = torch.zeros(len(part), widest + 1, device=device)
-        for begin in range(0, len(gallery), block):
-            score = z @ gallery[begin:begin + block].T
-            score[probe_ids[part, None] == gallery_ids[None, begin:begin + block]] = -torch.inf
-            for side in (False, True):            # counting ties once below and once above
-                place = torch.searchsorted(wanted, score, right=side)
-                above.scatter_add_(1, place, torch.full_like(score, 0.5))
-        # A distractor at place p beats the p lowest of the wanted
-        beaten_by = above.flip(1).cumsum(1).flip(1)[:, 1:]                        # (b, m)
-        count = valid.sum(1, keepdim=True)
-        own = count - torch.arange(widest, device=device)        # place among the wanted, best = 1
-        rank = own + beaten_by
-        precision = torch.where(own > 0, own / rank, 0).sum(1) / count[:, 0]
-        best = rank.gather(1, count - 1)[:, 0]
-        others = len(gallery) - (exclude is not None)
-        results.append(torch.stack([best, precision, count[:, 0] / others], 1))
-    return torch.cat(results).cpu()
-
-
-def summary(found, ceiling):
-    """Retrieval results (n, 3) of search() as the figures of results.json."""
-    best = found[:, 0]
-    return {'rank1': (best <= 1).float().mean().item(), 'rank5': (best <= 5).float().mean().item(),
-            'rank20': (best <= 20).float().mean().item(), 'map': found[:, 1].mean().item(),
-            'chance': found[:, 2].mean().item(), 'probes': len(found),
-            'ceiling': (ceiling[:, 0] <= 1).float().mean().item()}
-
-
-def pixel_embeddings(images, device):
-    """16 x 16 pixels of each image, contrast-normalised, as unit vectors (N, 768)."""
-    small = [F.adaptive_avg_pool2d(torch.as_tensor(part).to(device).permute(0, 3, 1, 2).float(), 16)
-             .flatten(2) for part in np.array_split(images, max(1, len(images) // 4096))]
-    small = torch.cat(small)
-    return F.normalize((small - small.mean(2, keepdim=True)).flatten(1))
-
-
-def leakage(groups, attackers, cfg, device):
-    """Retrieval under each attacker, pooled over the folds.
-
-    groups: for each fold (released images, originals of its gallery, source row of each released
-    image, person of each gallery row); attackers: {name: [embedder of fold 0, 1, ...]}.
-    """
-    results = {}
-    for name, embedders in attackers.items():
-        found = {'same_image': [], 'same_person': []}
-        ceiling = {'same_image': [], 'same_person': []}
-        for embedder, (released, originals, source, person) in zip(embedders, groups):
-            gallery = embedder(originals)
-            source = torch.as_tensor(source, device=device)
-            person = torch.as_tensor(person, device=device)
-            numbers = torch.arange(len(gallery), device=device)
-            for probes, kept in ((embedder(released), found), (gallery[source], ceiling)):
-                kept['same_image'].append(search(probes, gallery, source, numbers))
-                kept['same_person'].append(search(probes, gallery, person[source], person, source))
-        for kind in found:
-            results[f'{name}_{kind}'] = summary(torch.cat(found[kind]), torch.cat(ceiling[kind]))
-    return results
 
 
 # ---------------------------------------------------------------------------- image quality
@@ -223,10 +141,10 @@ def released_pairs(row, folds):
     cfg = row.cfg
     if cfg.release or cfg.originals:
         if not (cfg.release and cfg.originals):
-            raise runtime.InputError('release and originals belong together: give both paths')
+            raise InputError('release and originals belong together: give both paths')
         made, whole = data.load(cfg.release, cfg), data.load(cfg.originals, cfg)
         if len(made.labels) != len(whole.labels):
-            raise runtime.InputError(f'release has {len(made.labels)} images and originals '
+            raise InputError(f'release has {len(made.labels)} images and originals '
                                      f'{len(whole.labels)}: both need the same, in one order')
         image, galleries, fold = np.arange(len(whole.labels)), [np.arange(len(whole.labels))], 0
         fold = np.zeros(len(image), int)
@@ -241,52 +159,79 @@ def released_pairs(row, folds):
     groups = []
     for k, gallery in enumerate(galleries):
         mine = chosen[fold[chosen] == k]
-        groups.append((made.images[mine], whole.images[gallery],
-                       np.searchsorted(gallery, image[mine]), whole.labels[gallery]))
+        groups.append(SimpleNamespace(
+            released=(made.images, mine), originals=(whole.images, gallery),
+            source=np.searchsorted(gallery, image[mine]), person=whole.labels[gallery]))
     return groups
 
 
-def evaluate(row, folds, sets, device):
+def attackers(row, folds, student, device):
+    """The attackers of evaluate.attacks: {name: [(what it depends on, embedder) of each fold]}."""
+    cfg = row.cfg
+
+    def embedder(net):
+        return lambda images, chosen: unit_embeddings(net, images, chosen, cfg, device)
+
+    def public(role):
+        found = []
+        for k in [f.k for f in folds] or [0]:
+            path = getattr(cfg, role).checkpoint or f'{cfg.run.folder}/fold{k}/{role}.pt'
+            net = runtime.recogniser(path, device, 'python train_fr.py --config '
+                                     f'{cfg.run.config} stage={role}')
+            found.append((f'{path} {k}', embedder(net)))
+        return found
+
+    def pixels():
+        return [(f'pixels {k}', lambda images, chosen: attacks.pixel_embeddings(
+            images, chosen, device)) for k in range(len(folds) or 1)]
+
+    def insider():
+        return [(f'{row.folder} {k}', embedder(student)) for k in range(len(folds) or 1)]
+
+    known = {'judge': lambda: public('judge'), 'teacher': lambda: public('teacher'),
+             'pixels': pixels, 'insider': insider}
+    unknown = sorted(set(cfg.evaluate.attacks) - set(known))
+    if unknown:
+        raise InputError(f'evaluate.attacks has {unknown[0]!r}: choose from '
+                                 f'{", ".join(known)}')
+    return {name: known[name]() for name in cfg.evaluate.attacks}
+
+
+def evaluate(row, folds, sets, galleries, device):
     """Everything about one row, written to its results.json; also the distances for the plots."""
-    cfg, run = row.cfg, Path(row.cfg.run.folder)
-    path = cfg.evaluate.model or row.folder / 'fr.pt'
-    again = f'python train_fr.py --config {cfg.run.config}'
-    results, curves = {'row': row.name, 'seed': cfg.run.seed}, {}
-    student = runtime.recogniser(path, device, again)
-    results['verification'], curves = verify(student, sets, cfg, device)
+    cfg = row.cfg
+    path, name = row.folder / 'fr.pt', 'results.json'
+    if cfg.evaluate.model or cfg.release:        # others' work does not overwrite the run's own
+        path, name = cfg.evaluate.model or path, 'external.json'
+    student = None
+    if cfg.release and not Path(path).exists():
+        cfg.evaluate.attacks = [a for a in cfg.evaluate.attacks if a != 'insider']
+        runtime.say(f'{path} is missing: no utility and no insider (train_fr.py release=... first)')
+    else:
+        student = runtime.recogniser(path, device, 'python train_fr.py --config '
+                                     f'{cfg.run.config}')
+    results, curves = {'row': row.name, 'seed': cfg.run.seed, 'verification': {}}, {}
+    if student:
+        results['verification'], curves = verify(student, sets, cfg, device)
     if folds or cfg.release:
-        def embedder(net):
-            return lambda images: unit_embeddings(net, images, cfg, device)
-
-        def public(role):
-            count = len(folds) if not cfg.release else 1
-            return [embedder(runtime.recogniser(
-                getattr(cfg, role).checkpoint or run / f'fold{folds[k].k if folds else 0}' /
-                f'{role}.pt', device, f'{again} stage={role}')) for k in range(count)]
-
         groups = released_pairs(row, folds)
-        known = {'judge': lambda: public('judge'), 'teacher': lambda: public('teacher'),
-                 'pixels': lambda: [lambda images: pixel_embeddings(images, device)] * len(groups),
-                 'insider': lambda: [embedder(student)] * len(groups)}
-        unknown = set(cfg.evaluate.attacks) - set(known)
-        if unknown:
-            raise runtime.InputError(f'evaluate.attacks has {sorted(unknown)[0]!r}: choose from '
-                                     f'{", ".join(known)}')
-        results['privacy'] = leakage(groups, {a: known[a]() for a in cfg.evaluate.attacks}, cfg,
-                                     device)
+        results['privacy'] = attacks.leakage(groups, attackers(row, folds, student, device),
+                                             galleries, device)
         results['reconstruction'] = image_quality(
-            np.concatenate([g[0] for g in groups]), np.concatenate([g[1][g[2]] for g in groups]),
-            device)
-    results |= {'seconds': stage_seconds(run), 'made_with': runtime.provenance(),
-                'config': as_dict(cfg)}
-    runtime.write_json(row.folder / 'results.json', results)
+            np.concatenate([g.released[0][g.released[1]] for g in groups]),
+            np.concatenate([g.originals[0][g.originals[1][g.source]] for g in groups]), device)
+    results |= {'seconds': stage_seconds(Path(cfg.run.folder)),
+                'made_with': runtime.provenance(), 'config': as_dict(cfg)}
+    row.folder.mkdir(parents=True, exist_ok=True)
+    runtime.write_json(row.folder / name, results)
     return results, curves
 
 
 def stage_seconds(run):
     """Wall time of each stage, from log.jsonl: an interrupted stage is the sum of its pieces."""
     total, last = {}, {}
-    for line in (run / 'log.jsonl').read_text().splitlines() if (run / 'log.jsonl').exists() else []:
+    log = run / 'log.jsonl'
+    for line in log.read_text().splitlines() if log.exists() else []:
         entry = json.loads(line)
         stage, seconds = entry['stage'], entry['seconds']
         total[stage] = total.get(stage, 0) + seconds - (
@@ -328,43 +273,46 @@ def tables(found):
     released = {row: results for row, results in found.items() if 'privacy' in results[0]}
     if not released:
         return [utility]
-    attacks = next(iter(released.values()))[0]['privacy']
+    chance = next(iter(released.values()))[0]['privacy']
     leakage = start('leakage: the original, or another photo of the person, is found first, %',
-                    [*(a.replace('_', ' ') for a in attacks), 'PSNR, dB'])
+                    [*(a.replace('_', ' ') for a in chance), 'PSNR, dB'])
     for row, results in released.items():
-        leakage.add_row(row, *(cell([r['privacy'][a]['rank1'] for r in results]) for a in attacks),
+        leakage.add_row(row, *(cell([r['privacy'][a]['rank1'] for r in results]) for a in chance),
                         f'{np.mean([r["reconstruction"]["psnr"] for r in results]):.1f}')
-    leakage.add_row('chance', *(f'{100 * a["chance"]:.2f}' for a in attacks.values()), '')
+    leakage.add_row('chance', *(f'{100 * a["chance"]:.2f}' for a in chance.values()), '')
     return [utility, leakage]
 
 
 def main(cfg, device, compare=False):
     sets = {path: load_pairs(path, cfg) for path in cfg.evaluate.sets}
     folds = [] if cfg.evaluate.model or cfg.release else data.split(cfg)
-    found, curves = {}, {}
+    found, curves, galleries = {}, {}, {}
     if compare:
         found['untrained net'] = floors(cfg, sets, device)
     for row in rows(cfg, compare):
-        results, distances = evaluate(row, folds, sets, device)
+        results, distances = evaluate(row, folds, sets, galleries, device)
         found.setdefault(row.name, []).append(results)
-        curves.setdefault(row.name, next(iter(distances.values())))
+        if distances:
+            curves.setdefault(row.name, next(iter(distances.values())))
     if runtime.rank():
         return
     shown = tables(found)
     Console().print(*shown)
     run = Path(cfg.run.folder)
     (run / 'figures').mkdir(parents=True, exist_ok=True)
-    figures.verification_plots(curves, run / 'figures')
+    if curves:
+        figures.verification_plots(curves, run / 'figures')
     if compare:
-        runtime.write_json(run / 'results.json', {'rows': found, **found[next(rows(cfg, 0)).name][0]})
+        own = found[next(rows(cfg, False)).name][0]
+        runtime.write_json(run / 'results.json', {'rows': found, **own})
         with open(run / 'table.txt', 'w') as f:
             Console(file=f, width=120).print(*shown)
         points = {name: (np.mean([next(iter(r['verification'].values()))['accuracy'] for r in rs]),
                          {a: np.mean([r['privacy'][f'{a}_same_image']['rank1'] for r in rs])
                           for a in cfg.evaluate.attacks})
                   for name, rs in found.items() if 'privacy' in rs[0]}
-        chance = found[next(rows(cfg, 0)).name][0]['privacy']
-        figures.tradeoff_plot(points, next(iter(chance.values()))['chance'], run / 'figures')
+        chance = next(iter(own['privacy'].values()))['chance']
+        figures.tradeoff_plot(points, chance, run / 'figures')
 
 
 if __name__ == '__main__':

@@ -35,7 +35,8 @@ import records
 import runtime
 from config import as_dict, rows
 from figures import save_grid
-from train_mae import make_model
+from records import InputError
+from train_mae import make_model, visible_patches
 
 # A release made under other values of these, or from other images, would be a lie
 FIXED = ['reconstruct', 'data.size', 'data.folds', 'run.seed']
@@ -50,7 +51,7 @@ def release_secret(cfg):
     """The secret of a run's releases, drawn once: bytes."""
     path = Path(cfg.reconstruct.key or Path(cfg.run.folder) / 'release.key')
     if cfg.reconstruct.key and not path.is_file():
-        raise runtime.InputError(f'reconstruct.key = {path} does not exist: leave it empty to '
+        raise InputError(f'reconstruct.key = {path} does not exist: leave it empty to '
                                  'have a new secret drawn')
     if runtime.rank() == 0 and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,15 +95,15 @@ def load_mae(path, size, device, made_by):
     """A finished masked autoencoder with its normalisation: namespace(model, mean, std)."""
     saved = runtime.load(path, made_by)
     if saved['step'] < saved['steps']:
-        raise runtime.InputError(f'{path} is only trained to step {saved["step"]} of '
+        raise InputError(f'{path} is only trained to step {saved["step"]} of '
                                  f'{saved["steps"]}: first run `{made_by}` to its end')
     config = SimpleNamespace(mae=SimpleNamespace(**saved['config']['mae']))
     if config.mae.norm_pix_loss:
-        raise runtime.InputError(
+        raise InputError(
             f'{path} was trained with mae.norm_pix_loss: undoing that normalisation needs the '
             'hidden pixels and would leak them; train with mae.norm_pix_loss=false')
     if saved['config']['data']['size'] != size:
-        raise runtime.InputError(f'{path} was trained at {saved["config"]["data"]["size"]} pixels, '
+        raise InputError(f'{path} was trained at {saved["config"]["data"]["size"]} pixels, '
                                  f'data.size is {size}: set them alike')
     model = make_model(config, size)
     runtime.fill(model, saved, path)
@@ -127,7 +128,8 @@ def protect(images, numbers, seed, cfg, mae=None):
     """
     c, size = cfg.reconstruct, images.shape[1]
     x = images.permute(0, 3, 1, 2).float() / 255
-    noise = data.hashed(seed, 0, numbers, (size // cfg.mae.patch) ** 2)
+    if STRENGTH.get(c.method) == 'mask_ratio':
+        noise = data.hashed(seed, 0, numbers, (size // cfg.mae.patch) ** 2)
     if c.method == 'mask':
         x = masked(x, noise, c.mask_ratio, cfg.mae.patch)
     elif c.method == 'blur':
@@ -164,6 +166,8 @@ def release(row, folds, device):
         return runtime.say(f'{target} is finished: nothing to do')
     maes = [load_mae(row.mae(f.k), cfg.data.size, device, f'python train_mae.py --config '
                      f'{cfg.run.config}') if c.method == 'facemae' else None for f in folds]
+    if STRENGTH.get(c.method) == 'mask_ratio':
+        visible_patches(cfg.data.size, cfg.mae.patch, c.mask_ratio)
     secret = release_secret(cfg)
     fold, image, label = release_order(folds, secret, c.images_per_person)
     seed = secret_seed(secret, f'masks {cfg.run.seed}')
@@ -290,8 +294,10 @@ def show(row, folds, maes, fold, image, seed, source):
 
 
 def with_masked(originals, numbers, seed, cfg, made):
-    """Rows of a picture: originals, what the mask leaves, what was made; floats in 0..1."""
+    """Rows of a picture: originals, what a mask leaves, what was made; floats in 0..1."""
     x, made = (t.permute(0, 3, 1, 2).float() / 255 for t in (originals, made))
+    if cfg.reconstruct.method != 'facemae':
+        return [x, made]
     noise = data.hashed(seed, 0, numbers, (x.shape[-1] // cfg.mae.patch) ** 2)
     return [x, masked(x, noise, cfg.reconstruct.mask_ratio, cfg.mae.patch), made]
 
@@ -301,7 +307,7 @@ def picture_of_photos(row, device):
     cfg, folder = row.cfg, Path(row.cfg.reconstruct.photos)
     files = sorted(f for f in folder.glob('*') if f.suffix.lower() in ('.jpg', '.jpeg', '.png'))
     if not files:
-        raise runtime.InputError(f'reconstruct.photos = {folder} holds no .jpg or .png: name a '
+        raise InputError(f'reconstruct.photos = {folder} holds no .jpg or .png: name a '
                                  'folder of face photos')
     mae = load_mae(row.mae(0), cfg.data.size, device,
                    f'python train_mae.py --config {cfg.run.config}')

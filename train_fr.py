@@ -25,6 +25,7 @@ import data
 import models
 import runtime
 from config import as_dict, rows
+from records import InputError
 
 FIXED = ['fr', 'data.size', 'run.precision']     # premises of a checkpoint; callers add their own
 
@@ -90,13 +91,13 @@ def train(cfg, path, faces, chosen, role, stage, fixed, device):
     store = data.Store(faces.images, chosen, device)
     labels = data.renumber(faces.labels[chosen])
     order = data.Order(len(store), c.batch, seed)
-    total = role.epochs * order.steps_per_epoch
+    total = max(1, round(role.epochs * order.steps_per_epoch))
     if saved and saved['step'] >= total:
         return runtime.say(f'{path} is finished ({total} steps): nothing to do')
     mine = runtime.share(c.batch, 'fr.batch')
     part = min(c.norm_batch, mine.stop - mine.start)
     if (mine.stop - mine.start) % part or part < 2:
-        raise runtime.InputError(f'fr.norm_batch = {c.norm_batch} does not divide the '
+        raise InputError(f'fr.norm_batch = {c.norm_batch} does not divide the '
                                  f'{mine.stop - mine.start} images of a process: change fr.batch')
     classes = int(labels.max()) + 1
     runtime.say(f'training {path} on {len(store)} images of {classes} people, {total} steps')
@@ -105,7 +106,7 @@ def train(cfg, path, faces, chosen, role, stage, fixed, device):
     try:
         net = models.iresnet(role.depth, role.width, cfg.data.size, c.dim)
     except ValueError as e:
-        raise runtime.InputError(f'{stage}: {e}') from None
+        raise InputError(f'{stage}: {e}') from None
     head = models.MarginHead(c.dim, classes, c.loss, c.scale, c.margin_gradient).to(device)
     net = net.to(device, memory_format=torch.channels_last)
     parameters = [p for p in [*net.parameters(), *head.parameters()] if p.requires_grad]
@@ -184,7 +185,7 @@ def train_student(row, device):
     cfg = row.cfg
     release = Path(cfg.release or row.folder / 'reconstructed')
     if not release.exists():
-        raise runtime.InputError(f'{release} is missing: first run `python reconstruct.py '
+        raise InputError(f'{release} is missing: first run `python reconstruct.py '
                                  f'--config {cfg.run.config}` with the same arguments')
     released = data.load(release, cfg)
     stage = f'student/{row.folder.relative_to(cfg.run.folder)}'.removesuffix('/.')

@@ -21,6 +21,7 @@ import models
 import runtime
 from config import as_dict, rows
 from irm import irm_loss, relation_correlation
+from records import InputError
 from figures import save_grid
 
 # A checkpoint made under other values of these, or from other images, would be a lie
@@ -53,7 +54,21 @@ def make_model(cfg, size):
         return models.MAE(size, c.patch, c.dim, c.depth, c.heads, c.decoder_dim, c.decoder_depth,
                           c.decoder_heads)
     except ValueError as e:
-        raise runtime.InputError(f'mae: {e}') from None
+        raise InputError(f'mae: {e}') from None
+
+
+def visible_patches(size, patch, ratio):
+    """Say how many patches a mask leaves, or why there is no such mask; returns L."""
+    if size % patch:
+        raise InputError(f'mae.patch = {patch} does not divide data.size = {size}: choose one '
+                         'that does')
+    patches = (size // patch) ** 2
+    try:
+        keep = models.random_masking(torch.zeros(1, patches), ratio)[0]
+    except ValueError as e:
+        raise InputError(str(e)) from None
+    runtime.say(f'{keep.shape[1]} of {patches} patches visible')
+    return patches
 
 
 class Objective:
@@ -132,7 +147,7 @@ def train(row, fold, device):
     store = data.Store(fold.data.images, fold.mae, device)
     order = data.Order(len(store), cfg.mae.batch, cfg.run.seed, fold.data.labels[fold.mae],
                        cfg.irm.images_per_identity)
-    total = round(cfg.mae.epochs * order.steps_per_epoch)
+    total = max(1, round(cfg.mae.epochs * order.steps_per_epoch))
     if saved and saved['step'] >= total:
         return runtime.say(f'{path} is finished ({total} steps): nothing to do')
     runtime.say(f'training {path} on {len(store)} public images, {total} steps')
@@ -142,8 +157,7 @@ def train(row, fold, device):
     if cfg.mae.init and not saved:
         runtime.fill(model, runtime.load(cfg.mae.init), cfg.mae.init)
     model.to(device)
-    patches = model.grid ** 2
-    runtime.say(f'{patches - round(patches * cfg.mae.mask_ratio)} of {patches} patches visible')
+    patches = visible_patches(cfg.data.size, cfg.mae.patch, cfg.mae.mask_ratio)
     flat = torch.full((3, 1, 1), 0.5, device=device)
     mean = mean_face(store).to(device) if cfg.mae.mean_face else flat
 
@@ -152,8 +166,10 @@ def train(row, fold, device):
         source = cfg.teacher.checkpoint or Path(cfg.run.folder) / f'fold{fold.k}' / 'teacher.pt'
         teacher = models.folded(runtime.recogniser(
             source, device, f'python train_fr.py --config {cfg.run.config} stage=teacher'))
-        # The only augmentation is a flip, so the originals need to be embedded only twice.
-        known = torch.stack(data.embed(teacher, store, cfg.mae.micro_batch, cfg.run.precision))
+        # The only augmentation is a flip, so the originals need to be embedded only twice
+        if cfg.mae.epochs - cfg.irm.warmup_epochs > 2:
+            known = torch.stack(data.embed(teacher, store, cfg.mae.micro_batch,
+                                           cfg.run.precision))
     objective = Objective(cfg, model, teacher, mean)
 
     decay = [p for p in model.parameters() if p.ndim > 1 and p.shape[0] > 1]
@@ -189,8 +205,11 @@ def train(row, fold, device):
         flip = data.hashed(cfg.run.seed + 1, epoch, numbers, 1)[:, 0] > 0
         noise = data.hashed(cfg.run.seed, epoch, numbers, patches)
         images = data.flipped(store(numbers), flip)
-        related = known is not None and step >= relate_from
-        originals = known[flip.long(), numbers] if related else None
+        originals = None
+        if teacher and step >= relate_from:
+            originals = known[flip.long(), numbers] if known is not None else torch.cat(
+                [data.embed_batch(teacher, part, cfg.run.precision)
+                 for part in images.split(cfg.mae.micro_batch)])
         sums += objective.backward(images, noise, originals, scaler)
         runtime.average_gradients(model.parameters())
         for group in optimizer.param_groups:

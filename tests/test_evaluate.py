@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import attacks
 import evaluate
 
 GOLDEN = json.loads((Path(__file__).parent / 'fixtures' / 'verification.json').read_text())
@@ -82,7 +83,7 @@ def test_search_equals_a_full_sort(block):
     probes = F.normalize(gallery[source] + 0.5 * torch.randn(200, 8))
     numbers = torch.arange(60)
     for ids, gallery_ids, exclude in ((source, numbers, None), (people[source], people, source)):
-        got = evaluate.search(probes, gallery, ids, gallery_ids, exclude, block).numpy()
+        got = attacks.search(probes, gallery, ids, gallery_ids, exclude, block).numpy()
         expected = brute_force(probes.numpy(), gallery.numpy(), ids.numpy(), gallery_ids.numpy(),
                                None if exclude is None else exclude.numpy())
         np.testing.assert_allclose(got, expected, rtol=1e-5)
@@ -92,10 +93,10 @@ def test_search_gives_chance_for_noise_and_for_collapse():
     torch.manual_seed(0)
     gallery, probes = F.normalize(torch.randn(500, 16)), F.normalize(torch.randn(2000, 16))
     source = torch.randint(500, (2000,))
-    rank1 = (evaluate.search(probes, gallery, source, torch.arange(500))[:, 0] <= 1).float().mean()
+    rank1 = (attacks.search(probes, gallery, source, torch.arange(500))[:, 0] <= 1).float().mean()
     assert rank1 < 0.008                       # chance 0.002, four standard errors
     same = F.normalize(torch.ones(500, 16))    # one embedding for everybody is no hit
-    best = evaluate.search(same[source], same, source, torch.arange(500))[:, 0]
+    best = attacks.search(same[source], same, source, torch.arange(500))[:, 0]
     assert (best > 200).all()
 
 
@@ -108,3 +109,24 @@ def test_image_quality_of_known_images():
     assert shifted['psnr'] == pytest.approx(20 * np.log10(255 / 10))
     noise = rng.integers(0, 256, images.shape, dtype=np.uint8)
     assert evaluate.image_quality(noise, images, 'cpu')['ssim'] < 0.1
+
+
+def test_an_external_checkpoint_may_hold_an_argparse_namespace_but_no_code(tmp_path):
+    # facebookresearch/mae saves its arguments; anything else that is not plain data is refused
+    import argparse
+    import os
+
+    import runtime
+    torch.save({'model': {'a': torch.ones(2)}, 'args': argparse.Namespace(lr=1)}, tmp_path / 'a.pth')
+    assert runtime.load(tmp_path / 'a.pth')['args'].lr == 1
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'executed'),)
+
+    torch.save({'model': Hostile()}, tmp_path / 'b.pth')
+    (tmp_path / 'c.pth').write_bytes((tmp_path / 'a.pth').read_bytes()[:300])
+    for name in ('b.pth', 'c.pth'):
+        with pytest.raises(runtime.InputError, match='safely'):
+            runtime.load(tmp_path / name)
+    assert not (tmp_path / 'executed').exists()

@@ -224,16 +224,18 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(copied):
 
 def test_published_checkpoints_and_foreign_releases_are_evaluated(finished, tmp_path):
     folder = finished[0]
+    own = (folder / 'run' / 'results.json').read_text()
     student = torch.load(folder / 'run' / 'fr.pt', weights_only=True)['net']
     torch.save({f'module.{k}': v for k, v in student.items()}, tmp_path / 'backbone.pth')
-    run(folder, 'evaluate.py', f'evaluate.model={tmp_path}/backbone.pth', 'run.row=mask')
-    ours = json.loads((folder / 'run' / 'results.json').read_text())['verification']
-    theirs = json.loads((folder / 'run' / 'mask' / 'results.json').read_text())['verification']
-    assert ours == theirs
-    run(folder, 'evaluate.py', 'release=run/originals/reconstructed', 'run.row=originals',
-        'originals=run/originals/reconstructed')
-    found = json.loads((folder / 'run' / 'originals' / 'results.json').read_text())['privacy']
-    assert found['judge_same_image']['rank1'] == 1
+    run(folder, 'evaluate.py', f'evaluate.model={tmp_path}/backbone.pth')
+    theirs = json.loads((folder / 'run' / 'external.json').read_text())['verification']
+    assert theirs == json.loads(own)['verification']
+    printed = run(folder, 'evaluate.py', 'release=run/originals/reconstructed', 'run.folder=other',
+                  'originals=run/originals/reconstructed', 'judge.checkpoint=run/fold0/judge.pt')
+    assert 'no utility and no insider' in printed
+    found = json.loads((folder / 'other' / 'external.json').read_text())['privacy']
+    assert found['judge_same_image']['rank1'] == 1 and 'insider_same_image' not in found
+    assert (folder / 'run' / 'results.json').read_text() == own
 
 
 def test_photos_become_a_picture(finished, tmp_path):
