@@ -7,7 +7,8 @@
     python evaluate.py release=PATH originals=PATH       # anybody's release, same order
 
 Reads   evaluate.sets (.bin), <run>/<row>/fr.pt, <run>/<row>/reconstructed, <run>/fold<k>/judge.pt
-Writes  <run>/<row>/results.json (external.json for others' models and releases), with --compare <run>/results.json and <run>/figures/*.png
+Writes  <run>/<row>/results.json (external.json for others' models and releases),
+        with --compare all rows in <run>/results.json, and <run>/figures/*.png
 
 Utility is insightface's ten-fold verification. Leakage is retrieval: how often the original of a
 released image (same image), or another photo of its person (same person), comes first among all
@@ -245,8 +246,8 @@ def floors(cfg, sets, device):
     results = []
     for seed in cfg.compare_seeds or [cfg.run.seed]:
         torch.manual_seed(seed)
-        net = models.iresnet(cfg.fr.depth, cfg.fr.width, cfg.data.size, cfg.fr.dim).to(device).eval()
-        results.append({'verification': verify(net, sets, cfg, device)[0]})
+        net = models.iresnet(cfg.fr.depth, cfg.fr.width, cfg.data.size, cfg.fr.dim).eval()
+        results.append({'verification': verify(net.to(device), sets, cfg, device)[0]})
     return results
 
 

@@ -114,8 +114,8 @@ def check_finite(losses, step, path):
     """Stop the run when a loss is no number any more; the last checkpoint stays as it is."""
     bad = [name for name, value in losses.items() if not np.isfinite(value)]
     if bad:
-        raise InputError(f'{" and ".join(bad)} became {losses[bad[0]]} at step {step}; {path} keeps '
-                         'the last good state: try a smaller lr, a longer warm-up or '
+        raise InputError(f'{" and ".join(bad)} became {losses[bad[0]]} at step {step}; {path} '
+                         'keeps the last good state: try a smaller lr, a longer warm-up or '
                          'run.precision=fp32')
 
 
@@ -210,13 +210,13 @@ def fill(module, state, path):
     wrong = sorted(set(own) ^ set(state)) or sorted(
         k for k in own if own[k].shape != state[k].shape)
     if wrong:
-        raise InputError(f'{path} does not fit: {len(wrong)} keys differ, first {wrong[0]!r}: use a '
-                         'checkpoint of this architecture or change its keys in the config')
+        raise InputError(f'{path} does not fit: {len(wrong)} keys differ, first {wrong[0]!r}: use '
+                         'a checkpoint of this architecture or change its keys in the config')
     module.load_state_dict(state)
 
 
 def recogniser(path, device, made_by=''):
-    """An IResNet (eval mode) from our checkpoint or insightface's; its size is read off the keys."""
+    """An IResNet (eval mode) from our checkpoint or insightface's, its size read off the keys."""
     saved = load(path, made_by)
     if saved.get('step', 0) < saved.get('steps', 0):
         raise InputError(f'{path} is only trained to step {saved["step"]} of {saved["steps"]}: '

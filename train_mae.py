@@ -96,9 +96,10 @@ class Objective:
     def backward(self, images, noise, originals, scaler):
         """Accumulate the gradient of the whole batch, micro-batch by micro-batch.
 
-        IRM (unless `originals` is None) relates all instances of the global batch. Where they are more than a micro-batch, the
-        embeddings are made first without a graph; IRM's gradient with respect to them is then
-        carried through one micro-batch at a time. Same gradient, memory of one micro-batch.
+        IRM (left out where `originals` is None) relates all instances of the global batch. Where
+        they are more than a micro-batch, the embeddings are made first without a graph; IRM's
+        gradient with respect to them is then carried through one micro-batch at a time. Same
+        gradient, memory of one micro-batch.
         Returns the losses and the correlation of the relations as tensors.
         """
         size, relate = self.cfg.mae.micro_batch, originals is not None

@@ -97,7 +97,8 @@ def test_folds_release_everybody_once_and_share_nobody(tmp_path):
 def test_people_with_few_images_only_feed_the_mae(tmp_path):
     pixels = toy.draw(np.arange(20), np.arange(20), size=32)
     people = np.r_[np.arange(6).repeat(3), 6, 7]
-    records.write_records(tmp_path / 'faces', [records.encode(x, 'png') for x in pixels], people, 32)
+    encoded = [records.encode(x, 'png') for x in pixels]
+    records.write_records(tmp_path / 'faces', encoded, people, 32)
     fold = data.split(make_config(tmp_path, 'data.min_images=3', 'toy.identities=0'))[0]
     assert set(people[fold.mae]) - set(people[fold.train]) == {6, 7}
     assert not {6, 7} & set(people[fold.private])
@@ -166,7 +167,8 @@ def test_hidden_pixels_do_not_reach_the_release(tmp_path, method, paste):
     from types import SimpleNamespace
 
     from train_mae import make_model
-    cfg = make_config(tmp_path, f'reconstruct.method={method}', f'reconstruct.paste_visible={paste}')
+    cfg = make_config(tmp_path, f'reconstruct.method={method}',
+                      f'reconstruct.paste_visible={paste}')
     torch.manual_seed(0)
     mae = SimpleNamespace(model=make_model(cfg, 32).eval(), mean=torch.rand(3, 32, 32), std=0.25)
     images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)

@@ -117,7 +117,8 @@ def test_an_external_checkpoint_may_hold_an_argparse_namespace_but_no_code(tmp_p
     import os
 
     import runtime
-    torch.save({'model': {'a': torch.ones(2)}, 'args': argparse.Namespace(lr=1)}, tmp_path / 'a.pth')
+    published = {'model': {'a': torch.ones(2)}, 'args': argparse.Namespace(lr=1)}
+    torch.save(published, tmp_path / 'a.pth')
     assert runtime.load(tmp_path / 'a.pth')['args'].lr == 1
 
     class Hostile:

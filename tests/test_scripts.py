@@ -129,16 +129,17 @@ def test_finished_stages_do_nothing_and_changed_configs_are_refused(finished):
 
 
 @pytest.mark.parametrize('script, stage, result', [
-    ('train_mae.py', 'train_mae/fold0/mae', 'fold0/mae.pt'), ('train_fr.py', 'student/mask', 'fr.pt')])
+    ('train_mae.py', 'train_mae/fold0/mae', 'fold0/mae.pt'),
+    ('train_fr.py', 'student/mask', 'mask/fr.pt')])
 def test_an_interrupted_training_ends_like_an_undisturbed_one(copied, finished, script, stage,
                                                               result):
     extra = [] if script == 'train_mae.py' else ['run.row=mask']
     if extra:
-        result = 'mask/fr.pt'
         (copied / 'run' / result).unlink()
     for step, how in ((3, signal.SIGTERM), (6, signal.SIGKILL)):
-        process = subprocess.Popen(command(copied, script, 'run.save_minutes=0', *extra), cwd=copied,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ONE_THREAD)
+        process = subprocess.Popen(command(copied, script, 'run.save_minutes=0', *extra),
+                                   cwd=copied, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, env=ONE_THREAD)
         path = copied / 'run' / result
         while process.poll() is None:           # in the middle of an epoch and of a log interval
             if path.exists() and torch.load(path, weights_only=True)['step'] >= step:
@@ -166,20 +167,19 @@ def test_two_processes_give_what_one_gives(copied, finished):
     for a, b in zip(first, second):
         a, b = (records.decode(x, '').int() for x in (a, b))
         assert (a - b).abs().max() <= 1
-    shutil.rmtree(copied / 'run' / 'reconstructed')
-    shutil.copytree(finished[0] / 'run' / 'reconstructed', copied / 'run' / 'reconstructed')
-    run(copied, 'train_fr.py', processes=2)
-    one, two = (log_lines(f, 'student') for f in (finished[0], copied))
-    np.testing.assert_allclose([x['loss'] for x in one], [x['loss'] for x in two], rtol=1e-2)
-    one, two = (torch.load(f / 'run' / 'fr.pt', weights_only=True)['net']
-                for f in (finished[0], copied))
-    one, two = (torch.cat([v.flatten() for name, v in s.items() if 'running' in name])
-                for s in (one, two))
-    assert torch.corrcoef(torch.stack([one, two]))[0, 1] > 0.98
+    for count in (1, 2):        # few small steps: SGD amplifies the rounding beyond comparison
+        run(copied, 'train_fr.py', 'release=run/mask/reconstructed', f'run.folder=run{count}',
+            'fr.lr=0.001', 'fr.epochs=0.7', processes=count)
+    one, two = (torch.load(copied / f'run{n}' / 'fr.pt', weights_only=True) for n in (1, 2))
+    for key, value in one['net'].items():
+        if 'num_batches' not in key:       # counts the parts that this process saw; never used
+            torch.testing.assert_close(value, two['net'][key], rtol=1e-3, atol=1e-4, msg=key)
+    shutil.copy(finished[0] / 'run' / 'fr.pt', copied / 'run' / 'fr.pt')
     run(copied, 'evaluate.py', processes=2)
-    results = [json.loads((f / 'run' / 'mask' / 'results.json').read_text()) for f in
+    results = [json.loads((f / 'run' / 'results.json').read_text()) for f in
                (finished[0], copied)]
-    assert results[0]['verification'] == results[1]['verification']
+    for name, figure in results[0]['verification']['toy'].items():
+        assert figure == pytest.approx(results[1]['verification']['toy'][name], abs=0.03), name
 
 
 def test_micro_batches_do_not_change_the_gradient(copied, finished):
