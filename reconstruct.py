@@ -284,11 +284,11 @@ that were trained on the earlier release have to be trained again.
 
 def show(row, folds, maes, fold, image, seed, source):
     """Picture of originals, masked images and the release; it stays in the run folder."""
-    cfg, first = row.cfg, np.linspace(0, len(image) - 1, 8).astype(int)
-    first = first[fold[first] == fold[first[0]]]
-    numbers = torch.from_numpy(image[first]).to(source.device)
+    cfg, places = row.cfg, np.flatnonzero(fold == fold[0])
+    some = places[np.linspace(0, len(places) - 1, 8).astype(int)]
+    numbers = torch.from_numpy(image[some]).to(source.device)
     originals = source(numbers)
-    made = protect(originals, numbers, seed, cfg, maes[fold[first[0]]])
+    made = protect(originals, numbers, seed, cfg, maes[fold[0]])
     save_grid(with_masked(originals, numbers, seed, cfg, made),
               Path(cfg.run.folder) / 'figures' / f'{cfg.run.row or "release"}.png')
 

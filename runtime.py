@@ -237,6 +237,11 @@ def recogniser(path, device, made_by=''):
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
+# Keys that change how a thing is made but not what it is
+HARMLESS = {'mae.micro_batch', 'mae.preview_epochs', 'reconstruct.batch', 'reconstruct.photos',
+            'reconstruct.key'}
+
+
 def same_premises(saved, cfg, keys, path, images=''):
     """Refuse to continue what was made with another config (the named sections or keys) or from
     other images (data.digest)."""
@@ -245,8 +250,8 @@ def same_premises(saved, cfg, keys, path, images=''):
     for key in keys:
         section, _, name = key.partition('.')
         old, new = then.get(section, {}), now[section]
-        for n in [name] if name else sorted(new) if isinstance(new, dict) else []:
-            if old.get(n) != new[n]:
+        for n in [name] if name else sorted(new):
+            if old.get(n) != new[n] and f'{section}.{n}' not in HARMLESS:
                 differ.append(f'{section}.{n} ({old.get(n)!r} then, {new[n]!r} now)')
     if differ:
         raise InputError(f'{path} was made with another config: {", ".join(differ)}; change it '
