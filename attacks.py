@@ -84,6 +84,8 @@ def leakage(groups, attackers, galleries, device):
         found = {'same_image': [], 'same_person': []}
         ceiling = {'same_image': [], 'same_person': []}
         for (key, embedder), group in zip(embedders, groups, strict=True):
+            if not len(group.source):
+                continue
             if key not in galleries:
                 galleries[key] = embedder(*group.originals)
             gallery = galleries[key]
@@ -94,5 +96,7 @@ def leakage(groups, attackers, galleries, device):
                 kept['same_image'].append(search(probes, gallery, source, numbers))
                 kept['same_person'].append(search(probes, gallery, person[source], person, source))
         for kind in found:
+            if not sum(map(len, found[kind])):            # everybody has a single image
+                continue
             results[f'{name}_{kind}'] = summary(torch.cat(found[kind]), torch.cat(ceiling[kind]))
     return results

@@ -36,6 +36,7 @@ RANGES = {                                   # any other number must not be nega
         'mae.micro_batch', 'mae.dim', 'mae.heads', 'mae.decoder_dim', 'mae.decoder_heads',
         'fr.width', 'fr.dim', 'fr.batch', 'fr.norm_batch', 'teacher.width', 'judge.width',
         'reconstruct.pixelate_block', 'reconstruct.batch', 'evaluate.batch'), (1, LARGE)),
+    **dict.fromkeys(('mae.epochs', 'fr.epochs', 'teacher.epochs', 'judge.epochs'), (1e-6, LARGE)),
     'data.validation': (0, 0.9), 'mae.mask_ratio': (0, 0.99), 'reconstruct.mask_ratio': (0, 0.99),
     'reconstruct.blur_sigma': (0.1, 100), 'reconstruct.quality': (1, 100)}
 

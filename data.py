@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from rich.progress import track
 
@@ -56,7 +55,7 @@ def pixels(data, where, size, on_size):
     if image.shape[1:] != (size, size):
         if on_size == 'refuse':
             raise InputError(f'{where} is {image.shape[2]}x{image.shape[1]} pixels, data.size is '
-                             f'{size}: set data.on_size=resize or align the faces')
+                             f'{size}: set data.size alike, or data.on_size=resize')
         image = F.interpolate(image[None].float(), (size, size), mode='bilinear',
                               antialias=True, align_corners=False)[0].round_().byte()
     return image.permute(1, 2, 0).numpy()
@@ -214,12 +213,13 @@ def check_disjoint(fold, same_set):
     shared, a, b = np.intersect1d(fold.data.hashes[public],
                                   fold.private_data.hashes[fold.private], return_indices=True)
     if len(shared):
+        people = np.unique(fold.private_data.labels[fold.private[b]]).tolist()
         a, b = public[a[0]], fold.private[b[0]]
         raise InputError(
             f'image {a} of {fold.data.path} (identity {fold.data.labels[a]}) is the same picture '
             f'as private image {b} of {fold.private_data.path} (identity '
-            f'{fold.private_data.labels[b]}), {len(shared)} such in all: put one of the two '
-            'identities into data.exclude')
+            f'{fold.private_data.labels[b]}), {len(shared)} such in all: leave these private '
+            f'people out with data.exclude={people}')
 
 
 # ------------------------------------------------------------------------------- batches
@@ -324,43 +324,3 @@ def uniform(bits):
 def flipped(batch, flip):
     """Mirror the images of uint8 (B, H, W, 3) where flip (B,) is true."""
     return torch.where(flip[:, None, None, None], batch.flip(2), batch)
-
-
-# ---------------------------------------------------------------------------- embeddings
-
-def for_recogniser(batch, net):
-    """uint8 (B, H, W, 3) or float (B, 3, H, W) in 0..1 -> what an IResNet takes: -1..1, its size.
-
-    The result keeps the gradient and lies in channels_last memory.
-    """
-    x = batch.permute(0, 3, 1, 2).float() / 255 if batch.dtype == torch.uint8 else batch
-    if x.shape[-1] != net.size:
-        x = F.interpolate(x, (net.size, net.size), mode='bilinear', align_corners=False)
-    return (2 * x - 1).contiguous(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def embed_batch(net, images, precision):
-    """Embeddings float32 (B, d) of uint8 images (B, H, W, 3)."""
-    with runtime.autocast(images.device, precision):
-        return net(for_recogniser(images, net)).float()
-
-
-def embed(net, store, batch, precision, flips=(False, True)):
-    """Embeddings of every image of a store, one float32 tensor (N, d) for each of `flips`.
-
-    Batches are dealt to the processes and gathered, so the result does not depend on them.
-    """
-    starts = range(0, len(store), batch)
-    found = {}
-    for number, first in enumerate(starts):
-        if number % runtime.world() == runtime.rank():
-            images = store(torch.arange(first, min(first + batch, len(store))))
-            found[number] = [embed_batch(net, images.flip(2) if flip else images, precision)
-                             for flip in flips]
-    if runtime.world() > 1:
-        every = [None] * runtime.world()
-        dist.all_gather_object(every, {n: [z.cpu() for z in zs] for n, zs in found.items()})
-        found = {n: zs for part in every for n, zs in part.items()}
-    return [torch.cat([found[n][i].to(store.device) for n in range(len(starts))])
-            for i in range(len(flips))]

@@ -29,13 +29,15 @@ from rich.table import Table
 
 import attacks
 import data
+import embed
 import figures
 import models
 import records
 import runtime
 from config import as_dict, rows
 from records import InputError
-from reconstruct import release_order, release_secret
+from reconstruct import (check_release, fingerprint, private_digest, release_order,
+                         release_secret)
 
 FOLDS = 10
 
@@ -79,6 +81,13 @@ def auc(distance, same):
     return float((closer + ties / 2).mean() / len(others))
 
 
+def find_set(name, cfg):
+    """Path of a verification set: as it stands, or beside the training data."""
+    root = Path(cfg.data.root)
+    places = [Path(name), (root.parent if root.suffix == '.rec' else root) / name]
+    return next((p for p in places if p.is_file()), places[0])
+
+
 def load_pairs(path, cfg):
     """A verification set: distinct images uint8 (M, S, S, 3), pairs int64 (P, 2), same (P,)."""
     encoded, same = records.read_bin(path)
@@ -92,7 +101,7 @@ def load_pairs(path, cfg):
 def unit_embeddings(net, images, chosen, cfg, device):
     """f(x) + f(mirrored x) of images[chosen], L2-normalised, float32 (N, d)."""
     store = data.Store(images, chosen, device)
-    plain, mirrored = data.embed(net, store, cfg.evaluate.batch, cfg.run.precision)
+    plain, mirrored = embed.embed_all(net, store, cfg.evaluate.batch, cfg.run.precision)
     return F.normalize(plain + mirrored)
 
 
@@ -150,8 +159,12 @@ def released_pairs(row, folds):
         image, galleries, fold = np.arange(len(whole.labels)), [np.arange(len(whole.labels))], 0
         fold = np.zeros(len(image), int)
     else:
-        made, whole = data.load(row.folder / 'reconstructed', cfg), folds[0].private_data
+        target = row.folder / 'reconstructed'
+        if not target.exists():
+            raise InputError(f'{target} is missing: first run `{runtime.again("reconstruct.py")}`')
+        made, whole = data.load(target, cfg), folds[0].private_data
         secret = release_secret(cfg)
+        check_release(target, {'images': private_digest(folds), 'secret': fingerprint(secret)}, cfg)
         fold, image, _ = release_order(folds, secret, cfg.reconstruct.images_per_person)
         galleries = [f.private for f in folds]
     chosen = np.arange(len(image))
@@ -177,8 +190,7 @@ def attackers(row, folds, student, device):
         found = []
         for k in [f.k for f in folds] or [0]:
             path = getattr(cfg, role).checkpoint or f'{cfg.run.folder}/fold{k}/{role}.pt'
-            net = runtime.recogniser(path, device, 'python train_fr.py --config '
-                                     f'{cfg.run.config} stage={role}')
+            net = embed.recogniser(path, device, runtime.again('train_fr.py', f'stage={role}'))
             found.append((f'{path} {k}', embedder(net)))
         return found
 
@@ -204,13 +216,20 @@ def evaluate(row, folds, sets, galleries, device):
     path, name = row.folder / 'fr.pt', 'results.json'
     if cfg.evaluate.model or cfg.release:        # others' work does not overwrite the run's own
         path, name = cfg.evaluate.model or path, 'external.json'
-    student = None
-    if cfg.release and not Path(path).exists():
+    student = embed.recogniser(path, device, runtime.again('train_fr.py')) if (
+        not cfg.release or Path(path).exists()) else None
+    made = data.load(cfg.release or row.folder / 'reconstructed', cfg) if (
+        cfg.release or folds) else None
+    if student and made and not cfg.evaluate.model and data.digest(
+            made, np.arange(len(made.labels))) != runtime.load(path)['images']:
+        if not cfg.release:
+            raise InputError(f'{path} was trained on another release: delete it and run '
+                             f'`{runtime.again("train_fr.py")}`')
+        student = None
+    if cfg.release and not student:
         cfg.evaluate.attacks = [a for a in cfg.evaluate.attacks if a != 'insider']
-        runtime.say(f'{path} is missing: no utility and no insider (train_fr.py release=... first)')
-    else:
-        student = runtime.recogniser(path, device, 'python train_fr.py --config '
-                                     f'{cfg.run.config}')
+        runtime.say(f'no recogniser of {cfg.release} in {path}: no utility and no insider (first '
+                    f'run `{runtime.again("train_fr.py")}` with another run.folder)')
     results, curves = {'row': row.name, 'seed': cfg.run.seed, 'verification': {}}, {}
     if student:
         results['verification'], curves = verify(student, sets, cfg, device)
@@ -252,7 +271,7 @@ def floors(cfg, sets, device):
         net = models.iresnet(cfg.fr.depth, cfg.fr.width, cfg.data.size, cfg.fr.dim).to(device)
         for norm in (m for m in net.modules() if hasattr(m, 'running_mean')):
             norm.momentum = 1.0
-        data.embed_batch(net, torch.from_numpy(some).to(device), 'fp32')
+        embed.embed_batch(net, torch.from_numpy(some).to(device), 'fp32')
         results.append({'verification': verify(net.eval(), sets, cfg, device)[0]})
     return results
 
@@ -291,7 +310,10 @@ def tables(found):
 
 
 def main(cfg, device, compare=False):
-    sets = {path: load_pairs(path, cfg) for path in cfg.evaluate.sets}
+    if cfg.evaluate.model:                   # a published net sees the pairs at its own size
+        cfg.data.size = embed.recogniser(cfg.evaluate.model, device).size
+    sets = {path: load_pairs(path, cfg) for path in
+            (find_set(name, cfg) for name in cfg.evaluate.sets)}
     folds = [] if cfg.evaluate.model or cfg.release else data.split(cfg)
     found, curves, galleries = {}, {}, {}
     if compare:
@@ -310,7 +332,7 @@ def main(cfg, device, compare=False):
     if curves:
         figures.verification_plots(curves, run / 'figures')
     if compare:
-        own = found[next(rows(cfg, False)).name][0]
+        own = next((r for r in found[next(rows(cfg, False)).name] if r['seed'] == cfg.run.seed), {})
         runtime.write_json(run / 'results.json', {'rows': found, **own})
         with open(run / 'table.txt', 'w') as f:
             Console(file=f, width=120).print(*shown)
@@ -318,7 +340,8 @@ def main(cfg, device, compare=False):
                          {a: np.mean([r['privacy'][f'{a}_same_image']['rank1'] for r in rs])
                           for a in cfg.evaluate.attacks})
                   for name, rs in found.items() if 'privacy' in rs[0]}
-        chance = next(iter(own['privacy'].values()))['chance']
+        chance = next(r[0]['privacy'] for r in found.values() if 'privacy' in r[0])
+        chance = next(iter(chance.values()))['chance']
         figures.tradeoff_plot(points, chance, run / 'figures')
 
 

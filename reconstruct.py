@@ -30,6 +30,7 @@ import torchvision.transforms.v2.functional as TF
 from einops import rearrange, reduce, repeat
 
 import data
+import embed
 import models
 import records
 import runtime
@@ -39,7 +40,7 @@ from records import InputError
 from train_mae import make_model, visible_patches
 
 # A release made under other values of these, or from other images, would be a lie
-FIXED = ['reconstruct', 'data.size', 'data.folds', 'run.seed']
+FIXED = ['reconstruct', 'mae.patch', 'data.size', 'data.folds', 'data.release_folds', 'run.seed']
 PART = 2048     # images between two points where an interrupted release can continue
 STRENGTH = {'facemae': 'mask_ratio', 'mask': 'mask_ratio', 'blur': 'blur_sigma',
             'pixelate': 'pixelate_block', 'noise': 'noise_std'}
@@ -54,6 +55,9 @@ def release_secret(cfg):
         raise InputError(f'reconstruct.key = {path} does not exist: leave it empty to '
                                  'have a new secret drawn')
     if runtime.rank() == 0 and not path.exists():
+        if any(path.parent.rglob('release.json')):
+            raise InputError(f'{path} is missing, but releases were made with it: put it back, or '
+                             'use another run.folder')
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name('release.key.tmp')
         temporary.touch(mode=0o600)
@@ -61,6 +65,28 @@ def release_secret(cfg):
         temporary.replace(path)
     runtime.barrier()
     return path.read_bytes().strip()
+
+
+def fingerprint(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def private_digest(folds):
+    """What tells these private images, in this split, from others."""
+    return data.digest(folds[0].private_data, np.concatenate([f.private for f in folds]))
+
+
+def check_release(target, premises, cfg):
+    """Refuse a finished release that was made with another config, secret, model or images.
+
+    Its images could not be matched with their originals any more, and would look private.
+    """
+    saved = json.loads((target.parent / 'release.json').read_text())
+    runtime.same_premises(saved, cfg, FIXED, target, premises['images'])
+    for what in ('secret', 'mae'):
+        if what in premises and what in saved and premises[what] != saved[what]:
+            raise InputError(f'{target} was made with another {what}: give reconstruct.key or '
+                             'mae.name as then, use another run.folder, or delete the release')
 
 
 def secret_seed(secret, purpose):
@@ -106,7 +132,7 @@ def load_mae(path, size, device, made_by):
         raise InputError(f'{path} was trained at {saved["config"]["data"]["size"]} pixels, '
                                  f'data.size is {size}: set them alike')
     model = make_model(config, size)
-    runtime.fill(model, saved, path)
+    embed.fill(model, saved, path)
     return SimpleNamespace(model=model.to(device).eval(), mean=saved['mean'].to(device),
                            std=saved['std'])
 
@@ -159,25 +185,24 @@ def release(row, folds, device):
     """Write one released data set."""
     cfg, c = row.cfg, row.cfg.reconstruct
     target = row.folder / 'reconstructed'
-    digest = data.digest(folds[0].private_data, np.concatenate([f.private for f in folds]))
+    digest = private_digest(folds)
     note = row.folder / 'release.json'          # stays in the run folder: it names the source
+    maes = [load_mae(row.mae(f.k), cfg.data.size, device, runtime.again('train_mae.py'))
+            if c.method == 'facemae' else None for f in folds]
+    secret = release_secret(cfg)
+    premises = {'config': as_dict(cfg), 'images': digest, 'secret': fingerprint(secret),
+                'mae': [fingerprint(row.mae(f.k).read_bytes()) for f, m in zip(folds, maes) if m]}
     if (target / 'manifest.json').exists():
-        runtime.same_premises(json.loads(note.read_text()), cfg, FIXED, target, digest)
+        check_release(target, premises, cfg)
         return runtime.say(f'{target} is finished: nothing to do')
-    maes = [load_mae(row.mae(f.k), cfg.data.size, device, f'python train_mae.py --config '
-                     f'{cfg.run.config}') if c.method == 'facemae' else None for f in folds]
     if STRENGTH.get(c.method) == 'mask_ratio':
         visible_patches(cfg.data.size, cfg.mae.patch, c.mask_ratio)
-    secret = release_secret(cfg)
     fold, image, label = release_order(folds, secret, c.images_per_person)
     seed = secret_seed(secret, f'masks {cfg.run.seed}')
     source = data.Store(folds[0].private_data.images, range(len(folds[0].private_data.labels)),
                         device)
     parts = row.folder / 'reconstructed.parts'
     if runtime.rank() == 0:
-        premises = {'config': as_dict(cfg), 'images': digest, 'mae': [
-            hashlib.sha256(row.mae(f.k).read_bytes()).hexdigest()
-            for f, mae in zip(folds, maes) if mae]}
         if not note.exists() or json.loads(note.read_text()) != premises:
             shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True, exist_ok=True)
@@ -249,10 +274,9 @@ def finish(row, parts, target, total, label):
     records.write_records(temporary, encoded(), label, row.cfg.data.size)
     key = STRENGTH.get(c.method)
     facts = {'method': c.method, **({key: getattr(c, key)} if key else {}),
-             'paste_visible': c.paste_visible and c.method == 'facemae',
-             'images': len(label), 'people': int(label[-1]) + 1, 'size': row.cfg.data.size,
-             'format': c.format, 'quality': c.quality, 'made_by': 'FaceMAE benchmark kit '
-             + runtime.provenance()['commit']}
+             'paste_visible': c.paste_visible and c.method == 'facemae', 'images': len(label),
+             'people': int(label[-1]) + 1, 'size': row.cfg.data.size, 'format': c.format,
+             'quality': c.quality, 'made_by': f'FaceMAE kit {runtime.provenance()["commit"]}'}
     (temporary / 'manifest.json').write_text(json.dumps(facts, indent=1) + '\n')
     (temporary / 'README.md').write_text(DATA_CARD.format(
         facts='\n'.join(f'- {k}: {v}' for k, v in facts.items())))
@@ -270,13 +294,11 @@ and is stored in insightface's record format. Labels were renumbered and the ord
 a secret that is not part of this release. Train on it as on any `train.rec`.
 
 **What it does not promise.** The people are not anonymous. The images are meant to be harder to
-trace to the originals than the originals themselves; how hard, and for which attackers, is in the
-maker's results.json. Several images share one label, so what is known of one image holds for all,
-and the number of images of a person is visible unless the maker capped it.
+re-identify; how hard, and for which attackers, is in the maker's results.json. A person's images
+share one label, and their number is visible unless the maker capped it.
 
-**Taking a person out.** The maker, who holds the secret, adds the person's label of the original
-set to `data.exclude`, makes the release again with the same secret and replaces this one. Models
-that were trained on the earlier release have to be trained again.
+**Taking a person out.** The maker, who holds the secret, adds the person's original label to
+`data.exclude`, makes the release again and replaces this one; models trained on it, too.
 """
 
 
@@ -309,8 +331,8 @@ def picture_of_photos(row, device):
     if not files:
         raise InputError(f'reconstruct.photos = {folder} holds no .jpg or .png: name a '
                                  'folder of face photos')
-    mae = load_mae(row.mae(0), cfg.data.size, device,
-                   f'python train_mae.py --config {cfg.run.config}')
+    mae = load_mae(row.mae((cfg.data.release_folds or [0])[0]), cfg.data.size, device,
+                   runtime.again('train_mae.py'))
     images = torch.stack([torch.from_numpy(np.array(data.pixels(
         f.read_bytes(), f, cfg.data.size, 'resize'))) for f in files[:64]]).to(device)
     data.warn_if_unaligned(images.cpu().numpy(), folder)

@@ -10,6 +10,7 @@ import datetime
 import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import models
 from config import CONFIGS, as_dict, namespace, resolve
 from records import InputError
 
@@ -72,7 +72,9 @@ def start_processes(cfg):
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
     if cuda:
-        torch.backends.cuda.matmul.allow_tf32 = cfg.run.precision != 'fp32'
+        # Losses, cosines and rankings are float32 in truth; the nets have autocast
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = cfg.run.precision != 'fp32'
         torch.backends.cudnn.benchmark = not cfg.run.deterministic
     return device
 
@@ -153,6 +155,12 @@ class Stop:
 
 # ---------------------------------------------------------------------------- checkpoints
 
+def again(script, *extra):
+    """The command that runs another script with this one's arguments, to be named in a sentence."""
+    return shlex.join(['python', script, *(a for a in sys.argv[1:] if not a.startswith('stage=')),
+                       *extra])
+
+
 def save(path, state):
     """Write a checkpoint (tensors and plain values) whole or not at all; rank 0 alone writes."""
     if rank():
@@ -201,42 +209,6 @@ def load(path, made_by=''):
     return state
 
 
-def fill(module, state, path):
-    """Load a state_dict, ours or a published one, or say in a sentence why it does not fit."""
-    for name in ('model', 'net', 'state_dict'):
-        state = state[name] if isinstance(state.get(name), dict) else state
-    state = {k.removeprefix('module.'): v for k, v in state.items() if torch.is_tensor(v)}
-    own = module.state_dict()
-    wrong = sorted(set(own) ^ set(state)) or sorted(
-        k for k in own if own[k].shape != state[k].shape)
-    if wrong:
-        raise InputError(f'{path} does not fit: {len(wrong)} keys differ, first {wrong[0]!r}: use '
-                         'a checkpoint of this architecture or change its keys in the config')
-    module.load_state_dict(state)
-
-
-def recogniser(path, device, made_by=''):
-    """An IResNet (eval mode) from our checkpoint or insightface's, its size read off the keys."""
-    saved = load(path, made_by)
-    if saved.get('step', 0) < saved.get('steps', 0):
-        raise InputError(f'{path} is only trained to step {saved["step"]} of {saved["steps"]}: '
-                         f'first run `{made_by}` to its end')
-    state = saved['net'] if isinstance(saved.get('net'), dict) else saved
-    state = {k.removeprefix('module.'): v for k, v in state.items() if torch.is_tensor(v)}
-    try:
-        stem, fc = state['conv1.weight'], state['fc.weight']
-        layers = [len({k.split('.')[1] for k in state if k.startswith(f'layer{i}.')})
-                  for i in range(1, 5)]
-        side = round((fc.shape[1] / state['bn2.weight'].numel()) ** 0.5)
-        size = saved['config']['data']['size'] if 'config' in saved else 16 * side
-        net = models.IResNet(layers, stem.shape[0], size, fc.shape[0])
-    except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        raise InputError(f'{path} is no insightface IResNet: it lacks conv1, layer1-4, bn2 or fc; '
-                         'use a backbone of arcface_torch') from None
-    fill(net, state, path)
-    return net.to(device, memory_format=torch.channels_last).eval()
-
-
 # Keys that change how a thing is made but not what it is
 HARMLESS = {'mae.micro_batch', 'mae.preview_epochs', 'reconstruct.batch', 'reconstruct.photos',
             'reconstruct.key'}
@@ -255,7 +227,7 @@ def same_premises(saved, cfg, keys, path, images=''):
                 differ.append(f'{section}.{n} ({old.get(n)!r} then, {new[n]!r} now)')
     if differ:
         raise InputError(f'{path} was made with another config: {", ".join(differ)}; change it '
-                         'back, use another run.folder, or delete the file')
+                         'back, or use another run.folder or mae.name')
 
 
 def provenance():

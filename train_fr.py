@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
+import embed
 import models
 import runtime
 from config import as_dict, rows
@@ -83,6 +84,7 @@ def train(cfg, path, faces, chosen, role, stage, fixed, device):
 
     `role` says which: depth, width, epochs, seed; all else is in the config's section fr.
     """
+    runtime.barrier()
     saved = runtime.load(path) if path.exists() else None
     digest = data.digest(faces, chosen)
     if saved:
@@ -95,10 +97,10 @@ def train(cfg, path, faces, chosen, role, stage, fixed, device):
     if saved and saved['step'] >= total:
         return runtime.say(f'{path} is finished ({total} steps): nothing to do')
     mine = runtime.share(c.batch, 'fr.batch')
-    part = min(c.norm_batch, mine.stop - mine.start)
-    if (mine.stop - mine.start) % part or part < 2:
-        raise InputError(f'fr.norm_batch = {c.norm_batch} does not divide the '
-                                 f'{mine.stop - mine.start} images of a process: change fr.batch')
+    own, part = mine.stop - mine.start, min(c.norm_batch, c.batch)
+    if own % part or part < 2:
+        raise InputError(f'fr.norm_batch = {part} does not divide the {own} images of a process: '
+                         f'use fewer processes, or fr.norm_batch={own} in every run to compare')
     classes = int(labels.max()) + 1
     runtime.say(f'training {path} on {len(store)} images of {classes} people, {total} steps')
 
@@ -135,7 +137,7 @@ def train(cfg, path, faces, chosen, role, stage, fixed, device):
         parts = list(zip(images.split(part), target.split(part)))
         for x, y in parts:
             with runtime.autocast(device, cfg.run.precision):
-                z = net(data.for_recogniser(x, net))
+                z = net(embed.for_recogniser(x, net))
             logits = head(z, y, margin(step, total, c))
             loss = F.cross_entropy(logits, y)
             scaler.scale(loss / len(parts)).backward()
@@ -185,8 +187,7 @@ def train_student(row, device):
     cfg = row.cfg
     release = Path(cfg.release or row.folder / 'reconstructed')
     if not release.exists():
-        raise InputError(f'{release} is missing: first run `python reconstruct.py '
-                                 f'--config {cfg.run.config}` with the same arguments')
+        raise InputError(f'{release} is missing: first run `{runtime.again("reconstruct.py")}`')
     released = data.load(release, cfg)
     stage = f'student/{row.folder.relative_to(cfg.run.folder)}'.removesuffix('/.')
     role = SimpleNamespace(**vars(cfg.fr), seed=cfg.run.seed)

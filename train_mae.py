@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import data
+import embed
 import models
 import runtime
 from config import as_dict, rows
@@ -91,7 +92,7 @@ class Objective:
             if self.cfg.reconstruct.paste_visible:
                 pred = torch.where(mask[:, :, None] > 0, pred, self.model.patchify(x))
             seen = self.model.unpatchify(pred.float()) * STD + self.mean
-            return mse, self.teacher(data.for_recogniser(seen, self.teacher)).float()
+            return mse, self.teacher(embed.for_recogniser(seen, self.teacher)).float()
 
     def backward(self, images, noise, originals, scaler):
         """Accumulate the gradient of the whole batch, micro-batch by micro-batch.
@@ -125,7 +126,7 @@ class Objective:
             scaler.scale(loss).backward()
             mse_sum = mse_sum + mse.detach() * (len(part[0]) / len(images))
         if relate:
-            agreement = relation_correlation(originals, z.detach())
+            agreement = relation_correlation(originals, z.detach()).nan_to_num()
         return torch.stack([mse_sum, irm.detach(), agreement])
 
 
@@ -141,6 +142,7 @@ def preview(model, mean, images, noise, ratio, path):
 
 def train(row, fold, device):
     cfg, path = row.cfg, row.mae(fold.k)
+    runtime.barrier()                   # a row before this one may have made the same checkpoint
     saved = runtime.load(path) if path.exists() else None
     digest = data.digest(fold.data, fold.mae)
     if saved:
@@ -156,7 +158,7 @@ def train(row, fold, device):
     torch.manual_seed(cfg.run.seed)
     model = make_model(cfg, cfg.data.size)
     if cfg.mae.init and not saved:
-        runtime.fill(model, runtime.load(cfg.mae.init), cfg.mae.init)
+        embed.fill(model, runtime.load(cfg.mae.init), cfg.mae.init)
     model.to(device)
     patches = visible_patches(cfg.data.size, cfg.mae.patch, cfg.mae.mask_ratio)
     flat = torch.full((3, 1, 1), 0.5, device=device)
@@ -165,11 +167,11 @@ def train(row, fold, device):
     teacher, known = None, None
     if cfg.irm.weight:
         source = cfg.teacher.checkpoint or Path(cfg.run.folder) / f'fold{fold.k}' / 'teacher.pt'
-        teacher = models.folded(runtime.recogniser(
-            source, device, f'python train_fr.py --config {cfg.run.config} stage=teacher'))
+        teacher = models.folded(embed.recogniser(
+            source, device, runtime.again('train_fr.py', 'stage=teacher')))
         # The only augmentation is a flip, so the originals need to be embedded only twice
         if cfg.mae.epochs - cfg.irm.warmup_epochs > 2:
-            known = torch.stack(data.embed(teacher, store, cfg.mae.micro_batch,
+            known = torch.stack(embed.embed_all(teacher, store, cfg.mae.micro_batch,
                                            cfg.run.precision))
     objective = Objective(cfg, model, teacher, mean)
 
@@ -187,14 +189,6 @@ def train(row, fold, device):
         step, logged, sums = saved['step'], saved['logged'], saved['sums'].to(device)
         runtime.say(f'continuing at step {step}')
 
-    def checkpoint():
-        if runtime.rank() == 0:
-            runtime.save(path, {
-                'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
-                'scaler': scaler.state_dict(), 'step': step, 'steps': total,
-                'mean': mean.cpu(), 'std': STD, 'images': digest,
-                'config': as_dict(cfg)})
-
     stage = f'train_mae/fold{fold.k}/{path.stem}'
     log = runtime.Log(cfg.run.folder, stage, total, step)
     mine, stop, taken, saved_at = runtime.share(cfg.mae.batch, 'mae.batch'), runtime.Stop(), 0, 0
@@ -209,7 +203,7 @@ def train(row, fold, device):
         originals = None
         if teacher and step >= relate_from:
             originals = known[flip.long(), numbers] if known is not None else torch.cat(
-                [data.embed_batch(teacher, part, cfg.run.precision)
+                [embed.embed_batch(teacher, part, cfg.run.precision)
                  for part in images.split(cfg.mae.micro_batch)])
         sums += objective.backward(images, noise, originals, scaler)
         runtime.average_gradients(model.parameters())
@@ -235,7 +229,7 @@ def train(row, fold, device):
             logged = step
         if due:
             saved_at, sums = log.seconds(), runtime.mean(sums)
-            runtime.check_finite({'mse + irm': sums.sum().item()}, step, path)
+            runtime.check_finite({'mse + irm': sums[:2].sum().item()}, step, path)
             runtime.save(path, {
                 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
                 'scaler': scaler.state_dict(), 'step': step, 'steps': total, 'logged': logged,

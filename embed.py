@@ -1,0 +1,82 @@
+"""Recognisers from any checkpoint, and the embeddings of whole image sets."""
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import models
+import runtime
+from records import InputError
+
+
+def fill(module, state, path):
+    """Load a state_dict, ours or a published one, or say in a sentence why it does not fit."""
+    for name in ('model', 'net', 'state_dict'):
+        state = state[name] if isinstance(state.get(name), dict) else state
+    state = {k.removeprefix('module.'): v for k, v in state.items() if torch.is_tensor(v)}
+    own = module.state_dict()
+    wrong = sorted(set(own) ^ set(state)) or sorted(
+        k for k in own if own[k].shape != state[k].shape)
+    if wrong:
+        raise InputError(f'{path} does not fit: {len(wrong)} keys differ, first {wrong[0]!r}: use '
+                         'a checkpoint of this architecture or change its keys in the config')
+    module.load_state_dict(state)
+
+
+def recogniser(path, device, made_by=''):
+    """An IResNet (eval mode) from our checkpoint or insightface's, its size read off the keys."""
+    saved = runtime.load(path, made_by)
+    if saved.get('step', 0) < saved.get('steps', 0):
+        raise InputError(f'{path} is only trained to step {saved["step"]} of {saved["steps"]}: '
+                         f'first run `{made_by}` to its end')
+    state = saved['net'] if isinstance(saved.get('net'), dict) else saved
+    state = {k.removeprefix('module.'): v for k, v in state.items() if torch.is_tensor(v)}
+    try:
+        stem, fc = state['conv1.weight'], state['fc.weight']
+        layers = [len({k.split('.')[1] for k in state if k.startswith(f'layer{i}.')})
+                  for i in range(1, 5)]
+        side = round((fc.shape[1] / state['bn2.weight'].numel()) ** 0.5)
+        size = saved['config']['data']['size'] if 'config' in saved else 16 * side
+        net = models.IResNet(layers, stem.shape[0], size, fc.shape[0])
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        raise InputError(f'{path} is no insightface IResNet: it lacks conv1, layer1-4, bn2 or fc; '
+                         'use a backbone of arcface_torch') from None
+    fill(net, state, path)
+    return net.to(device, memory_format=torch.channels_last).eval()
+
+
+def for_recogniser(batch, net):
+    """uint8 (B, H, W, 3) or float (B, 3, H, W) in 0..1 -> what an IResNet takes: -1..1, its size.
+
+    The result keeps the gradient and lies in channels_last memory.
+    """
+    x = batch.permute(0, 3, 1, 2).float() / 255 if batch.dtype == torch.uint8 else batch
+    if x.shape[-1] != net.size:
+        x = F.interpolate(x, (net.size, net.size), mode='bilinear', align_corners=False)
+    return (2 * x - 1).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def embed_batch(net, images, precision):
+    """Embeddings float32 (B, d) of uint8 images (B, H, W, 3)."""
+    with runtime.autocast(images.device, precision):
+        return net(for_recogniser(images, net)).float()
+
+
+def embed_all(net, store, batch, precision, flips=(False, True)):
+    """Embeddings of every image of a store, one float32 tensor (N, d) for each of `flips`.
+
+    Batches are dealt to the processes and gathered, so the result does not depend on them.
+    """
+    starts = range(0, len(store), batch)
+    found = {}
+    for number, first in enumerate(starts):
+        if number % runtime.world() == runtime.rank():
+            images = store(torch.arange(first, min(first + batch, len(store))))
+            found[number] = [embed_batch(net, images.flip(2) if flip else images, precision)
+                             for flip in flips]
+    if runtime.world() > 1:
+        every = [None] * runtime.world()
+        dist.all_gather_object(every, {n: [z.cpu() for z in zs] for n, zs in found.items()})
+        found = {n: zs for part in every for n, zs in part.items()}
+    return [torch.cat([found[n][i].to(store.device) for n in range(len(starts))])
+            for i in range(len(flips))]
