@@ -167,13 +167,13 @@ def test_two_processes_give_what_one_gives(copied, finished):
     for a, b in zip(first, second):
         a, b = (records.decode(x, '').int() for x in (a, b))
         assert (a - b).abs().max() <= 1
-    for count in (1, 2):        # few small steps: SGD amplifies the rounding beyond comparison
+    for count in (1, 2):        # other thread counts round otherwise, and SGD amplifies that
         run(copied, 'train_fr.py', 'release=run/mask/reconstructed', f'run.folder=run{count}',
-            'fr.lr=0.001', 'fr.epochs=0.7', processes=count)
+            'run.threads=1', processes=count)
     one, two = (torch.load(copied / f'run{n}' / 'fr.pt', weights_only=True) for n in (1, 2))
     for key, value in one['net'].items():
         if 'num_batches' not in key:       # counts the parts that this process saw; never used
-            torch.testing.assert_close(value, two['net'][key], rtol=1e-3, atol=1e-4, msg=key)
+            torch.testing.assert_close(value, two['net'][key], rtol=1e-5, atol=1e-6, msg=key)
     shutil.copy(finished[0] / 'run' / 'fr.pt', copied / 'run' / 'fr.pt')
     run(copied, 'evaluate.py', processes=2)
     results = [json.loads((f / 'run' / 'results.json').read_text()) for f in
