@@ -46,8 +46,6 @@ STRENGTH = {'facemae': 'mask_ratio', 'mask': 'mask_ratio', 'blur': 'blur_sigma',
             'pixelate': 'pixelate_block', 'noise': 'noise_std'}
 
 
-# ------------------------------------------------------------------------- secret and order
-
 def release_secret(cfg):
     """The secret of a run's releases, drawn once: bytes."""
     path = Path(cfg.reconstruct.key or Path(cfg.run.folder) / 'release.key')
@@ -114,8 +112,6 @@ def release_order(folds, secret, images_per_person=0):
         fold, image, label = fold[kept], image[kept], label[kept]
     return fold, image, label
 
-
-# ---------------------------------------------------------------------------- the methods
 
 def load_mae(path, size, device, made_by):
     """A finished masked autoencoder with its normalisation: namespace(model, mean, std)."""
@@ -301,8 +297,6 @@ share one label, and their number is visible unless the maker capped it.
 `data.exclude`, makes the release again and replaces this one; models trained on it, too.
 """
 
-
-# ------------------------------------------------------------------------------- pictures
 
 def show(row, folds, maes, fold, image, seed, source):
     """Picture of originals, masked images and the release; it stays in the run folder."""
