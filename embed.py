@@ -24,10 +24,7 @@ def fill(module, state, path):
 
 def recogniser(path, device, made_by=''):
     """An IResNet (eval mode) from our checkpoint or insightface's, its size read off the keys."""
-    saved = runtime.load(path, made_by)
-    if saved.get('step', 0) < saved.get('steps', 0):
-        raise InputError(f'{path} is only trained to step {saved["step"]} of {saved["steps"]}: '
-                         f'first run `{made_by}` to its end')
+    saved = runtime.load_finished(path, made_by)
     state = saved['net'] if isinstance(saved.get('net'), dict) else saved
     state = {k.removeprefix('module.'): v for k, v in state.items() if torch.is_tensor(v)}
     try:

@@ -121,8 +121,6 @@ def verify(net, sets, cfg, device):
     return results, curves
 
 
-# ---------------------------------------------------------------------------- image quality
-
 def image_quality(made, originals, device):
     """PSNR, dB, and SSIM (Wang et al. 2004: 11 x 11 Gaussian, sigma 1.5; grey), mean of images."""
     line = torch.exp(-torch.arange(-5.0, 6.0) ** 2 / (2 * 1.5 ** 2))
@@ -144,27 +142,31 @@ def image_quality(made, originals, device):
     return {'psnr': torch.cat(psnr).mean().item(), 'ssim': torch.cat(ssim).mean().item()}
 
 
-# ------------------------------------------------------------------------------------ rows
+def load_release(row):
+    """The released images of a row, or those of somebody else."""
+    path = Path(row.cfg.release or row.folder / 'reconstructed')
+    if not path.exists():
+        raise InputError(f'{path} is missing: ' + ('check the path' if row.cfg.release else
+                         f'first run `{runtime.again("reconstruct.py")}`'))
+    return data.load(path, row.cfg)
 
-def released_pairs(row, folds):
+
+def released_pairs(row, folds, made):
     """Released images beside their originals, a group for each fold as leakage() takes them."""
     cfg = row.cfg
     if cfg.release or cfg.originals:
         if not (cfg.release and cfg.originals):
             raise InputError('release and originals belong together: give both paths')
-        made, whole = data.load(cfg.release, cfg), data.load(cfg.originals, cfg)
+        whole = data.load(cfg.originals, cfg)
         if len(made.labels) != len(whole.labels):
             raise InputError(f'release has {len(made.labels)} images and originals '
-                                     f'{len(whole.labels)}: both need the same, in one order')
-        image, galleries, fold = np.arange(len(whole.labels)), [np.arange(len(whole.labels))], 0
-        fold = np.zeros(len(image), int)
+                             f'{len(whole.labels)}: both need the same, in one order')
+        image = np.arange(len(whole.labels))
+        galleries, fold = [image], np.zeros(len(image), int)
     else:
-        target = row.folder / 'reconstructed'
-        if not target.exists():
-            raise InputError(f'{target} is missing: first run `{runtime.again("reconstruct.py")}`')
-        made, whole = data.load(target, cfg), folds[0].private_data
-        secret = release_secret(cfg)
-        check_release(target, {'images': private_digest(folds), 'secret': fingerprint(secret)}, cfg)
+        whole, secret = folds[0].private_data, release_secret(cfg)
+        check_release(row.folder / 'reconstructed',
+                      {'images': private_digest(folds), 'secret': fingerprint(secret)}, cfg)
         fold, image, _ = release_order(folds, secret, cfg.reconstruct.images_per_person)
         galleries = [f.private for f in folds]
     chosen = np.arange(len(image))
@@ -218,8 +220,7 @@ def evaluate(row, folds, sets, galleries, device):
         path, name = cfg.evaluate.model or path, 'external.json'
     student = embed.recogniser(path, device, runtime.again('train_fr.py')) if (
         not cfg.release or Path(path).exists()) else None
-    made = data.load(cfg.release or row.folder / 'reconstructed', cfg) if (
-        cfg.release or folds) else None
+    made = load_release(row) if cfg.release or folds else None
     if student and made and not cfg.evaluate.model and data.digest(
             made, np.arange(len(made.labels))) != runtime.load(path)['images']:
         if not cfg.release:
@@ -233,8 +234,8 @@ def evaluate(row, folds, sets, galleries, device):
     results, curves = {'row': row.name, 'seed': cfg.run.seed, 'verification': {}}, {}
     if student:
         results['verification'], curves = verify(student, sets, cfg, device)
-    if folds or cfg.release:
-        groups = released_pairs(row, folds)
+    if made:
+        groups = released_pairs(row, folds, made)
         results['privacy'] = attacks.leakage(groups, attackers(row, folds, student, device),
                                              galleries, device)
         results['reconstruction'] = image_quality(

@@ -115,10 +115,7 @@ def release_order(folds, secret, images_per_person=0):
 
 def load_mae(path, size, device, made_by):
     """A finished masked autoencoder with its normalisation: namespace(model, mean, std)."""
-    saved = runtime.load(path, made_by)
-    if saved['step'] < saved['steps']:
-        raise InputError(f'{path} is only trained to step {saved["step"]} of '
-                                 f'{saved["steps"]}: first run `{made_by}` to its end')
+    saved = runtime.load_finished(path, made_by)
     config = SimpleNamespace(mae=SimpleNamespace(**saved['config']['mae']))
     if config.mae.norm_pix_loss:
         raise InputError(

@@ -209,6 +209,15 @@ def load(path, made_by=''):
     return state
 
 
+def load_finished(path, made_by):
+    """A checkpoint whose training ran to its end; published ones count no steps."""
+    saved = load(path, made_by)
+    if saved.get('step', 0) < saved.get('steps', 0):
+        raise InputError(f'{path} is only trained to step {saved["step"]} of {saved["steps"]}: '
+                         f'first run `{made_by}` to its end')
+    return saved
+
+
 # Keys that change how a thing is made but not what it is
 HARMLESS = {'mae.micro_batch', 'mae.preview_epochs', 'reconstruct.batch', 'reconstruct.photos',
             'reconstruct.key'}

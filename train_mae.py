@@ -7,7 +7,7 @@
 Reads   data.root (or data.public), <run>/fold<k>/teacher.pt
 Writes  <run>/fold<k>/mae.pt, <run>/log.jsonl, <run>/figures/mae_fold<k>.png
 
-The loss is mae.mse_weight * (squared error on hidden patches) + irm.weight * IRM, where IRM asks
+The loss is mae.mse_weight * (squared error, see mae.mse_on) + irm.weight * IRM, where IRM asks
 that the frozen teacher sees the same relations among the reconstructions of a batch as among its
 originals (FaceMAE, arXiv 2205.11090). The same command continues an interrupted run exactly.
 """
@@ -21,9 +21,9 @@ import embed
 import models
 import runtime
 from config import as_dict, rows
+from figures import save_grid
 from irm import irm_loss, relation_correlation
 from records import InputError
-from figures import save_grid
 
 # A checkpoint made under other values of these, or from other images, would be a lie
 FIXED = ['mae', 'irm', 'teacher', 'data.size', 'run.seed', 'run.precision',
