@@ -6,6 +6,7 @@ differs. `resolve` gives nested dicts, `namespace` makes them `cfg.mae.lr`.
 import contextlib
 import copy
 import difflib
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ CHOICES = {
     'run.device': ('auto', 'cpu', 'cuda'),
     'run.precision': ('bf16', 'fp16', 'fp32'),
     'data.on_size': ('refuse', 'resize'),
+    'data.on_corrupt': ('stop', 'skip'),
     'mae.mse_on': ('all', 'hidden'),
     'irm.relations': ('cosine', 'l2'),
     'reconstruct.method': ('facemae', 'mask', 'blur', 'pixelate', 'noise', 'none'),
@@ -29,33 +31,61 @@ CHOICES = {
     'fr.loss': ('arcface', 'cosface'),
     'fr.margin_gradient': ('exact', 'straight_through'),
 }
-LARGE = float('inf')
-RANGES = {                                   # any other number must not be negative
+INTEGERS = ('data.release_folds', 'data.exclude', 'compare_seeds')     # lists that begin empty
+LARGE, MOST = float('inf'), (1 << 31) - 1    # of other floats and integers; neither is negative
+RANGES = {
     **dict.fromkeys((
-        'run.log_every', 'data.size', 'data.folds', 'data.min_images', 'mae.patch', 'mae.batch',
-        'mae.micro_batch', 'mae.dim', 'mae.heads', 'mae.decoder_dim', 'mae.decoder_heads',
-        'fr.width', 'fr.dim', 'fr.batch', 'fr.norm_batch', 'teacher.width', 'judge.width',
-        'reconstruct.pixelate_block', 'reconstruct.batch', 'evaluate.batch'), (1, LARGE)),
-    **dict.fromkeys(('mae.epochs', 'fr.epochs', 'teacher.epochs', 'judge.epochs'), (1e-6, LARGE)),
+        'run.log_every', 'data.folds', 'data.min_images', 'mae.batch', 'mae.micro_batch',
+        'fr.batch', 'fr.norm_batch', 'reconstruct.batch', 'evaluate.batch'), (1, MOST)),
+    **dict.fromkeys((
+        'mae.dim', 'mae.heads', 'mae.decoder_dim', 'mae.decoder_heads', 'fr.width', 'fr.dim',
+        'teacher.width', 'judge.width'), (1, 1 << 14)),
+    **dict.fromkeys(('data.size', 'mae.patch', 'reconstruct.pixelate_block'), (1, 1 << 12)),
+    **dict.fromkeys(('run.threads', 'mae.depth', 'mae.decoder_depth'), (0, 1 << 10)),
+    **dict.fromkeys(('mae.epochs', 'fr.epochs', 'teacher.epochs', 'judge.epochs'), (1e-6, 1e9)),
     'data.validation': (0, 0.9), 'mae.mask_ratio': (0, 0.99), 'reconstruct.mask_ratio': (0, 0.99),
     'reconstruct.blur_sigma': (0.1, 100), 'reconstruct.quality': (1, 100)}
+
+
+class _Plain(yaml.SafeLoader):
+    """Plain values without aliases and endless numbers, in which a few bytes promise gigabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError('it repeats a value by a *name: write the value out')
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node):
+        if len(node.value) > 100:
+            raise yaml.YAMLError('it has a number of more than 100 digits: give a smaller one')
+        return super().construct_yaml_int(node)
+
+
+_Plain.add_constructor('tag:yaml.org,2002:int', _Plain.construct_yaml_int)
 
 
 def read_yaml(path):
     """The mapping in a YAML file, read without constructing anything but plain values."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):           # whatever is wrong with the path
         raise InputError(f'config {path} does not exist: name one of '
                          f'{", ".join(sorted(str(p) for p in CONFIGS.glob("*.yaml")))}')
-    if path.stat().st_size > 1 << 20:
-        raise InputError(f'config {path} is larger than 1 MiB: this is not one of our configs')
+    if path.stat().st_size > 1 << 18:
+        raise InputError(f'config {path} is larger than 256 KiB: this is not one of our configs')
     try:
-        found = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as e:
-        raise InputError(f'config {path} is not YAML: {" ".join(str(e).split())[:200]}') from None
+        found = yaml.load(path.read_text(encoding='utf-8'), _Plain)
+    except Exception as e:                 # PyYAML raises of many kinds where a value has a tag
+        raise InputError(f'config {path} is not YAML ({" ".join(str(e).split())[:200]}): write it '
+                         'as configs/casia.yaml is written') from None
     if not isinstance(found, dict):
         raise InputError(f'config {path} holds no "section:" lines: see configs/casia.yaml')
     return found
+
+
+def shown(value):
+    """A value as it is named in a sentence."""
+    text = repr(value)
+    return text if len(text) <= 100 else f'{text[:100]} ...'
 
 
 def check_value(key, value, default):
@@ -65,18 +95,23 @@ def check_value(key, value, default):
             value = float(value)
     kind = type(default)
     if type(value) is not kind:
-        raise InputError(f'{key} = {value!r} is a {type(value).__name__}: '
+        raise InputError(f'{key} = {shown(value)} is a {type(value).__name__}: '
                          f'give a {kind.__name__}, for example {key}={default!r}')
-    if isinstance(value, list) and default and key != 'data.exclude':
-        value = [check_value(key, item, default[0]) for item in value]
+    if isinstance(value, list) and (default or key in INTEGERS):
+        value = [check_value(key, item, 0 if key in INTEGERS else default[0]) for item in value]
     if isinstance(value, float) and not np.isfinite(value):
         raise InputError(f'{key} = {value} is not finite: give a number such as {default}')
-    low, high = RANGES.get(key, (0, LARGE))
+    low, high = RANGES.get(key, (0, MOST if isinstance(value, int) else LARGE))
     if isinstance(value, (int, float)) and not low <= value <= high:
         raise InputError(f'{key} = {value} is out of range: give {low} to {high}, for example '
                          f'{default}')
-    if key == 'mae.name' and not re.fullmatch(r'[\w-]+', value):
+    if isinstance(value, str) and not (value.isprintable() and len(value) < 400):
+        raise InputError(f'{key} = {shown(value)} is too long or has characters that cannot be '
+                         'printed: give another')
+    if key == 'mae.name' and not re.fullmatch(r'[\w-]{1,60}', value):
         raise InputError(f'mae.name = {value!r} is a file name: use letters, digits, _ and -')
+    if key == 'fr.margin_warmup' and isinstance(value, list) and len(value) != 2:
+        raise InputError(f'{key} = {shown(value)}: give the shares where it begins and ends')
     if key in CHOICES and value not in CHOICES[key]:
         raise InputError(f'{key} = {value!r} is unknown: choose from {", ".join(CHOICES[key])}')
     return value
@@ -84,58 +119,66 @@ def check_value(key, value, default):
 
 def check_row(name, changes):
     """The changes of one row of the comparison, whose name becomes a folder."""
-    if not re.fullmatch(r'(?!fold|seed|figures)[\w-]+', str(name)):
-        raise InputError(f'compare has a row {name!r}: use letters, digits, _ and -, and do not '
-                         'begin with fold, seed or figures')
+    if not re.fullmatch(r'(?!fold|seed|figures)[\w-]{1,60}', str(name)):
+        raise InputError(f'compare has a row {shown(name)}: use letters, digits, _ and -, and do '
+                         'not begin with fold, seed or figures')
     if not isinstance(changes, list) or not all(isinstance(c, str) for c in changes):
-        raise InputError(f'compare.{name} = {changes!r}: write a list of section.key=value')
+        raise InputError(f'compare.{name} = {shown(changes)}: write a list of section.key=value')
     return changes
 
 
 def overlay(config, changes, where):
-    """Set the keys in `changes` (nested dict) in `config`; unknown keys and types are refused."""
+    """Set the keys in `changes` (nested dict) in `config`, or say what is wrong in `where`."""
+    try:
+        set_keys(config, changes)
+    except InputError as e:
+        raise InputError(f'{where}: {e}') from None
+
+
+def set_keys(config, changes):
+    """Set the keys in `changes` in `config`; unknown keys and types are refused."""
     for section, content in changes.items():
         known = [section] if section in config else difflib.get_close_matches(
             str(section), config, 1) or sorted(config)
         if section not in config:
-            raise InputError(f'{where}: key {section!r} is unknown: did you mean '
+            raise InputError(f'key {shown(section)} is unknown: did you mean '
                              f'{" or ".join(map(repr, known))}?')
         if section == 'compare' and isinstance(content, dict):
             config[section] = {str(name): check_row(name, row) for name, row in content.items()}
         elif not isinstance(config[section], dict):
             config[section] = check_value(section, content, config[section])
         elif not isinstance(content, dict):
-            raise InputError(f'{where}: {section} = {content!r} is a section: set {section}.KEY')
+            raise InputError(f'{section} = {shown(content)} is a section: set {section}.KEY')
         else:
             for key, value in content.items():
                 if key not in config[section]:
                     near = difflib.get_close_matches(str(key), config[section], 1)
-                    raise InputError(f'{where}: key {section}.{key} is unknown: did you mean '
+                    raise InputError(f'key {section}.{str(key)[:100]} is unknown: did you mean '
                                      + ' or '.join(near or sorted(config[section])) + '?')
                 config[section][key] = check_value(f'{section}.{key}', value,
                                                    config[section][key])
 
 
-def assign(config, assignment):
-    """Apply one `section.key=value` of the command line."""
+def assign(config, assignment, where='command line'):
+    """Apply one `section.key=value` of the command line or of a row."""
     name, equals, text = assignment.partition('=')
     if not equals:
-        raise InputError(f'argument {assignment!r} is not understood: write section.key=value, '
-                         'for example mae.epochs=100')
+        raise InputError(f'{where}: {shown(assignment)} is not understood: write '
+                         'section.key=value, for example mae.epochs=100')
     try:
-        value = yaml.safe_load(text) if text else ''
-    except yaml.YAMLError:
-        raise InputError(f'{name} = {text!r} is not a YAML value: quote it') from None
+        value = yaml.load(text, _Plain) if text else ''
+    except Exception:                      # as in read_yaml
+        raise InputError(f'{where}: {shown(assignment)} gives no YAML value: quote it') from None
     for part in reversed(name.split('.')):
         value = {part: value}
-    overlay(config, value, 'command line')
+    overlay(config, value, where)
 
 
 def resolve(path, assignments=()):
     """Config file plus command line over the defaults of casia.yaml, as nested dicts."""
     chain = [(Path(path), read_yaml(path))]
     while chain[-1][1].get('base'):
-        path = chain[-1][0].parent / str(chain[-1][1]['base'])
+        path = chain[-1][0].parent / check_value(f'{chain[-1][0]}: base', chain[-1][1]['base'], '')
         if len(chain) > 8:
             raise InputError(f'config {path}: base leads round in a circle: remove one of them')
         chain.append((path, read_yaml(path)))
@@ -174,7 +217,7 @@ def rows(cfg, compare):
                 raise InputError(f'run.row = {name!r} is no row: compare has {list(cfg.compare)}')
             config = copy.deepcopy(as_dict(cfg))
             for change in cfg.compare[name] if name else []:
-                assign(config, change)
+                assign(config, change, f'{cfg.run.config}: compare.{name}')
             config['run'].update(seed=seed, row=name)
             run, again = Path(cfg.run.folder), '' if seed == cfg.run.seed else f'seed{seed}'
             mae = '_'.join([config['mae']['name'], *filter(None, [again])]) + '.pt'

@@ -1,10 +1,10 @@
-"""From a data set on disk to batches on the device: decoded cache, splits, order, random numbers.
+"""From a data set on disk to decoded images: cache, and the split into public and private people.
 
 Every image is decoded once into one memory-mapped file of uint8 pixels; from then on a batch is a
-gather of rows. What is random about an image depends on (seed, image number, epoch) alone, never
-on batch, process or device, so that a run can be interrupted or spread over more GPUs.
+gather of rows (batches.py).
 """
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -26,22 +26,24 @@ from records import InputError
 # --------------------------------------------------------------------------------- cache
 
 def open_source(path):
-    """A data set on disk: (read, labels, fingerprint); read(i) is encoded image i.
+    """A data set on disk: (read, name, labels, fingerprint); read(i) is encoded image i.
 
-    Records are told from a folder per identity by what the path holds. Labels are as in the
-    source, int64 (N,). The fingerprint changes when the source does.
+    Records are told from a folder per identity by what the path holds. name(i) says where image
+    i stands, labels are as in the source, int64 (N,). The fingerprint changes with the source.
     """
     path = Path(path)
     if path.suffix == '.rec' or (path / 'train.rec').is_file():
         source = records.Records(path)
-        files = [source.path]
-        return source.__getitem__, source.labels, fingerprint(files, source.labels)
+        return (source.__getitem__, lambda i: f'{source.path} record {source.keys[i]}',
+                source.labels, fingerprint([source.path], source.labels))
     if not path.is_dir():
         raise InputError(f'data set {path} does not exist: set data.root to a folder with '
                          'train.rec, or with one sub-folder of photos a person')
     files, labels = records.face_folders(path)
     labels = np.asarray(labels, np.int64)
-    return lambda i: files[i].read_bytes(), labels, fingerprint(files, labels)
+    # A name can hold line breaks, but a sentence that names it shall not
+    return (lambda i: records.open_bytes(files[i]), lambda i: repr(str(files[i]))[1:-1], labels,
+            fingerprint(files, labels))
 
 
 def fingerprint(files, labels):
@@ -49,9 +51,8 @@ def fingerprint(files, labels):
     return hashlib.sha256(repr(state).encode() + labels.tobytes()).hexdigest()
 
 
-def pixels(data, where, size, on_size):
-    """Encoded image -> uint8 (size, size, 3); another size is resized or refused."""
-    image = records.decode(data, where)                                      # (3, H, W)
+def pixels(image, where, size, on_size):
+    """uint8 (3, H, W) -> uint8 (size, size, 3); another size is resized or refused."""
     if image.shape[1:] != (size, size):
         if on_size == 'refuse':
             raise InputError(f'{where} is {image.shape[2]}x{image.shape[1]} pixels, data.size is '
@@ -65,7 +66,8 @@ def load(path, cfg):
     """A data set as uint8 pixels, decoded on first use into a memory-mapped cache.
 
     Returns a namespace: `images` uint8 memmap (N, size, size, 3), `labels` int64 (N,) as in the
-    source, `hashes` uint64 (N,) of the decoded pixels. Built by rank 0, the others wait.
+    source, `hashes` uint64 (N,) of the decoded pixels, `skipped`, the images that were left out
+    as damaged. Built by rank 0, the others wait.
     """
     path = Path(path)
     if cfg.toy.identities and not path.exists() and path == Path(cfg.data.root):
@@ -74,52 +76,82 @@ def load(path, cfg):
             toy.draw_set(path, t.identities, t.images, t.test_identities, t.test_pairs,
                          cfg.data.size, t.seed)
         runtime.barrier()
-    read, labels, mark = open_source(path)
+    read, name_of, labels, mark = open_source(path)
     size = cfg.data.size
-    # What a whole cache of this source looks like: the fingerprint, and bytes of the two files
-    mark = {'source': mark, 'on_size': cfg.data.on_size, 'images.u8': len(labels) * size ** 2 * 3,
-            'hashes.npy': 128 + 8 * len(labels)}
+    mark = {'source': mark, 'on_size': cfg.data.on_size, 'on_corrupt': cfg.data.on_corrupt}
     name = f'{path.name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:10]}'
     folder = Path(cfg.data.cache) / f'{name}-{cfg.data.size}'
     if runtime.rank() == 0 and not is_current(folder, mark):
-        build_cache(folder, mark, path, read, len(labels), cfg)
+        build_cache(folder, mark, path, read, name_of, len(labels), cfg)
     runtime.barrier()
+    skipped = json.loads((folder / 'source.json').read_text())['skipped']
+    if skipped:
+        runtime.say(f'{path}: {len(skipped)} damaged images are left out (data.on_corrupt=skip)')
+    labels = np.delete(labels, skipped)
     return SimpleNamespace(
         images=np.memmap(folder / 'images.u8', np.uint8, 'c', shape=(len(labels), size, size, 3)),
-        hashes=np.load(folder / 'hashes.npy', allow_pickle=False), labels=labels, path=path)
+        hashes=np.load(folder / 'hashes.npy', allow_pickle=False), labels=labels, path=path,
+        skipped=skipped)
 
 
 def is_current(folder, mark):
+    """Whether the cache is of this source, and its files are as long as when they were made."""
     try:
-        return json.loads((folder / 'source.json').read_text()) == mark and all(
-            (folder / name).stat().st_size == mark[name] for name in ('images.u8', 'hashes.npy'))
-    except (OSError, ValueError):
+        found = json.loads((folder / 'source.json').read_text())
+        return found['mark'] == mark and all(
+            (folder / name).stat().st_size == size for name, size in found['bytes'].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def build_cache(folder, mark, path, read, count, cfg):
-    """Decode images read(0 .. count-1) on all cores into `folder`, whole or not at all."""
+def build_cache(folder, mark, path, read, name_of, count, cfg):
+    """Decode images read(0 .. count-1) on all cores into `folder`, whole or not at all.
+
+    A damaged image, named by name_of(i), ends it or is left out, as data.on_corrupt says.
+    """
     size, temporary = cfg.data.size, folder.with_name(folder.name + '.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    images = np.memmap(temporary / 'images.u8', np.uint8, 'w+', shape=(count, size, size, 3))
-    hashes = np.zeros(count, np.uint64)
+    with open(temporary / 'images.u8', 'wb') as f:      # a full disk is an error here; while the
+        os.posix_fallocate(f.fileno(), 0, count * size * size * 3)      # map is written, a crash
+    images = np.memmap(temporary / 'images.u8', np.uint8, 'r+', shape=(count, size, size, 3))
+    hashes, skipped = np.zeros(count, np.uint64), []
+    log = runtime.Log(cfg.run.folder, f'cache/{folder.name}', count)
 
     def decode(first):
         for i in range(first, min(first + 256, count)):
-            where = f'{path} image {i} (from 0)'
-            images[i] = pixels(read(i), where, size, cfg.data.on_size)
+            try:
+                image = records.decode(read(i), name_of(i))
+            except InputError as e:
+                if cfg.data.on_corrupt == 'stop':
+                    raise InputError(f'{e}, or set data.on_corrupt=skip') from None
+                runtime.say(f'left out: {e}')
+                skipped.append(i)
+                continue
+            images[i] = pixels(image, name_of(i), size, cfg.data.on_size)
             hashes[i] = int.from_bytes(hashlib.blake2b(images[i], digest_size=8).digest())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in track(pool.map(decode, range(0, count, 256)), f'decoding {path}',
                        total=-(-count // 256), transient=True):
             pass
+    kept = np.delete(np.arange(count), sorted(skipped))
+    if not len(kept):
+        raise InputError(f'{path}: not one image can be read: copy the data set again')
+    if skipped:
+        for place, i in enumerate(kept):
+            images[place] = images[i]
     images.flush()
-    np.save(temporary / 'hashes.npy', hashes)
-    (temporary / 'source.json').write_text(json.dumps(mark))
+    os.truncate(temporary / 'images.u8', len(kept) * size * size * 3)
+    content = io.BytesIO()      # np.save into a file hides from its error that the disk is full
+    np.save(content, hashes[kept])
+    (temporary / 'hashes.npy').write_bytes(content.getvalue())
+    log(count, count, skipped=len(skipped))
+    whole = {name: (temporary / name).stat().st_size for name in ('images.u8', 'hashes.npy')}
+    (temporary / 'source.json').write_text(json.dumps(
+        {'mark': mark, 'skipped': sorted(skipped), 'bytes': whole}))
     if path.is_dir() and not (path / 'train.rec').exists():
-        warn_if_unaligned(images, path)
+        warn_if_unaligned(images[:len(kept)], path)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
@@ -222,105 +254,7 @@ def check_disjoint(fold, same_set):
             f'people out with data.exclude={people}')
 
 
-# ------------------------------------------------------------------------------- batches
-
 def digest(found, rows):
     """16 hex digits that tell one set of training images and labels from another."""
     content = np.ascontiguousarray(found.hashes[rows]).tobytes() + found.labels[rows].tobytes()
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-class Store:
-    """Rows of a cached data set as batches on the device: `store(indices) -> uint8 (B, H, W, 3)`.
-
-    `rows` chooses and orders the images, so that index i means images[rows[i]]. Where they fit
-    into half of the GPU's free memory they are copied there once.
-    """
-
-    def __init__(self, images, rows, device):
-        self.rows, self.device = torch.as_tensor(rows), device
-        self.images = torch.from_numpy(np.asarray(images)) if isinstance(
-            images, np.ndarray) else images
-        if device.type == 'cuda':
-            needed = len(rows) * self.images[0].numel()
-            if needed < torch.cuda.mem_get_info(device)[0] / 2:
-                self.images = torch.cat([self.images[part].to(device)
-                                         for part in self.rows.split(4096)])
-                self.rows = torch.arange(len(rows), device=device)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __call__(self, indices):
-        indices = torch.as_tensor(indices).to(self.rows.device)
-        batch = self.images[self.rows[indices]]
-        if batch.device != self.device:
-            batch = batch.pin_memory().to(self.device, non_blocking=True)
-        return batch
-
-
-class Order:
-    """Which images form the global batch of a step: a pure function of (seed, step).
-
-    Each epoch is a seeded permutation of 0..count-1 whose last incomplete batch is dropped. With
-    `per_identity` = k, batches hold k images of each of batch / k identities; people with fewer
-    than k are filled up by repetition.
-    """
-
-    def __init__(self, count, batch, seed, labels=None, per_identity=0):
-        if batch > count:
-            raise InputError(f'a batch of {batch} is larger than the set of {count} images: use '
-                             'a smaller mae.batch or fr.batch')
-        self.count, self.batch, self.seed = count, batch, seed
-        self.labels, self.per_identity = labels, per_identity
-        self.steps_per_epoch = count // batch
-        self.epoch = None
-
-    def __call__(self, step):
-        """Image numbers int64 (batch,) and the epoch of a step."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            self.order = rng.permutation(self.count)
-            if self.per_identity:
-                self.order = self.grouped(rng)
-            self.epoch = epoch
-        return self.order[number * self.batch:(number + 1) * self.batch], epoch
-
-    def grouped(self, rng):
-        order = self.order[np.argsort(self.labels[self.order], kind='stable')]
-        groups = []
-        for person in np.split(order, np.flatnonzero(np.diff(self.labels[order])) + 1):
-            filling = rng.choice(person, -len(person) % self.per_identity)
-            groups.append(np.concatenate([person, filling]))
-        groups = np.concatenate(groups).reshape(-1, self.per_identity)
-        return groups[rng.permutation(len(groups))].reshape(-1)
-
-
-def mix(x):
-    """Finaliser of splitmix64 on int64 tensors: one well-mixed 64-bit number for each."""
-    for shift, factor in ((30, -0x40a7b892e31b1a47), (27, -0x6b2fb644ecceee15)):
-        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
-    return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-def hashed(seed, epoch, images, columns):
-    """Counter-based random int64 (B, columns): depend on (seed, epoch, image number) alone.
-
-    The same on every device, and for an image whatever else is in its batch.
-    """
-    images = torch.as_tensor(images)
-    start = mix(mix(torch.tensor(seed, device=images.device)) + epoch)
-    row = mix(start ^ mix(images.long()))[:, None]
-    step = -0x61c8864680b583eb                       # 2^64 / golden ratio: splitmix64's increment
-    return mix(row + step * torch.arange(1, columns + 1, device=images.device))
-
-
-def uniform(bits):
-    """Random int64 -> float32 in (0, 1), never 0 or 1."""
-    return ((bits >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)
-
-
-def flipped(batch, flip):
-    """Mirror the images of uint8 (B, H, W, 3) where flip (B,) is true."""
-    return torch.where(flip[:, None, None, None], batch.flip(2), batch)

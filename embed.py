@@ -7,34 +7,55 @@ import models
 import runtime
 from records import InputError
 
+NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+
 
 def fill(module, state, path):
     """Load a state_dict, ours or a published one, or say in a sentence why it does not fit."""
     for name in ('model', 'net', 'state_dict'):
         state = state[name] if isinstance(state.get(name), dict) else state
-    state = {k.removeprefix('module.'): v for k, v in state.items() if torch.is_tensor(v)}
+    state = tensors(state)
     own = module.state_dict()
     wrong = sorted(set(own) ^ set(state)) or sorted(
         k for k in own if own[k].shape != state[k].shape)
     if wrong:
-        raise InputError(f'{path} does not fit: {len(wrong)} keys differ, first {wrong[0]!r}: use '
-                         'a checkpoint of this architecture or change its keys in the config')
+        raise InputError(f'{path} does not fit: {len(wrong)} keys differ, first {wrong[0][:80]!r}: '
+                         'use a checkpoint of this architecture or change its keys in the config')
+    wrong = [k for k in own if not is_sound(state[k])]
+    if wrong:
+        raise InputError(f'{path} holds no finite numbers in {wrong[0]!r}: make it again')
+    if next(module.parameters()).is_meta:
+        module.to_empty(device='cpu')
     module.load_state_dict(state)
+
+
+def tensors(state):
+    """The tensors of a state_dict by their names, without DistributedDataParallel's prefix."""
+    return {k.removeprefix('module.'): v for k, v in state.items()
+            if isinstance(k, str) and torch.is_tensor(v)}
+
+
+def is_sound(tensor):
+    """Whether a tensor from a file holds finite numbers, and all it has: it may be sparse, without
+    any, or a few that stand for many."""
+    return (tensor.dtype in NUMBERS and tensor.layout == torch.strided
+            and tensor.device.type == 'cpu' and tensor.untyped_storage().nbytes() >= tensor.nbytes
+            and bool(tensor.isfinite().all()))
 
 
 def recogniser(path, device, made_by=''):
     """An IResNet (eval mode) from our checkpoint or insightface's, its size read off the keys."""
     saved = runtime.load_finished(path, made_by)
-    state = saved['net'] if isinstance(saved.get('net'), dict) else saved
-    state = {k.removeprefix('module.'): v for k, v in state.items() if torch.is_tensor(v)}
     try:
+        state = tensors(saved['net'] if isinstance(saved.get('net'), dict) else saved)
         stem, fc = state['conv1.weight'], state['fc.weight']
         layers = [len({k.split('.')[1] for k in state if k.startswith(f'layer{i}.')})
                   for i in range(1, 5)]
         side = round((fc.shape[1] / state['bn2.weight'].numel()) ** 0.5)
         size = saved['config']['data']['size'] if 'config' in saved else 16 * side
-        net = models.IResNet(layers, stem.shape[0], size, fc.shape[0])
-    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        with torch.device('meta'):           # takes no memory, before its shapes are compared
+            net = models.IResNet(layers, stem.shape[0], max(1, int(size)), fc.shape[0])
+    except Exception:                        # a file can hold anything
         raise InputError(f'{path} is no insightface IResNet: it lacks conv1, layer1-4, bn2 or fc; '
                          'use a backbone of arcface_torch') from None
     fill(net, state, path)

@@ -12,12 +12,10 @@ Writes  <run>/<row>/results.json (external.json for others' models and releases)
 
 Utility is insightface's ten-fold verification. Leakage is retrieval: how often the original of a
 released image (same image), or another photo of its person (same person), comes first among all
-private originals. Attackers: judge = a recogniser of other people that is not the teacher,
-pixels = the nearest neighbour in 16 x 16 contrast-normalised pixels, insider = a recogniser
-trained on the release itself, teacher = the one that shaped the release.
+private originals, for the attackers of evaluate.attacks; the table says what each of them has.
 """
-import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,100 +23,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 
 import attacks
+import batches
 import data
 import embed
 import figures
 import models
-import records
 import runtime
 from config import as_dict, rows
 from records import InputError
-from reconstruct import (check_release, fingerprint, private_digest, release_order,
-                         release_secret)
-
-FOLDS = 10
-
-
-# ---------------------------------------------------------------------------- verification
-
-def fold_accuracies(distance, same):
-    """Ten-fold accuracies of insightface's protocol, float64 (10,).
-
-    distance (P,): squared L2 distances of unit embeddings, 0..4; same (P,) bool. Thresholds 0..4
-    by 0.01, 'same' when distance < threshold, first best threshold of the other nine contiguous
-    folds. All thresholds and folds come from one histogram.
-    """
-    thresholds = np.arange(0, 4, 0.01)
-    first = np.searchsorted(thresholds, distance, side='right')     # threshold that accepts it
-    sizes = np.full(FOLDS, len(same) // FOLDS)
-    sizes[:len(same) % FOLDS] += 1
-    fold = np.repeat(np.arange(FOLDS), sizes)
-    # +1 for a same pair that becomes right, -1 for a different pair that becomes wrong
-    change = np.zeros((FOLDS, len(thresholds) + 1), np.int64)
-    np.add.at(change, (fold, first), np.where(same, 1, -1))
-    different = np.bincount(fold[~same], minlength=FOLDS)
-    right = change[:, :-1].cumsum(1) + different[:, None]            # (fold, threshold)
-    best = (right.sum(0) - right).argmax(1)
-    return right[np.arange(FOLDS), best] / sizes
-
-
-def tar_at_far(distance, same, far):
-    """Share of same pairs accepted at the loosest threshold that accepts at most `far` of the
-    different pairs (floor(far * count) of them; no interpolation)."""
-    others = np.sort(distance[~same])
-    allowed = int(far * len(others))
-    return float((distance[same] < others[min(allowed, len(others) - 1)]).mean())
-
-
-def auc(distance, same):
-    """Area under the ROC: chance that a same pair is closer than a different one (ties half)."""
-    others, own = np.sort(distance[~same]), distance[same]
-    closer = len(others) - np.searchsorted(others, own, 'right')
-    ties = np.searchsorted(others, own, 'right') - np.searchsorted(others, own, 'left')
-    return float((closer + ties / 2).mean() / len(others))
-
-
-def find_set(name, cfg):
-    """Path of a verification set: as it stands, or beside the training data."""
-    root = Path(cfg.data.root)
-    places = [Path(name), (root.parent if root.suffix == '.rec' else root) / name]
-    return next((p for p in places if p.is_file()), places[0])
-
-
-def load_pairs(path, cfg):
-    """A verification set: distinct images uint8 (M, S, S, 3), pairs int64 (P, 2), same (P,)."""
-    encoded, same = records.read_bin(path)
-    number = {}
-    where = np.array([number.setdefault(bytes(e), len(number)) for e in encoded])
-    images = np.stack([data.pixels(e, f'{path} image {i} (from 0)', cfg.data.size, 'resize')
-                       for i, e in enumerate(number)])
-    return images, where.reshape(-1, 2), same
-
-
-def unit_embeddings(net, images, chosen, cfg, device):
-    """f(x) + f(mirrored x) of images[chosen], L2-normalised, float32 (N, d)."""
-    store = data.Store(images, chosen, device)
-    plain, mirrored = embed.embed_all(net, store, cfg.evaluate.batch, cfg.run.precision)
-    return F.normalize(plain + mirrored)
-
-
-def verify(net, sets, cfg, device):
-    """Verification of a recogniser on each set: results by name, and the distances of each."""
-    results, curves = {}, {}
-    for path, (images, pairs, same) in sets.items():
-        z = unit_embeddings(net, images, range(len(images)), cfg, device).double().cpu().numpy()
-        distance = np.square(z[pairs[:, 0]] - z[pairs[:, 1]]).sum(1)
-        accuracy = fold_accuracies(distance, same)
-        results[Path(path).stem] = {
-            'accuracy': accuracy.mean(), 'std': accuracy.std(), 'auc': auc(distance, same),
-            'tar@far=1e-2': tar_at_far(distance, same, 1e-2),
-            'tar@far=1e-3': tar_at_far(distance, same, 1e-3), 'pairs': len(same),
-            'sha256': hashlib.sha256(Path(path).read_bytes()).hexdigest()}
-        curves[Path(path).stem] = distance, same
-    return results, curves
+from reconstruct import (STRENGTH, check_release, fingerprint, load_mae, private_digest, protect,
+                         release_order, release_secret, secret_seed)
+from verification import (component_floor, find_set, floors, load_pairs, pair_distances,
+                          threshold_at_far, unit_embeddings, verify)
 
 
 def image_quality(made, originals, device):
@@ -151,65 +69,159 @@ def load_release(row):
     return data.load(path, row.cfg)
 
 
-def released_pairs(row, folds, made):
-    """Released images beside their originals, a group for each fold as leakage() takes them."""
-    cfg = row.cfg
-    if cfg.release or cfg.originals:
-        if not (cfg.release and cfg.originals):
-            raise InputError('release and originals belong together: give both paths')
-        whole = data.load(cfg.originals, cfg)
-        if len(made.labels) != len(whole.labels):
-            raise InputError(f'release has {len(made.labels)} images and originals '
-                             f'{len(whole.labels)}: both need the same, in one order')
-        image = np.arange(len(whole.labels))
-        galleries, fold = [image], np.zeros(len(image), int)
-    else:
-        whole, secret = folds[0].private_data, release_secret(cfg)
-        check_release(row.folder / 'reconstructed',
-                      {'images': private_digest(folds), 'secret': fingerprint(secret)}, cfg)
-        fold, image, _ = release_order(folds, secret, cfg.reconstruct.images_per_person)
-        galleries = [f.private for f in folds]
-    chosen = np.arange(len(image))
-    if cfg.evaluate.probes and cfg.evaluate.probes < len(chosen):
-        chosen = np.sort(np.random.default_rng(0).permutation(chosen)[:cfg.evaluate.probes])
-    groups = []
-    for k, gallery in enumerate(galleries):
+def probes_of(cfg, count):
+    """Which of `count` released images are searched for: all, or a fixed random choice."""
+    chosen = np.random.default_rng(0).permutation(count)
+    return np.sort(chosen[:cfg.evaluate.probes or count])
+
+
+def own_groups(row, folds, made, device):
+    """The private people of each fold as attackers meet them: groups as attacks.py wants them.
+
+    The attackers' pairs are public people, whom the fold's own model protects for them.
+    """
+    cfg, c, whole, secret = row.cfg, row.cfg.reconstruct, folds[0].private_data, release_secret(
+        row.cfg)
+    check_release(row.folder / 'reconstructed',
+                  {'images': private_digest(folds), 'secret': fingerprint(secret)}, cfg)
+    fold, image, _ = release_order(folds, secret, c.images_per_person)
+    chosen, seed = probes_of(cfg, len(image)), secret_seed(secret, f'masks {cfg.run.seed}')
+    draws = c.method in ('facemae', 'mask', 'noise')
+
+    def group(k, f):
         mine = chosen[fold[chosen] == k]
-        groups.append(SimpleNamespace(
-            released=(made.images, mine), originals=(whole.images, gallery),
-            source=np.searchsorted(gallery, image[mine]), person=whole.labels[gallery]))
-    return groups
+        mae = load_mae(row.mae(f.k), cfg.data.size, device,
+                       runtime.again('train_mae.py')) if c.method == 'facemae' else None
+
+        def protected(images, numbers, seed):
+            return np.concatenate([protect(
+                torch.from_numpy(np.asarray(images[part])).to(device),
+                torch.as_tensor(part, device=device), seed, cfg, mae).cpu().numpy()
+                for part in np.array_split(numbers, len(numbers) // c.batch + 1)])
+
+        known = f.train[np.random.default_rng(1).permutation(len(f.train))]
+        known = known[:cfg.evaluate.probes or len(known)]
+        hidden = None
+        if STRENGTH.get(c.method) == 'mask_ratio':
+            noise = batches.hashed(seed, 0, image[mine], (cfg.data.size // cfg.mae.patch) ** 2)
+            hidden = models.random_masking(noise, c.mask_ratio)[2]
+        people = f.data.labels[known]
+        outside = np.setdiff1d(np.arange(len(whole.labels)),
+                               np.concatenate([g.private for g in folds]))
+        return SimpleNamespace(
+            released=(made.images, mine), originals=(whole.images, f.private), seen={},
+            source=np.searchsorted(f.private, image[mine]), person=whole.labels[f.private],
+            pair_people=people if f.data is whole else -1 - people, hidden=hidden,
+            pairs=lambda some, seed: (protected(f.data.images, known[some], seed),
+                                      np.asarray(f.data.images[known[some]])),
+            again=(lambda seed: protected(whole.images, image[mine], seed)) if draws else None,
+            outsiders=(whole.images, outside[probes_of(cfg, len(outside))]))
+
+    return [group(k, f) for k, f in enumerate(folds)]
 
 
-def attackers(row, folds, student, device):
-    """The attackers of evaluate.attacks: {name: [(what it depends on, embedder) of each fold]}."""
-    cfg = row.cfg
+def foreign_groups(cfg, made, device):
+    """Somebody's release beside its originals, as two groups: half of the people are attacked by
+    those who know the released images of the other half."""
+    if not (cfg.release and cfg.originals):
+        raise InputError('release and originals belong together: give both paths')
+    whole = data.load(cfg.originals, cfg)
+    if len(made.labels) != len(whole.labels) or made.skipped != whole.skipped:
+        raise InputError(f'release has {len(made.labels)} good images and originals '
+                         f'{len(whole.labels)}: both need the same, in one order')
+    people = np.unique(whole.labels)
+    half = np.isin(whole.labels, people[data.ordered_by_hash(people, 0)[::2]])
+    chosen = probes_of(cfg, len(half))
 
-    def embedder(net):
-        return lambda images, chosen: unit_embeddings(net, images, chosen, cfg, device)
+    def group(rows, known):
+        mine = chosen[np.isin(chosen, rows)]
+        known = np.random.default_rng(1).permutation(known)[:cfg.evaluate.probes or None]
+        return SimpleNamespace(
+            released=(made.images, mine), originals=(whole.images, rows), seen={}, hidden=None,
+            source=np.searchsorted(rows, mine), person=whole.labels[rows], again=None,
+            outsiders=None, pair_people=whole.labels[known], pairs=lambda some, seed: (
+                np.asarray(made.images[known[some]]), np.asarray(whole.images[known[some]])))
 
-    def public(role):
-        found = []
-        for k in [f.k for f in folds] or [0]:
-            path = getattr(cfg, role).checkpoint or f'{cfg.run.folder}/fold{k}/{role}.pt'
-            net = embed.recogniser(path, device, runtime.again('train_fr.py', f'stage={role}'))
-            found.append((f'{path} {k}', embedder(net)))
-        return found
+    return [group(np.flatnonzero(half == side), np.flatnonzero(half != side))
+            for side in (True, False)]
 
-    def pixels():
-        return [(f'pixels {k}', lambda images, chosen: attacks.pixel_embeddings(
-            images, chosen, device)) for k in range(len(folds) or 1)]
 
-    def insider():
-        return [(f'{row.folder} {k}', embedder(student)) for k in range(len(folds) or 1)]
+def attackers(row, groups, folds, student, sets, galleries, device):
+    """The attacks of evaluate.attacks on each group: {name: [attack of each group]}."""
+    cfg, wanted = row.cfg, row.cfg.evaluate.attacks
+    numbers = range(len(groups))
 
-    known = {'judge': lambda: public('judge'), 'teacher': lambda: public('teacher'),
-             'pixels': pixels, 'insider': insider}
-    unknown = sorted(set(cfg.evaluate.attacks) - set(known))
-    if unknown:
-        raise InputError(f'evaluate.attacks has {unknown[0]!r}: choose from '
-                                 f'{", ".join(known)}')
-    return {name: known[name]() for name in cfg.evaluate.attacks}
+    def eye(net, key):
+        seen = galleries.setdefault(key, {})
+        if 'threshold' not in seen:        # FAR 1e-3 on real pairs of people in no training
+            seen['threshold'] = np.inf
+            for found in list(sets.values())[:1]:
+                distance = pair_distances(net, found, cfg, device)
+                seen['threshold'] = 1 - threshold_at_far(distance, found[2], 1e-3) / 2
+        return SimpleNamespace(
+            key=key, net=net, seen=seen, threshold=seen['threshold'],
+            embed=lambda images, rows: unit_embeddings(net, images, rows, cfg, device))
+
+    def public(role, checkpoint):
+        paths = [checkpoint or f'{cfg.run.folder}/fold{f.k}/{role}.pt' for f in folds] or [
+            checkpoint or f'{cfg.run.folder}/fold0/{role}.pt' for _ in numbers]
+        return [eye(embed.recogniser(path, device, runtime.again('train_fr.py', f'stage={role}')),
+                    f'{path} {n}') for n, path in enumerate(paths)]
+
+    pixels = [SimpleNamespace(
+        key=f'pixels {n}', seen=galleries.setdefault(f'pixels {n}', {}), threshold=np.inf,
+        embed=lambda images, rows: attacks.pixel_embeddings(images, rows, device))
+        for n in numbers]
+    judges = public('judge', cfg.judge.checkpoint) if set(wanted) & {
+        'judge', 'linear', 'trained', 'class', 'repeated'} else []
+    known = {
+        'judge': lambda n: partial(attacks.stock, judges[n]),
+        'pixels': lambda n: partial(attacks.stock, pixels[n]),
+        'insider': lambda n: partial(attacks.stock, eye(student, f'{row.folder} {n}')),
+        'masked': lambda n: partial(attacks.patchwork, device=device),
+        'visible': lambda n: partial(attacks.patchwork, device=device, original=True),
+        'linear': lambda n: partial(attacks.linear, judges[n]),
+        'trained': lambda n: partial(attacks.trained, judges[n], cfg=cfg, device=device),
+        'class': lambda n: partial(attacks.by_class, (judges[n], pixels[n])),
+        'repeated': lambda n: partial(attacks.repeated, (judges[n], pixels[n]))}
+    found = {}
+    for name in wanted:
+        if name == 'teacher' or Path(name).is_file():
+            eyes = public('teacher', cfg.teacher.checkpoint if name == 'teacher' else name)
+            found[Path(name).stem] = [partial(attacks.stock, e) for e in eyes]
+        elif name in known:
+            found[name] = [known[name](n) for n in numbers]
+        elif name != 'membership':
+            raise InputError(f'evaluate.attacks has {name!r}: choose from teacher, membership, '
+                             f'{", ".join(known)}, or name an insightface backbone')
+    return found
+
+
+def privacy(row, folds, student, made, sets, galleries, device):
+    """All attacks on one release: figures by attack, cosines for the histogram, and image pairs
+    (released, original) of all probes, uint8 (N, H, W, 3) each."""
+    cfg, wanted = row.cfg, row.cfg.evaluate.attacks
+    groups = (foreign_groups(cfg, made, device) if cfg.release else
+              own_groups(row, folds, made, device))
+    for g in groups:                    # an attacker who learnt from his victims proves nothing
+        if shared := set(g.pair_people) & set(g.person):
+            raise InputError(f'person {min(shared)} is attacked and in an attacker\'s training: '
+                             'this is an error of the split, please report it')
+    found, cosines = attacks.leakage(
+        groups, attackers(row, groups, folds, student, sets, galleries, device), device)
+    if 'membership' in wanted:
+        if cfg.reconstruct.method == 'facemae' and folds:
+            found['membership_reconstruction'] = attacks.reconstruction_membership(groups)
+        head = runtime.load(row.folder / 'fr.pt')['head']['weight'] if student and folds else None
+        if head is not None and len(groups[0].outsiders[1]):
+            centres = F.normalize(head).to(device)
+            found['membership_recogniser'] = attacks.recogniser_membership(
+                lambda images, rows: unit_embeddings(student, images, rows, cfg, device)
+                @ centres.T, groups)
+    pairs = [np.concatenate([np.asarray(images[rows]) for images, rows in side]) for side in (
+        [g.released for g in groups],
+        [(g.originals[0], g.originals[1][g.source]) for g in groups])]
+    return found, cosines, pairs
 
 
 def evaluate(row, folds, sets, galleries, device):
@@ -235,12 +247,12 @@ def evaluate(row, folds, sets, galleries, device):
     if student:
         results['verification'], curves = verify(student, sets, cfg, device)
     if made:
-        groups = released_pairs(row, folds, made)
-        results['privacy'] = attacks.leakage(groups, attackers(row, folds, student, device),
-                                             galleries, device)
-        results['reconstruction'] = image_quality(
-            np.concatenate([g.released[0][g.released[1]] for g in groups]),
-            np.concatenate([g.originals[0][g.originals[1][g.source]] for g in groups]), device)
+        results['privacy'], cosines, (released, originals) = privacy(
+            row, folds, student, made, sets, galleries, device)
+        results['reconstruction'] = image_quality(released, originals, device)
+        if runtime.rank() == 0:
+            figures.privacy_pictures(results['privacy'], cosines, released, originals,
+                                     Path(cfg.run.folder) / 'figures', cfg.run.row or 'release')
     results |= {'seconds': stage_seconds(Path(cfg.run.folder)),
                 'made_with': runtime.provenance(), 'config': as_dict(cfg)}
     row.folder.mkdir(parents=True, exist_ok=True)
@@ -261,64 +273,16 @@ def stage_seconds(run):
     return {stage: round(seconds, 1) for stage, seconds in total.items()}
 
 
-def floors(cfg, sets, device):
-    """What recognisers reach that learnt nothing: an untrained net of each seed.
-
-    Its BatchNorms take the statistics of test images, without which a deep net overflows.
-    """
-    results, some = [], next(iter(sets.values()))[0][:256]
-    for seed in cfg.compare_seeds or [cfg.run.seed]:
-        torch.manual_seed(seed)
-        net = models.iresnet(cfg.fr.depth, cfg.fr.width, cfg.data.size, cfg.fr.dim).to(device)
-        for norm in (m for m in net.modules() if hasattr(m, 'running_mean')):
-            norm.momentum = 1.0
-        embed.embed_batch(net, torch.from_numpy(some).to(device), 'fp32')
-        results.append({'verification': verify(net.eval(), sets, cfg, device)[0]})
-    return results
-
-
-def tables(found):
-    """The comparison as two tables of per cents: `found` = {row: [results of each seed]}."""
-    def cell(values):
-        values = 100 * np.array(values)
-        return f'{values.mean():.1f}' + (f' ±{values.std(ddof=1):.1f}' if len(values) > 1 else '')
-
-    def start(title, columns):
-        shown = Table(title=title, title_justify='left')
-        shown.add_column('released set', no_wrap=True)
-        for column in columns:
-            shown.add_column(column, justify='right')
-        return shown
-
-    measures = {'acc.': 'accuracy', 'AUC': 'auc', 'TAR@FAR 1%': 'tar@far=1e-2'}
-    names = list(next(iter(found.values()))[0]['verification'])
-    utility = start('utility: verification of other people, %',
-                    [f'{name} {measure}' for name in names for measure in measures])
-    for row, results in found.items():
-        utility.add_row(row, *(cell([r['verification'][n][key] for r in results])
-                               for n in names for key in measures.values()))
-    released = {row: results for row, results in found.items() if 'privacy' in results[0]}
-    if not released:
-        return [utility]
-    chance = next(iter(released.values()))[0]['privacy']
-    leakage = start('leakage: the original, or another photo of the person, is found first, %',
-                    [*(a.replace('_', ' ') for a in chance), 'PSNR, dB'])
-    for row, results in released.items():
-        leakage.add_row(row, *(cell([r['privacy'][a]['rank1'] for r in results]) for a in chance),
-                        f'{np.mean([r["reconstruction"]["psnr"] for r in results]):.1f}')
-    leakage.add_row('chance', *(f'{100 * a["chance"]:.2f}' for a in chance.values()), '')
-    return [utility, leakage]
-
-
-def main(cfg, device, compare=False):
+def main(cfg, device, compare):
     if cfg.evaluate.model:                   # a published net sees the pairs at its own size
         cfg.data.size = embed.recogniser(cfg.evaluate.model, device).size
     sets = {path: load_pairs(path, cfg) for path in
             (find_set(name, cfg) for name in cfg.evaluate.sets)}
     folds = [] if cfg.evaluate.model or cfg.release else data.split(cfg)
     found, curves, galleries = {}, {}, {}
-    if compare:
+    if compare and sets and folds:
         found['untrained net'] = floors(cfg, sets, device)
+        found['pixel components'] = component_floor(folds[0].private_data.images, sets)
     for row in rows(cfg, compare):
         results, distances = evaluate(row, folds, sets, galleries, device)
         found.setdefault(row.name, []).append(results)
@@ -326,25 +290,23 @@ def main(cfg, device, compare=False):
             curves.setdefault(row.name, next(iter(distances.values())))
     if runtime.rank():
         return
-    shown = tables(found)
+    shown = figures.tables(found)
     Console().print(*shown)
     run = Path(cfg.run.folder)
     (run / 'figures').mkdir(parents=True, exist_ok=True)
     if curves:
         figures.verification_plots(curves, run / 'figures')
     if compare:
-        own = next((r for r in found[next(rows(cfg, False)).name] if r['seed'] == cfg.run.seed), {})
+        own = found[next(rows(cfg, False)).name]
+        own = next((r for r in own if r['seed'] == cfg.run.seed), {})
         runtime.write_json(run / 'results.json', {'rows': found, **own})
-        with open(run / 'table.txt', 'w') as f:
+        with open(run / 'table.txt.tmp', 'w') as f:
             Console(file=f, width=120).print(*shown)
-        points = {name: (np.mean([next(iter(r['verification'].values()))['accuracy'] for r in rs]),
-                         {a: np.mean([r['privacy'][f'{a}_same_image']['rank1'] for r in rs])
-                          for a in cfg.evaluate.attacks})
-                  for name, rs in found.items() if 'privacy' in rs[0]}
-        chance = next(r[0]['privacy'] for r in found.values() if 'privacy' in r[0])
-        chance = next(iter(chance.values()))['chance']
-        figures.tradeoff_plot(points, chance, run / 'figures')
+        (run / 'table.txt.tmp').replace(run / 'table.txt')
+        released = {name: r for name, r in found.items() if 'privacy' in r[0]}
+        figures.tradeoff_plot(released, run / 'figures')
+        figures.effort_plots(released, run / 'figures')
 
 
 if __name__ == '__main__':
-    runtime.launch(main, __doc__, [('compare', 'evaluate all rows of compare in one table')])
+    runtime.launch(main, __doc__, 'evaluate all rows of compare in one table')

@@ -1,13 +1,33 @@
-"""Pictures of a run: grids of faces, ROC, score histogram, privacy against utility."""
+"""Pictures and tables of a run: faces, ROC, score histograms, privacy against utility."""
 from pathlib import Path
 
+import numpy as np
 import torch
-from torchvision.io import write_png
+from rich.table import Column, Table
+from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 import runtime
 
 SURE = '#1b6ca8', '#d1495b', '#66a182', '#edae49', '#5d576b', '#8d96a3'
+HAS = {        # what the attacker has, printed beside every number
+    'judge': 'a recogniser of other people, off the shelf',
+    'teacher': 'the very recogniser that shaped the release',
+    'pixels': 'nothing: compares 16 x 16 pixels',
+    'masked': 'the masks: compares visible pixels only',
+    'visible': 'the unmasked patches of the original itself',
+    'insider': 'the release: trains a recogniser on it',
+    'linear': 'released images of other people and their originals: a linear map',
+    'trained': 'the same pairs: trains a recogniser to see both alike',
+    'class': 'the labels: averages all images of a person',
+    'repeated': 'eight releases of the same photos with other masks',
+    'membership_reconstruction': 'the model: AUC of telling the public faces it learnt from',
+    'membership_recogniser': 'the recogniser of the release: AUC of telling who is in it',
+}
+MEANS = {
+    'same_image': 'who holds the photo learns which released image was made of it',
+    'same_person': 'who holds another photo of a person finds that person in the release',
+}
 
 
 def save_grid(image_rows, path):
@@ -18,8 +38,8 @@ def save_grid(image_rows, path):
         grid = grid.repeat_interleave(2, 1).repeat_interleave(2, 2)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix('.tmp')
-    write_png((grid * 255).round().byte(), str(temporary))
+    temporary = path.with_suffix('.tmp')          # torchvision's write_png ignores a full disk
+    temporary.write_bytes(encode_png((grid * 255).round().byte()).numpy().tobytes())
     temporary.replace(path)
 
 
@@ -36,18 +56,34 @@ def plotting():
     return pyplot
 
 
-def save_plot(figure, axes, path, x, y):
-    axes.set(xlabel=x, ylabel=y)
-    axes.spines[['top', 'right']].set_visible(False)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=120, bbox_inches='tight')
+def save_plot(figure, path, x, y):
+    for axes in figure.axes:
+        axes.set(xlabel=x, ylabel=y)
+        axes.spines[['top', 'right']].set_visible(False)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False)
+    temporary = path.with_suffix('.tmp')
+    figure.savefig(temporary, format='png', dpi=120, bbox_inches='tight')
+    temporary.replace(path)
+
+
+def histogram(curves, path):
+    """Score histograms side by side; `curves` = {name: (cosines of true pairs, of others)}."""
+    if not (plt := plotting()):
+        return
+    figure, panels = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 3), sharey=True,
+                                  squeeze=False)
+    for panel, (name, both) in zip(panels[0], curves.items()):
+        for cosines, colour, label in zip(both, SURE, ('true pairs', 'others')):
+            panel.hist(cosines, 40, (-1, 1), density=True, alpha=0.6, color=colour, label=label)
+        panel.set_title(name)
+    save_plot(figure, path, 'cosine', '')
+    plt.close('all')
 
 
 def verification_plots(curves, folder):
     """ROC and score histograms; `curves` = {name: (distances (P,), same (P,) bool) numpy}."""
-    plt = plotting()
-    if not plt:
+    if not (plt := plotting()):
         return
     figure, axes = plt.subplots(figsize=(5, 4))
     for (name, (distance, same)), colour in zip(curves.items(), SURE * 9):
@@ -57,31 +93,129 @@ def verification_plots(curves, folder):
         axes.plot(far, tar, label=name, color=colour)
     axes.set_xscale('log')
     axes.set_xlim(1e-3, 1)
-    save_plot(figure, axes, folder / 'roc.png', 'false accept rate', 'true accept rate')
-    figure, panels = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 3), sharey=True,
-                                  squeeze=False)
-    for panel, (name, (distance, same)) in zip(panels[0], curves.items()):
-        for kind, colour, label in ((same, SURE[0], 'same person'), (~same, SURE[1], 'others')):
-            panel.hist(1 - distance[kind] / 2, 40, (-1, 1), density=True, alpha=0.6,
-                       color=colour, label=label)
-        panel.set_title(name)
-        save_plot(figure, panel, folder / 'scores.png', 'cosine', '')
+    save_plot(figure, folder / 'roc.png', 'false accept rate', 'true accept rate')
     plt.close('all')
+    histogram({name: (1 - d[same] / 2, 1 - d[~same] / 2) for name, (d, same) in curves.items()},
+              folder / 'scores.png')
 
 
-def tradeoff_plot(points, chance, folder):
-    """Leakage against utility; `points` = {row: (accuracy, {attack: rank-1})}, in 0..1."""
-    plt = plotting()
-    if not plt:
+def privacy_pictures(found, cosines, released, originals, folder, name):
+    """The scores of true and false pairs of a release, and its ten most linked pairs.
+
+    cosines = {attack: (true (N,), false (N,))}; released and originals uint8 (N, H, W, 3). Linked
+    by the strongest of these attacks: top released images, below their originals.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if cosines:
+        histogram(cosines, folder / f'{name}_attacks.png')
+        strongest = max(cosines, key=lambda a: found[f'{a}_same_image']['rank1'])
+        best = cosines[strongest][0].argsort()[::-1][:10]
+        save_grid([torch.as_tensor(x[best].copy()).permute(0, 3, 1, 2) / 255
+                   for x in (released, originals)], folder / f'{name}_most_linked.png')
+
+
+def leakage_of(result, kind='same_image'):
+    """Rank-1 of the judge and of the strongest attack on this release, each with a name."""
+    more = 'visible', 'repeated'                 # these have more than the release
+    rank1 = {a: f['rank1'] for a, f in result['privacy'].items()
+             if a.endswith(kind) and not a.startswith(more)}
+    strongest = max(rank1, key=rank1.get)
+    return {'judge': rank1.get(f'judge_{kind}', np.nan), 'strongest attack': rank1[strongest]}
+
+
+def tradeoff_plot(found, folder):
+    """Leakage against utility; `found` = {row: [results of each seed]}.
+
+    One point a row for the stock judge and one for the strongest attack; the same method at
+    several mask ratios is joined by a line.
+    """
+    points, curves, chance = {}, {}, np.nan
+    for row, results in found.items():
+        if not any(r['privacy'] for r in results) or not results[0]['verification']:
+            continue
+        accuracy = np.mean([next(iter(r['verification'].values()))['accuracy'] for r in results])
+        chance = next((f['chance'] for a, f in results[0]['privacy'].items()
+                       if a.endswith('same_image')), np.nan)
+        points[row] = {name: (100 * np.mean([leakage_of(r)[name] for r in results]),
+                              100 * accuracy) for name in ('judge', 'strongest attack')}
+        c = results[0]['config']
+        if c['reconstruct']['method'] in ('facemae', 'mask'):
+            weights = c['mae']['mse_weight'], c['irm']['weight'], c['reconstruct']['paste_visible']
+            curves.setdefault((c['reconstruct']['method'], *weights), []).append(
+                (c['reconstruct']['mask_ratio'], row))
+    if not points or not (plt := plotting()):
         return
-    figure, axes = plt.subplots(figsize=(5.5, 4))
-    for row, (accuracy, leakage) in points.items():
-        for (attack, rank1), marker in zip(leakage.items(), 'os^Dv'):
-            axes.plot(100 * rank1, 100 * accuracy, marker, color=SURE[list(points).index(row) % 6],
-                      label=attack if row == next(iter(points)) else None)
-        axes.annotate(row, (100 * max(leakage.values()), 100 * accuracy), xytext=(6, 4),
-                      textcoords='offset points')
+    figure, axes = plt.subplots(figsize=(6, 4.5))
+    for name, marker, colour in (('judge', 'o', SURE[0]), ('strongest attack', 's', SURE[1])):
+        axes.plot(*zip(*(p[name] for p in points.values())), marker, color=colour, label=name)
+        for curve in curves.values():
+            axes.plot(*zip(*(points[row][name] for _, row in sorted(curve))), '-', lw=0.8,
+                      color=colour)
+    for row, p in points.items():
+        axes.annotate(row, p['strongest attack'], xytext=(6, 4), textcoords='offset points')
     axes.axvline(100 * chance, color='grey', ls=':', lw=1)
-    save_plot(figure, axes, folder / 'tradeoff.png',
+    save_plot(figure, folder / 'tradeoff.png',
               'originals found first from their released image, %', 'verification accuracy, %')
     plt.close('all')
+
+
+def effort_plots(found, folder):
+    """What more effort buys the attacker: leakage over the pairs that the linear attack learns
+    from, and over repeated releases. `found` = {row: [results of each seed]}."""
+    for attack, x in (('linear', 'pairs of other people'), ('repeated', 'releases of each photo')):
+        curves = {(row, series): points for row, results in found.items() for series, points in
+                  results[0]['privacy'].get(f'{attack}_same_image', {}).get('curve', {}).items()}
+        if not curves or not (plt := plotting()):
+            continue
+        figure, axes = plt.subplots(figsize=(6, 4.5))
+        for (row, series), points in curves.items():
+            at = [int(n) for n in points]
+            axes.plot(at, [100 * p for p in points.values()], marker='o', ms=3,
+                      label=f'{row}, {series}', color=SURE[list(found).index(row) % 6],
+                      ls='-' if series in ('ridge', 'recogniser') else ':')
+        axes.set_xscale('log', base=2)
+        save_plot(figure, folder / f'{attack}.png', x, 'original found first, %')
+        plt.close('all')
+
+
+def tables(found):
+    """Utility and leakage as two tables of per cents: `found` = {row: [results of each seed]}."""
+    def cell(values, interval=None):
+        values = 100 * np.array(values)
+        if len(values) > 1:
+            return f'{values.mean():.1f} ±{values.std(ddof=1):.1f}'
+        return f'{values[0]:.1f}' + (' [{:.0f}, {:.0f}]'.format(*(100 * np.array(interval)))
+                                     if interval else '')
+
+    measures = {'acc.': 'accuracy', 'AUC': 'auc', 'TAR@FAR 1%': 'tar@far=1e-2'}
+    names = list(next(iter(found.values()))[0]['verification'])
+    utility = Table('released set', *(Column(f'{n} {m}', justify='right') for n in names
+                                      for m in measures),
+                    title_justify='left', title='utility: verification of other people, %')
+    for row, results in found.items():
+        utility.add_row(row, *(cell([r['verification'][n][key] for r in results])
+                               for n in names for key in measures.values()))
+    released = {row: results for row, results in found.items() if 'privacy' in results[0]}
+    if not released:
+        return [utility]
+    leakage = Table('attack', *(Column(row, justify='right') for row in released),
+                    Column('chance', justify='right'), title_justify='left',
+                    title='leakage: found at the first guess, % [95 % interval over people]')
+    who = Table('attacker', 'what it has', title='who tries', title_justify='left')
+    for attack in dict.fromkeys(a for rs in released.values() for a in rs[0]['privacy']):
+        cells, chance = [], ''
+        for results in released.values():
+            figures = [r['privacy'][attack] for r in results if attack in r['privacy']]
+            key = 'rank1' if 'rank1' in (figures or [{}])[0] else 'auc'
+            cells.append(cell([f[key] for f in figures], figures[0].get('rank1_ci'))
+                         if figures else '')
+            chance = f'{100 * figures[0].get("chance", 0.5):.2f}' if figures else chance
+        leakage.add_row(attack.replace('_', ' '), *cells, chance)
+    leakage.add_row('PSNR, dB', *(f'{np.mean([r["reconstruction"]["psnr"] for r in results]):.1f}'
+                                  for results in released.values()))
+    for name, has in HAS.items():
+        if any(a.startswith(name) for rs in released.values() for a in rs[0]['privacy']):
+            who.add_row(name.replace('_', ' '), has)
+    for kind, meaning in MEANS.items():
+        who.add_row(kind.replace('_', ' '), meaning)
+    return [utility, leakage, who]

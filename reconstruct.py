@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from einops import rearrange, reduce, repeat
 
+import batches
 import data
 import embed
 import models
@@ -148,7 +149,7 @@ def protect(images, numbers, seed, cfg, mae=None):
     c, size = cfg.reconstruct, images.shape[1]
     x = images.permute(0, 3, 1, 2).float() / 255
     if STRENGTH.get(c.method) == 'mask_ratio':
-        noise = data.hashed(seed, 0, numbers, (size // cfg.mae.patch) ** 2)
+        noise = batches.hashed(seed, 0, numbers, (size // cfg.mae.patch) ** 2)
     if c.method == 'mask':
         x = masked(x, noise, c.mask_ratio, cfg.mae.patch)
     elif c.method == 'blur':
@@ -160,7 +161,7 @@ def protect(images, numbers, seed, cfg, mae=None):
         x = repeat(small, 'b c h w -> b c (h p) (w q)', p=c.pixelate_block,
                    q=c.pixelate_block)[..., :size, :size]
     elif c.method == 'noise':
-        u = data.uniform(data.hashed(seed + 1, 0, numbers, 3 * size * size))
+        u = batches.uniform(batches.hashed(seed + 1, 0, numbers, 3 * size * size))
         x = x + c.noise_std / 255 * math.sqrt(2) * torch.erfinv(2 * u - 1).view_as(x)
     elif c.method == 'facemae':
         model, visible = mae.model, (x - mae.mean) / mae.std
@@ -192,7 +193,7 @@ def release(row, folds, device):
         visible_patches(cfg.data.size, cfg.mae.patch, c.mask_ratio)
     fold, image, label = release_order(folds, secret, c.images_per_person)
     seed = secret_seed(secret, f'masks {cfg.run.seed}')
-    source = data.Store(folds[0].private_data.images, range(len(folds[0].private_data.labels)),
+    source = batches.Store(folds[0].private_data.images, range(len(folds[0].private_data.labels)),
                         device)
     parts = row.folder / 'reconstructed.parts'
     if runtime.rank() == 0:
@@ -203,12 +204,14 @@ def release(row, folds, device):
     runtime.barrier()
 
     def make(number):
-        """Released pixels of one part, batch by batch and each fold by its own model."""
+        """Released pixels of one part, batch by batch and each fold by its own model; or None."""
         chosen = slice(number * PART, (number + 1) * PART)
         out = torch.empty(len(image[chosen]), cfg.data.size, cfg.data.size, 3, dtype=torch.uint8)
         for k, mae in enumerate(maes):
             mine = np.flatnonzero(fold[chosen] == k)
             for places in (mine[i:i + c.batch] for i in range(0, len(mine), c.batch)):
+                if stop.mine:
+                    return None
                 numbers = torch.from_numpy(image[chosen][places]).to(device)
                 out[places] = protect(source(numbers), numbers, seed, cfg, mae).cpu()
         return out.permute(0, 3, 1, 2)
@@ -232,27 +235,26 @@ def release(row, folds, device):
         waiting = None                                # the part that is still being encoded
         for done, number in enumerate(todo, 1):
             pixels = make(number)
+            if pixels is None:
+                break
             encoded = [pool.submit(records.encode, x, c.format, c.quality) for x in pixels]
             if waiting:
                 write(*waiting)
             waiting = number, encoded
             log(min(total, total - (len(todo) - done) * runtime.world()),
                 min(done * PART * runtime.world(), len(image)))
-            if stop.mine:
-                break
         if waiting:
             write(*waiting)
-    if stop.mine:
-        raise KeyboardInterrupt
+    stop.end()
     runtime.barrier()
     if runtime.rank() == 0:
-        finish(row, parts, target, total, label)
-        show(row, folds, maes, fold, image, seed, source)
+        show(row, folds, maes, fold, image, seed, source)     # not behind what says all is done
+        finish(row, parts, target, total, label, folds[0].private_data)
     runtime.barrier()
     runtime.say(f'released {len(image)} images of {label[-1] + 1} people: {target}')
 
 
-def finish(row, parts, target, total, label):
+def finish(row, parts, target, total, label, source):
     """Join the parts into insightface records; the folder appears with its manifest or not."""
     c, temporary = row.cfg.reconstruct, target.with_name('reconstructed.tmp')
     shutil.rmtree(temporary, ignore_errors=True)
@@ -268,8 +270,9 @@ def finish(row, parts, target, total, label):
     key = STRENGTH.get(c.method)
     facts = {'method': c.method, **({key: getattr(c, key)} if key else {}),
              'paste_visible': c.paste_visible and c.method == 'facemae', 'images': len(label),
-             'people': int(label[-1]) + 1, 'size': row.cfg.data.size, 'format': c.format,
-             'quality': c.quality, 'made_by': f'FaceMAE kit {runtime.provenance()["commit"]}'}
+             'people': int(label[-1]) + 1, 'skipped': len(source.skipped),
+             'size': row.cfg.data.size, 'format': c.format, 'quality': c.quality,
+             'made_by': f'FaceMAE kit {runtime.provenance()["commit"]}'}
     (temporary / 'manifest.json').write_text(json.dumps(facts, indent=1) + '\n')
     (temporary / 'README.md').write_text(DATA_CARD.format(
         facts='\n'.join(f'- {k}: {v}' for k, v in facts.items())))
@@ -311,7 +314,7 @@ def with_masked(originals, numbers, seed, cfg, made):
     x, made = (t.permute(0, 3, 1, 2).float() / 255 for t in (originals, made))
     if cfg.reconstruct.method != 'facemae':
         return [x, made]
-    noise = data.hashed(seed, 0, numbers, (x.shape[-1] // cfg.mae.patch) ** 2)
+    noise = batches.hashed(seed, 0, numbers, (x.shape[-1] // cfg.mae.patch) ** 2)
     return [x, masked(x, noise, cfg.reconstruct.mask_ratio, cfg.mae.patch), made]
 
 
@@ -325,7 +328,8 @@ def picture_of_photos(row, device):
     mae = load_mae(row.mae((cfg.data.release_folds or [0])[0]), cfg.data.size, device,
                    runtime.again('train_mae.py'))
     images = torch.stack([torch.from_numpy(np.array(data.pixels(
-        f.read_bytes(), f, cfg.data.size, 'resize'))) for f in files[:64]]).to(device)
+        records.decode(f.read_bytes(), f), f, cfg.data.size, 'resize')))
+        for f in files[:64]]).to(device)
     data.warn_if_unaligned(images.cpu().numpy(), folder)
     numbers = torch.arange(len(images), device=device)
     made = protect(images, numbers, cfg.run.seed, cfg, mae)
@@ -334,7 +338,7 @@ def picture_of_photos(row, device):
     runtime.say(f'{len(images)} photos, masked, reconstructed: {path}')
 
 
-def main(cfg, device, compare=False):
+def main(cfg, device, compare):
     if cfg.reconstruct.photos:
         return picture_of_photos(next(rows(cfg, False)), device)
     folds = data.split(cfg)
@@ -343,4 +347,4 @@ def main(cfg, device, compare=False):
 
 
 if __name__ == '__main__':
-    runtime.launch(main, __doc__, [('compare', 'make the releases of all rows of compare')])
+    runtime.launch(main, __doc__, 'make the releases of all rows of compare')

@@ -27,25 +27,28 @@ from torchvision.io import ImageReadMode, decode_image, encode_jpeg, encode_png
 MAGIC = struct.pack('<I', 0xced7230a)
 LONGEST = (1 << 29) - 1  # bytes of one part of a record; also the mask of its length bits
 EXACT = 1 << 24  # above it float32, in which labels and the header are kept, skips integers
-MAX_PIXELS = 64 << 20  # a few bytes can promise an image of any size
+MAX_PIXELS = 16 << 20  # a few bytes can promise an image of any size
 
 
 class InputError(ValueError):
     """A wrong input: one sentence that names what, where and the remedy."""
 
 
-def _map(path):
+def open_bytes(path):
+    """The bytes of a file, mapped into memory; InputError if it cannot be read."""
     try:
+        if not Path(path).is_file():  # to open a pipe would wait for ever
+            raise ValueError('no such file')
         with open(path, 'rb') as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise InputError(f'{path}: cannot be read ({error}): check the path, copy the file again; '
-                         'a .rec needs its .idx beside it') from None
+        raise InputError(f'{str(path)!r} cannot be read ({error}): check the path, copy the file '
+                         'again; a .rec needs its .idx beside it') from None
 
 
 def _read_index(path):
     """int64 keys, ascending, and byte offsets of an .idx file of lines `key<TAB>offset`."""
-    text = bytes(_map(path)).rstrip() + b'\n'
+    text = bytes(open_bytes(path)).rstrip() + b'\n'
     lines = text.count(b'\n')
     values = ()
     # What is left without digits tells in one comparison whether every line has its two columns.
@@ -77,7 +80,7 @@ class Records:
 
     def __init__(self, path):
         self.path = Path(path) / 'train.rec' if Path(path).is_dir() else Path(path)
-        self._data = _map(self.path)
+        self._data = open_bytes(self.path)
         keys, offsets = _read_index(self.path.with_suffix('.idx'))
 
         def refuse(wrong, text):
@@ -223,7 +226,7 @@ class _Bin(pickle._Unpickler):
     def find_class(self, module, name):
         if f'{module}.{name}'.replace('_core', 'core') not in (
                 '_codecs.encode', 'numpy.dtype', 'numpy.core.multiarray.scalar'):
-            raise InputError(f'{self.path}: names {module}.{name}, which no verification .bin '
+            raise InputError(f'{self.path}: names {f"{module}.{name}"!r:.60}, which no such .bin '
                              'needs, so that the file may be malicious: do not use it')
         return name
 
@@ -252,7 +255,7 @@ def read_bin(path):
     Images 2i and 2i + 1 are of the same person where element i is True. The file is a pickle
     (images, same), also of Python 2; it runs no code. Raises InputError for anything else.
     """
-    data = _map(path)
+    data = open_bytes(path)
     reader = _Bin(data, encoding='bytes')
     reader.path, reader.left = path, len(data)
     try:
@@ -283,7 +286,7 @@ def image_size(data, where='image'):
     """(height, width) in pixels that a JPEG or PNG file (bytes-like) names in its header.
 
     As stored, before an EXIF orientation is applied. Raises InputError, naming `where`, for other
-    formats, damage and more than 64 megapixels. (PIL takes longer for it than a face to decode.)
+    formats, damage and more than 16 megapixels. (PIL takes longer for it than a face to decode.)
     """
     size, at = (0, 0), 2
     if data[:8] == b'\x89PNG\r\n\x1a\n' and len(data) >= 24:
@@ -296,7 +299,7 @@ def image_size(data, where='image'):
             size = struct.unpack_from('>HH', data, at + 5)
             break
         at += 1 if marker == 0xff else 2 + length
-    if not 0 < size[0] * size[1] <= MAX_PIXELS:
+    if not 0 < size[0] * size[1] <= MAX_PIXELS or len(data) > 8 * MAX_PIXELS:
         raise InputError(f'{where}: no JPEG or PNG of 1 to {MAX_PIXELS} pixels (its header says '
                          f'{size[0]} x {size[1]}): convert, copy or remove the image')
     return size
@@ -305,16 +308,19 @@ def image_size(data, where='image'):
 def decode(data, where):
     """uint8 RGB (3, height, width) of a JPEG or PNG file (bytes-like).
 
-    A JPEG's EXIF orientation is applied; grey, palette, alpha and 16 bit become 8-bit RGB. Several
-    threads decode at once. Raises InputError, naming `where`, for what image_size refuses and for
-    data that are damaged or cut off.
+    A JPEG's EXIF orientation is applied; grey, palette, alpha and 16 bit become 8-bit RGB. Threads
+    decode at once. Raises InputError, naming `where`, for damage and for what image_size refuses.
     """
-    image_size(data, where)
+    size = image_size(data, where)
     try:
         if data[0] == 0xff:
+            if bytes(data).count(b'\xff\xda') > 500:  # scans: there are ten or so, each takes long
+                raise ValueError('too many scans')
             return decode_image(torch.from_numpy(np.frombuffer(data, np.uint8).copy()),
                                 ImageReadMode.RGB, apply_exif_orientation=True)
         image = Image.open(io.BytesIO(data), formats=['PNG'])  # torchvision's crashes on damage
+        if image.size != size[::-1]:
+            raise ValueError('two headers')
         if image.mode.startswith('I'):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1).contiguous()
@@ -334,8 +340,7 @@ def encode(image, form='jpeg', quality=95):
 def face_folders(path):
     """Lists a folder per identity: image paths and int64 labels (N,), both in order of name.
 
-    Labels count the sub-folders that hold .jpg, .jpeg or .png files; links to folders are not
-    followed. Raises InputError where there is nothing to list.
+    Labels count the sub-folders with .jpg, .jpeg or .png, but no links; InputError if none has.
     """
     files = [x for x in sorted(Path(path).glob('*/*')) if x.is_file()
              and x.suffix.lower() in ('.jpg', '.jpeg', '.png') and not x.parent.is_symlink()]

@@ -1,7 +1,6 @@
 """What every script needs around its own work: processes, checkpoints, the log line, the launch.
 
-Nothing here knows about faces. A script ends with `runtime.launch(main, __doc__)`; `main(cfg)` gets
-the resolved config as nested namespaces (`cfg.mae.lr`).
+Nothing here knows about faces. A script ends with `runtime.launch(main, __doc__, help)`.
 """
 import argparse
 import contextlib
@@ -10,6 +9,7 @@ import datetime
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import checkpoint
 from config import CONFIGS, as_dict, namespace, resolve
 from records import InputError
 
@@ -134,7 +135,7 @@ class Stop:
 
     @staticmethod
     def ask(number, frame):
-        if Stop.mine:
+        if Stop.mine and number == signal.SIGINT:     # Slurm and torchrun both send SIGTERM
             raise KeyboardInterrupt
         Stop.mine = True
 
@@ -150,6 +151,14 @@ class Stop:
         """End the process if it was asked to, once the state is saved."""
         if self.agreed:
             say('stopped on request; the same command continues from here')
+            raise KeyboardInterrupt
+
+    @staticmethod
+    def end():
+        """Behind the loop a signal ends the process at once again."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if Stop.mine:
             raise KeyboardInterrupt
 
 
@@ -196,25 +205,17 @@ def load(path, made_by=''):
     if not Path(path).is_file():
         raise InputError(f'{path} is missing: ' + (f'first run `{made_by}`' if made_by else
                                                    'check the path'))
-    try:   # facebookresearch/mae keeps its arguments in the checkpoint, as plain values
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # torch raises a different type for each way a file can be damaged
-        reason = ' '.join(str(e).split())[:120]
-        raise InputError(f'{path} is no checkpoint that can be read safely ({reason}): '
-                         'download or make it again') from None
-    if not isinstance(state, dict):
-        raise InputError(f'{path} holds a {type(state).__name__}, not a dict of tensors: save '
-                         'its state_dict()')
-    return state
+    return checkpoint.read(path)
 
 
 def load_finished(path, made_by):
     """A checkpoint whose training ran to its end; published ones count no steps."""
     saved = load(path, made_by)
-    if saved.get('step', 0) < saved.get('steps', 0):
-        raise InputError(f'{path} is only trained to step {saved["step"]} of {saved["steps"]}: '
-                         f'first run `{made_by}` to its end')
+    step, steps = (x if isinstance(x, int) else None          # a file can hold anything
+                   for x in (saved.get('step', 0), saved.get('steps', 0)))
+    if None in (step, steps) or step < steps:
+        raise InputError(f'{path} is only trained to step {step} of {steps}: first run '
+                         f'`{made_by}` to its end')
     return saved
 
 
@@ -306,31 +307,43 @@ def resident_bytes():
 
 # -------------------------------------------------------------------------------- launch
 
-def launch(main, doc, flags=()):
-    """Parse the command line, run `main(cfg, **flags)`, turn wrong input into one sentence.
+def launch(main, doc, compare):
+    """Parse the command line, run `main(cfg, device, compare)`, turn wrong input into one sentence.
 
-    Exit code 0 = done, 2 = wrong input, 130 = stopped by the keyboard.
+    cfg is the resolved config as nested namespaces (`cfg.mae.lr`). Exit code 0 = done, 2 = wrong input, 130 = stopped by the keyboard.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.
                                      RawDescriptionHelpFormatter)
     parser.add_argument('--config', default=str(CONFIGS / 'toy.yaml'), help='YAML file')
-    for flag, text in flags:
-        parser.add_argument(f'--{flag}', action='store_true', help=text)
+    parser.add_argument('--compare', action='store_true', help=compare)
     parser.add_argument('set', nargs='*', metavar='section.key=value', help='see casia.yaml')
     args = parser.parse_intermixed_args()
     try:
         cfg = namespace(resolve(args.config, args.set))
-        device = start_processes(cfg)
-        main(cfg, device, **{flag: getattr(args, flag) for flag, _ in flags})
+        main(cfg, start_processes(cfg), args.compare)
     except InputError as e:
         print(f'error: {e}', file=sys.stderr, flush=True)
         os._exit(2) if world() > 1 else sys.exit(2)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES):
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not e.filename:                   # no path is wrong, but the code is
             raise
-        print(f'error: {e.filename or cfg.run.folder}: {e.strerror}: free space or choose '
-              'another run.folder, then run the same command again', file=sys.stderr)
+        remedy = 'free space or choose another run.folder' if full else 'check path and rights'
+        print(f'error: {e.filename or cfg.run.folder}: {e.strerror}: {remedy}, then run the same '
+              'command again', file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, MemoryError) or re.search('out of memory|allocate memory', str(e)):
+            print(f'error: memory is too small ({" ".join(str(e).split())[:150]}): choose a smaller '
+                  'net, batch (mae.micro_batch, fr.norm_batch, reconstruct.batch) or data.size',
+                  file=sys.stderr, flush=True)
+            os._exit(2) if world() > 1 else sys.exit(2)
+        if world() == 1 or not re.search('[Cc]onnection|NCCL|[Tt]imed out|[Tt]imeout', str(e)):
+            raise
+        print(f'error: another process of this run died or hangs ({str(e).splitlines()[0][:150]}): '
+              'see its message; the same command continues from the last checkpoint',
+              file=sys.stderr, flush=True)
+        os._exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

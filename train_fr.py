@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import batches
 import data
 import embed
 import models
@@ -52,6 +53,27 @@ def margin(step, total, cfg):
     if done >= end:
         return cfg.margin
     return cfg.margin * max(0.0, (done - begin) / (end - begin)) if end > begin else 0.0
+
+
+def augmented(x, u, strength):
+    """Random zoom, turn, shift, contrast, brightness and a grey box: (B, 3, H, W) in -1..1.
+
+    u (B, 10) are random numbers in (0, 1), one row an image; strength 1 is strong, 0 does nothing.
+    """
+    turn, zoom, right, down, contrast, light, *box = (strength * (2 * u - 1)).unbind(1)
+    zoom = 1 + 0.15 * zoom
+    theta = torch.stack([zoom * (0.2 * turn).cos(), -zoom * (0.2 * turn).sin(), 0.15 * right,
+                         zoom * (0.2 * turn).sin(), zoom * (0.2 * turn).cos(), 0.15 * down], 1)
+    grid = F.affine_grid(theta.view(-1, 2, 3), x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode='reflection', align_corners=False)
+    level = x.mean((1, 2, 3), keepdim=True)
+    contrast, light, *box = (t[:, None, None, None] for t in (contrast, light, *box))
+    x = level + (x - level) * (1 + 0.4 * contrast) + 0.3 * light
+    # The box appears in half of the images: its half sides are positive only there
+    line = torch.linspace(-1, 1, x.shape[-1], device=x.device)
+    inside = ((line - box[0]).abs() < 0.5 * box[2]) & ((line[:, None] - box[1]).abs()
+                                                       < 0.5 * box[3].abs())
+    return x.masked_fill(inside, 0.0)
 
 
 class NormStatistics:
@@ -90,9 +112,9 @@ def train(cfg, path, faces, chosen, role, stage, fixed, device):
     if saved:
         runtime.same_premises(saved, cfg, FIXED + fixed, path, digest)
     c, seed = cfg.fr, role.seed
-    store = data.Store(faces.images, chosen, device)
+    store = batches.Store(faces.images, chosen, device)
     labels = data.renumber(faces.labels[chosen])
-    order = data.Order(len(store), c.batch, seed)
+    order = batches.Order(len(store), c.batch, seed)
     total = max(1, round(role.epochs * order.steps_per_epoch))
     if saved and saved['step'] >= total:
         return runtime.say(f'{path} is finished ({total} steps): nothing to do')
@@ -131,13 +153,17 @@ def train(cfg, path, faces, chosen, role, stage, fixed, device):
     while step < total:
         chosen, epoch = order(step)
         numbers = torch.from_numpy(chosen[mine]).to(device)
-        flip = data.hashed(seed + 1, epoch, numbers, 1)[:, 0] > 0
-        images, target = data.flipped(store(numbers), flip), labels[numbers]
+        flip = batches.hashed(seed + 1, epoch, numbers, 1)[:, 0] > 0
+        images, target = batches.flipped(store(numbers), flip), labels[numbers]
         statistics.begin()
-        parts = list(zip(images.split(part), target.split(part)))
-        for x, y in parts:
+        chances = batches.uniform(batches.hashed(seed + 2, epoch, numbers, 10))
+        parts = list(zip(images.split(part), target.split(part), chances.split(part)))
+        for x, y, chance in parts:
+            x = embed.for_recogniser(x, net)
+            if c.augment:
+                x = augmented(x, chance, c.augment)
             with runtime.autocast(device, cfg.run.precision):
-                z = net(embed.for_recogniser(x, net))
+                z = net(x)
             logits = head(z, y, margin(step, total, c))
             loss = F.cross_entropy(logits, y)
             scaler.scale(loss / len(parts)).backward()
@@ -170,6 +196,7 @@ def train(cfg, path, faces, chosen, role, stage, fixed, device):
                 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                 'logged': logged, 'sums': sums, 'images': digest, 'config': as_dict(cfg)})
         stop.leave()
+    stop.end()
 
 
 def train_public(cfg, stage, device):
@@ -188,6 +215,8 @@ def train_student(row, device):
     release = Path(cfg.release or row.folder / 'reconstructed')
     if not release.exists():
         raise InputError(f'{release} is missing: first run `{runtime.again("reconstruct.py")}`')
+    if not cfg.release:
+        data.split(cfg)                 # refuses people or images that are public and private
     released = data.load(release, cfg)
     stage = f'student/{row.folder.relative_to(cfg.run.folder)}'.removesuffix('/.')
     role = SimpleNamespace(**vars(cfg.fr), seed=cfg.run.seed)
@@ -195,7 +224,7 @@ def train_student(row, device):
           ['run.seed'], device)
 
 
-def main(cfg, device, compare=False):
+def main(cfg, device, compare):
     if cfg.stage != 'student':
         return train_public(cfg, cfg.stage, device)
     for row in rows(cfg, compare):
@@ -203,4 +232,4 @@ def main(cfg, device, compare=False):
 
 
 if __name__ == '__main__':
-    runtime.launch(main, __doc__, [('compare', 'train the students of all rows of compare')])
+    runtime.launch(main, __doc__, 'train the students of all rows of compare')

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import batches
 import data
 import embed
 import models
@@ -147,8 +148,8 @@ def train(row, fold, device):
     digest = data.digest(fold.data, fold.mae)
     if saved:
         runtime.same_premises(saved, cfg, FIXED, path, digest)
-    store = data.Store(fold.data.images, fold.mae, device)
-    order = data.Order(len(store), cfg.mae.batch, cfg.run.seed, fold.data.labels[fold.mae],
+    store = batches.Store(fold.data.images, fold.mae, device)
+    order = batches.Order(len(store), cfg.mae.batch, cfg.run.seed, fold.data.labels[fold.mae],
                        cfg.irm.images_per_identity)
     total = max(1, round(cfg.mae.epochs * order.steps_per_epoch))
     if saved and saved['step'] >= total:
@@ -197,9 +198,9 @@ def train(row, fold, device):
     while step < total:
         chosen, epoch = order(step)
         numbers = torch.from_numpy(chosen[mine]).to(device)
-        flip = data.hashed(cfg.run.seed + 1, epoch, numbers, 1)[:, 0] > 0
-        noise = data.hashed(cfg.run.seed, epoch, numbers, patches)
-        images = data.flipped(store(numbers), flip)
+        flip = batches.hashed(cfg.run.seed + 1, epoch, numbers, 1)[:, 0] > 0
+        noise = batches.hashed(cfg.run.seed, epoch, numbers, patches)
+        images = batches.flipped(store(numbers), flip)
         originals = None
         if teacher and step >= relate_from:
             originals = known[flip.long(), numbers] if known is not None else torch.cat(
@@ -236,9 +237,10 @@ def train(row, fold, device):
                 'sums': sums, 'mean': mean.cpu(), 'std': STD, 'images': digest,
                 'config': as_dict(cfg)})
         stop.leave()
+    stop.end()
 
 
-def main(cfg, device, compare=False):
+def main(cfg, device, compare):
     folds = data.split(cfg)
     for row in rows(cfg, compare):
         if row.cfg.reconstruct.method == 'facemae':
@@ -247,4 +249,4 @@ def main(cfg, device, compare=False):
 
 
 if __name__ == '__main__':
-    runtime.launch(main, __doc__, [('compare', 'train the variants of all rows of compare')])
+    runtime.launch(main, __doc__, 'train the variants of all rows of compare')

@@ -1,5 +1,145 @@
-"""Tests run from anywhere: the flat modules of the kit are found beside this folder."""
+"""What tests of the scripts share: running them, the finished tiny experiment, reading results.
+
+A fork of a process that has imported torch becomes a script in a tenth of a second.
+"""
+import json
+import multiprocessing
+import os
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from multiprocessing import connection
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / 'tests' / 'tiny.yaml'
+sys.path.insert(0, str(ROOT))                 # tests run from anywhere and find the flat modules
+# Without GIT_DIR a commit during the tests would change what a release says about its maker
+ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'GIT_DIR': os.devnull}
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(['torch.distributed', 'torchvision.transforms.v2', 'rich.progress',
+                              'rich.table', 'matplotlib.pyplot', 'einops', 'yaml', 'pytest'])
+
+
+def become(folder, arguments, environment, largest, out, err, begun):
+    """In the fork: what `python arguments` in `folder` would be."""
+    for number, pipe in ((1, out), (2, err)):
+        os.dup2(pipe.fileno(), number)
+        pipe.close()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = arguments
+    sys.path.insert(0, str(ROOT))
+    import runtime
+    start = runtime.start_processes
+
+    def announced(cfg):
+        begun.send_bytes(b'.')
+        return start(cfg)
+
+    runtime.start_processes = announced
+    if largest is not None:         # bytes of a file: as on a full disk, the rest is not written
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    try:
+        runpy.run_path(arguments[0], run_name='__main__')
+    finally:                        # the rest is multiprocessing's, which a Ctrl-C would upset
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Script:
+    """A script that runs in `folder` on the tiny config."""
+
+    def __init__(self, folder, script, *assignments, largest=None, **environment):
+        readers, writers = zip(*(FORKS.Pipe(duplex=False) for _ in range(3)))
+        self.pipes, self.begun, self.text = readers[:2], readers[2], [b'', b'']
+        self.process = FORKS.Process(target=become, daemon=True, args=(
+            folder, [str(ROOT / script), '--config', str(TINY), 'run.folder=run', *assignments],
+            ENVIRONMENT | environment, largest, *writers))
+        self.process.start()
+        for pipe in writers:
+            pipe.close()
+
+    def begin(self):
+        """Wait until Python's imports are over and the script works."""
+        self.begun.poll(100)
+        return self
+
+    def send(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self, seconds=200):
+        """Exit code; minus the signal's number where one ended the process."""
+        end, waiting = time.time() + seconds, list(self.pipes)
+        while waiting:
+            ready = connection.wait(waiting, max(0, end - time.time()))
+            if not ready:
+                self.process.kill()
+                pytest.fail(f'still runs after {seconds} s: {self.text}')
+            for pipe in ready:
+                read = os.read(pipe.fileno(), 1 << 16)
+                self.text[self.pipes.index(pipe)] += read
+                if not read:
+                    waiting.remove(pipe)
+        self.process.join()
+        self.out, self.err = (text.decode() for text in self.text)
+        return self.process.exitcode
+
+
+def run(folder, script, *assignments, processes=1, code=0):
+    """Run a script in `folder`; returns what it printed."""
+    if processes == 1:
+        script = Script(folder, script, *assignments)
+        assert script.wait() == code, script.out[-2000:] + script.err[-4000:]
+        return script.out + script.err
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+         f'--nproc_per_node={processes}', str(ROOT / script), '--config', str(TINY),
+         'run.folder=run', *assignments],
+        cwd=folder, capture_output=True, text=True, env=os.environ | ENVIRONMENT, timeout=300)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory):
+    """A folder in which reproduce.sh has run the whole tiny experiment, and its output."""
+    folder = tmp_path_factory.mktemp('pipeline')
+    done = subprocess.run(
+        ['bash', ROOT / 'reproduce.sh', TINY, f'run.folder={folder}/run',
+         f'data.root={folder}/faces', f'data.cache={folder}/cache',
+         f'evaluate.sets=[{folder}/faces/toy.bin]'],
+        capture_output=True, text=True, env=os.environ | ENVIRONMENT | {'PYTHON': sys.executable},
+        timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder, done.stdout
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same folder to work on, without what stages 1 to 4 made of it."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    for name in ('fold0/mae.pt', 'fr.pt', 'results.json', 'log.jsonl'):
+        (tmp_path / 'run' / name).unlink()
+    shutil.rmtree(tmp_path / 'run' / 'reconstructed')
+    return tmp_path
+
+
+def tensors(state):
+    """Every tensor of a nested checkpoint by its path."""
+    import torch                                   # late: the forks' parent reads this file, too
+    if torch.is_tensor(state):
+        return {'': state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(
+        state, list) else []
+    return {f'{k}/{name}': t for k, v in items for name, t in tensors(v).items()}
+
+
+def log_lines(folder, stage, drop=('images_per_second', 'seconds', 'memory_gib')):
+    lines = [json.loads(x) for x in (folder / 'run' / 'log.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k not in drop} for x in lines if x['stage'] == stage]

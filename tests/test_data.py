@@ -1,4 +1,5 @@
 """Cache, splits, order and random numbers of a data set."""
+import json
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import config
+import batches
 import data
 import records
 import reconstruct
@@ -67,7 +69,8 @@ def test_a_folder_per_person_is_read_like_records(tmp_path):
 @pytest.mark.parametrize('make, words', [
     (lambda f: None, ['faces', 'does not exist', 'data.root']),
     (lambda f: write_faces(f) is None or (f / 'train.idx').unlink(), ['train.idx']),
-    (lambda f: records.write_records(f, [b'no image'], [0], 32), ['image 0', 'faces']),
+    (lambda f: records.write_records(f, [b'no image'], [0], 32),
+     ['train.rec record 1', 'data.on_corrupt=skip']),
     (lambda f: records.write_records(f, [records.encode(torch.zeros(3, 40, 32, dtype=torch.uint8))],
                                      [0], 32), ['32x40', 'data.on_size=resize'])])
 def test_a_wrong_data_set_is_one_sentence(tmp_path, make, words):
@@ -75,6 +78,26 @@ def test_a_wrong_data_set_is_one_sentence(tmp_path, make, words):
     with pytest.raises(InputError) as error:
         data.split(make_config(tmp_path, 'toy.identities=0'))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_damaged_images_are_named_and_left_out_where_the_config_says_so(tmp_path, capsys):
+    cfg = make_config(tmp_path, 'data.on_corrupt=skip')
+    pixels = toy.draw(np.arange(6) // 2, np.arange(6), size=32)
+    files = [records.encode(x, 'png') for x in pixels]
+    files[1], files[4] = files[1][:90], b'no image'
+    records.write_records(tmp_path / 'faces', files, [0, 0, 1, 1, 2, 2], 32)
+    for _ in range(2):                                     # when the cache is built, and from it
+        found = data.load(tmp_path / 'faces', cfg)
+        kept = [0, 2, 3, 5]
+        assert np.array_equal(found.images, pixels[kept].permute(0, 2, 3, 1))
+        assert found.labels.tolist() == [0, 1, 1, 2] and found.skipped == [1, 4]
+        printed = capsys.readouterr().out
+        assert '2 damaged images are left out' in printed
+        assert len(set(found.hashes.tolist())) == 4
+    log = json.loads((tmp_path / 'run' / 'log.jsonl').read_text())
+    assert log['skipped'] == 2 and log['stage'].startswith('cache/faces')
+    with pytest.raises(InputError, match='train.rec record 2: .*data.on_corrupt=skip'):
+        data.load(tmp_path / 'faces', make_config(tmp_path))
 
 
 def test_folds_release_everybody_once_and_share_nobody(tmp_path):
@@ -116,17 +139,17 @@ def test_a_picture_that_is_public_and_private_stops_the_run(tmp_path):
 
 
 def test_order_visits_every_image_once_an_epoch():
-    order = data.Order(50, 10, seed=3)
+    order = batches.Order(50, 10, seed=3)
     epochs = [np.concatenate([order(5 * e + i)[0] for i in range(5)]) for e in range(2)]
     assert all(sorted(e) == list(range(50)) for e in epochs) and any(epochs[0] != epochs[1])
-    assert np.array_equal(data.Order(50, 10, seed=3)(7)[0], order(7)[0])     # a pure function
+    assert np.array_equal(batches.Order(50, 10, seed=3)(7)[0], order(7)[0])     # a pure function
     with pytest.raises(InputError, match='larger than'):
-        data.Order(5, 10, seed=3)
+        batches.Order(5, 10, seed=3)
 
 
 def test_balanced_batches_hold_k_images_of_each_person():
     labels = np.repeat(np.arange(6), [1, 2, 3, 4, 9, 12])
-    order = data.Order(len(labels), 8, 0, labels, per_identity=4)
+    order = batches.Order(len(labels), 8, 0, labels, per_identity=4)
     for step in range(6):
         people, counts = np.unique(labels[order(step)[0]], return_counts=True)
         assert (counts % 4 == 0).all()
@@ -134,12 +157,12 @@ def test_balanced_batches_hold_k_images_of_each_person():
 
 def test_hashes_depend_on_image_epoch_and_seed_alone():
     images = torch.tensor([3, 1, 4, 159])
-    whole = data.hashed(7, 2, images, 64)
-    assert torch.equal(data.hashed(7, 2, images[2:3], 64)[0], whole[2])
-    assert not torch.equal(data.hashed(7, 3, images, 64), whole)
-    assert not torch.equal(data.hashed(8, 2, images, 64), whole)
-    assert len(data.hashed(0, 0, torch.arange(2000), 64).unique()) == 128000
-    u = data.uniform(data.hashed(1, 0, torch.arange(4000), 64))
+    whole = batches.hashed(7, 2, images, 64)
+    assert torch.equal(batches.hashed(7, 2, images[2:3], 64)[0], whole[2])
+    assert not torch.equal(batches.hashed(7, 3, images, 64), whole)
+    assert not torch.equal(batches.hashed(8, 2, images, 64), whole)
+    assert len(batches.hashed(0, 0, torch.arange(2000), 64).unique()) == 128000
+    u = batches.uniform(batches.hashed(1, 0, torch.arange(4000), 64))
     # Mean, variance and correlation with the neighbouring image and column, at five sigma
     assert abs(u.mean() - 0.5) < 0.003 and abs(u.var() - 1 / 12) < 0.003
     for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1])):
@@ -173,7 +196,7 @@ def test_hidden_pixels_do_not_reach_the_release(tmp_path, method, paste):
     mae = SimpleNamespace(model=make_model(cfg, 32).eval(), mean=torch.rand(3, 32, 32), std=0.25)
     images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
     numbers = torch.arange(5)
-    seen = reconstruct.masked(torch.zeros(5, 3, 32, 32), data.hashed(9, 0, numbers, 16), 0.75, 8)
+    seen = reconstruct.masked(torch.zeros(5, 3, 32, 32), batches.hashed(9, 0, numbers, 16), 0.75, 8)
     hidden = (seen > 0).permute(0, 2, 3, 1)
     changed = torch.where(hidden, 255 - images, images)
     assert (changed != images).float().mean() > 0.7

@@ -1,12 +1,6 @@
-"""The scripts as users run them: the pipeline, interruption, several processes, wrong inputs."""
+"""The scripts as users run them: the pipeline, several processes, wrong inputs."""
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,74 +8,14 @@ import torch
 import yaml
 
 import records
-
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / 'tests' / 'tiny.yaml'
-ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
-
-
-def command(folder, script, *assignments, processes=1):
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, '-m', 'torch.distributed.run', '--standalone',
-        f'--nproc_per_node={processes}']
-    return [*launcher, str(ROOT / script), '--config', str(TINY), 'run.folder=run', *assignments]
-
-
-def run(folder, script, *assignments, processes=1, code=0):
-    """Run a script in `folder`; returns what it printed."""
-    done = subprocess.run(command(folder, script, *assignments, processes=processes), cwd=folder,
-                          capture_output=True, text=True, env=ONE_THREAD, timeout=300)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
-
-
-@pytest.fixture(scope='session')
-def finished(tmp_path_factory):
-    """A folder in which reproduce.sh has run the whole tiny experiment, and its output."""
-    folder = tmp_path_factory.mktemp('pipeline')
-    done = subprocess.run(
-        ['bash', ROOT / 'reproduce.sh', TINY, f'run.folder={folder}/run',
-         f'data.root={folder}/faces', f'data.cache={folder}/cache',
-         f'evaluate.sets=[{folder}/faces/toy.bin]'],
-        capture_output=True, text=True, env={**ONE_THREAD, 'PYTHON': sys.executable}, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder, done.stdout
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    """The same folder to work on, without what stages 1 to 4 made of it."""
-    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-    for path in ('run/fold0/mae.pt', 'run/reconstructed', 'run/fr.pt', 'run/results.json'):
-        shutil.rmtree(tmp_path / path) if (tmp_path / path).is_dir() else os.remove(tmp_path / path)
-    (tmp_path / 'run' / 'log.jsonl').unlink()
-    return tmp_path
-
-
-def tensors(state):
-    """Every tensor of a nested checkpoint by its path."""
-    if torch.is_tensor(state):
-        return {'': state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(
-        state, list) else []
-    return {f'{k}/{name}': t for k, v in items for name, t in tensors(v).items()}
-
-
-def equal_checkpoints(a, b):
-    a, b = (tensors(torch.load(p, weights_only=True)) for p in (a, b))
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[k], b[k]) for k in a)
-
-
-def log_lines(folder, stage, drop=('images_per_second', 'seconds', 'memory_gib')):
-    lines = [json.loads(x) for x in (folder / 'run' / 'log.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k not in drop} for x in lines if x['stage'] == stage]
+from conftest import ROOT, TINY, log_lines, run
 
 
 def test_the_pipeline_writes_what_it_promises(finished):
     folder, printed = finished
     results = json.loads((folder / 'run' / 'results.json').read_text())
-    assert list(results['rows']) == ['untrained net', 'facemae', 'mask', 'originals']
+    assert list(results['rows']) == ['untrained net', 'pixel components', 'facemae', 'mask',
+                                     'originals']
     toy = results['verification']['toy']
     assert {'accuracy', 'std', 'auc', 'tar@far=1e-3', 'sha256'} <= set(toy)
     assert {'rank1', 'rank5', 'map', 'chance', 'ceiling'} <= set(
@@ -92,8 +26,14 @@ def test_the_pipeline_writes_what_it_promises(finished):
     assert originals['reconstruction']['psnr'] > 90                  # PNG: nothing is lost
     assert {'commit', 'torch', 'device'} <= set(results['made_with'])
     assert results['config']['mae']['dim'] == 32 and results['seconds']['train_mae/fold0/mae'] > 0
+    assert originals['privacy']['judge_same_image']['tar@far=1e-3'] == 1
+    assert {'linear_same_image', 'masked_same_image', 'visible_same_image', 'trained_same_image',
+            'class_same_person', 'repeated_same_image', 'membership_reconstruction',
+            'membership_recogniser'} <= set(results['privacy'])
+    curve = results['privacy']['linear_same_image']['curve']
+    assert list(curve['ridge']) == list(curve['rotation']) == ['72', '64', '16']
     for figure in ('release.png', 'mask.png', 'mae_fold0.png', 'roc.png', 'scores.png',
-                   'tradeoff.png'):
+                   'tradeoff.png', 'release_attacks.png', 'mask_most_linked.png'):
         assert (folder / 'run' / 'figures' / figure).stat().st_size > 1000
     assert 'facemae' in printed and 'ETA' in printed
 
@@ -126,31 +66,6 @@ def test_finished_stages_do_nothing_and_changed_configs_are_refused(finished):
     assert 'irm.weight (0.1 then, 0.5 now)' in printed and 'Traceback' not in printed
     assert 'reconstruct.quality' in run(folder, 'reconstruct.py', 'reconstruct.quality=7', code=2)
     assert before == {p: p.stat().st_mtime_ns for p in (folder / 'run').rglob('*.pt')}
-
-
-@pytest.mark.parametrize('script, stage, result', [
-    ('train_mae.py', 'train_mae/fold0/mae', 'fold0/mae.pt'),
-    ('train_fr.py', 'student/mask', 'mask/fr.pt')])
-def test_an_interrupted_training_ends_like_an_undisturbed_one(copied, finished, script, stage,
-                                                              result):
-    extra = [] if script == 'train_mae.py' else ['run.row=mask']
-    if extra:
-        (copied / 'run' / result).unlink()
-    for step, how in ((3, signal.SIGTERM), (6, signal.SIGKILL)):
-        process = subprocess.Popen(command(copied, script, 'run.save_minutes=0', *extra),
-                                   cwd=copied, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, env=ONE_THREAD)
-        path = copied / 'run' / result
-        while process.poll() is None:           # in the middle of an epoch and of a log interval
-            if path.exists() and torch.load(path, weights_only=True)['step'] >= step:
-                process.send_signal(how)
-                break
-            time.sleep(0.005)
-        assert process.wait(30) != 0, 'the run ended before it could be interrupted'
-    printed = run(copied, script, 'run.save_minutes=0', *extra)
-    assert 'continuing at step' in printed
-    assert equal_checkpoints(copied / 'run' / result, finished[0] / 'run' / result)
-    assert log_lines(copied, stage) == log_lines(finished[0], stage)
 
 
 def test_two_processes_give_what_one_gives(copied, finished):

@@ -1,0 +1,105 @@
+"""Batches on the device: which images, in which order, with which random numbers.
+
+What is random about an image depends on (seed, image number, epoch) alone, never on batch, process
+or device, so that a run can be interrupted or spread over more GPUs.
+"""
+import numpy as np
+import torch
+
+from records import InputError
+
+
+class Store:
+    """Rows of a cached data set as batches on the device: `store(indices) -> uint8 (B, H, W, 3)`.
+
+    `rows` chooses and orders the images, so that index i means images[rows[i]]. Where they fit
+    into half of the GPU's free memory they are copied there once.
+    """
+
+    def __init__(self, images, rows, device):
+        self.rows, self.device = torch.as_tensor(rows), device
+        self.images = torch.from_numpy(np.asarray(images)) if isinstance(
+            images, np.ndarray) else images
+        if device.type == 'cuda':
+            needed = len(rows) * self.images[0].numel()
+            if needed < torch.cuda.mem_get_info(device)[0] / 2:
+                self.images = torch.cat([self.images[part].to(device)
+                                         for part in self.rows.split(4096)])
+                self.rows = torch.arange(len(rows), device=device)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __call__(self, indices):
+        indices = torch.as_tensor(indices).to(self.rows.device)
+        batch = self.images[self.rows[indices]]
+        if batch.device != self.device:
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
+        return batch
+
+
+class Order:
+    """Which images form the global batch of a step: a pure function of (seed, step).
+
+    Each epoch is a seeded permutation of 0..count-1 whose last incomplete batch is dropped. With
+    `per_identity` = k, batches hold k images of each of batch / k identities; people with fewer
+    than k are filled up by repetition.
+    """
+
+    def __init__(self, count, batch, seed, labels=None, per_identity=0):
+        if batch > count:
+            raise InputError(f'a batch of {batch} is larger than the set of {count} images: use '
+                             'a smaller mae.batch or fr.batch')
+        self.count, self.batch, self.seed = count, batch, seed
+        self.labels, self.per_identity = labels, per_identity
+        self.steps_per_epoch = count // batch
+        self.epoch = None
+
+    def __call__(self, step):
+        """Image numbers int64 (batch,) and the epoch of a step."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self.order = rng.permutation(self.count)
+            if self.per_identity:
+                self.order = self.grouped(rng)
+            self.epoch = epoch
+        return self.order[number * self.batch:(number + 1) * self.batch], epoch
+
+    def grouped(self, rng):
+        order = self.order[np.argsort(self.labels[self.order], kind='stable')]
+        groups = []
+        for person in np.split(order, np.flatnonzero(np.diff(self.labels[order])) + 1):
+            filling = rng.choice(person, -len(person) % self.per_identity)
+            groups.append(np.concatenate([person, filling]))
+        groups = np.concatenate(groups).reshape(-1, self.per_identity)
+        return groups[rng.permutation(len(groups))].reshape(-1)
+
+
+def mix(x):
+    """Finaliser of splitmix64 on int64 tensors: one well-mixed 64-bit number for each."""
+    for shift, factor in ((30, -0x40a7b892e31b1a47), (27, -0x6b2fb644ecceee15)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def hashed(seed, epoch, images, columns):
+    """Counter-based random int64 (B, columns): depend on (seed, epoch, image number) alone.
+
+    The same on every device, and for an image whatever else is in its batch.
+    """
+    images = torch.as_tensor(images)
+    start = mix(mix(torch.tensor(seed, device=images.device)) + epoch)
+    row = mix(start ^ mix(images.long()))[:, None]
+    step = -0x61c8864680b583eb                       # 2^64 / golden ratio: splitmix64's increment
+    return mix(row + step * torch.arange(1, columns + 1, device=images.device))
+
+
+def uniform(bits):
+    """Random int64 -> float32 in (0, 1), never 0 or 1."""
+    return ((bits >> 41 & (1 << 23) - 1).float() + 0.5) / (1 << 23)
+
+
+def flipped(batch, flip):
+    """Mirror the images of uint8 (B, H, W, 3) where flip (B,) is true."""
+    return torch.where(flip[:, None, None, None], batch.flip(2), batch)

@@ -1,0 +1,217 @@
+"""Each attacker on embeddings or images whose right answer is known."""
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attacks
+import evaluate
+import models
+import reconstruct
+import toy
+import verification
+from records import InputError
+
+
+def brute_force(probes, gallery, probe_ids, gallery_ids, exclude):
+    """Rank and average precision from a full sort, one probe at a time."""
+    found = []
+    for i, z in enumerate(probes):
+        keep = np.arange(len(gallery)) != (exclude[i] if exclude is not None else -1)
+        order = np.argsort(-(gallery @ z)[keep], kind='stable')
+        hit = (gallery_ids == probe_ids[i])[keep][order]
+        if hit.any():
+            places = np.flatnonzero(hit) + 1
+            found.append((places[0], (np.arange(1, len(places) + 1) / places).mean(),
+                          hit.sum() / keep.sum(), i))
+    return np.array(found)
+
+
+@pytest.mark.parametrize('block', [7, 1000])
+def test_search_equals_a_full_sort(block):
+    torch.manual_seed(0)
+    gallery = F.normalize(torch.randn(60, 8))
+    people = torch.arange(60) // 4 % 13                     # some have 4 images, some 8
+    people[-1] = 99                                         # and one a single image
+    source = torch.randint(60, (200,))
+    source[0] = 59
+    probes = F.normalize(gallery[source] + 0.5 * torch.randn(200, 8))
+    numbers = torch.arange(60)
+    for ids, gallery_ids, exclude in ((source, numbers, None), (people[source], people, source)):
+        got = attacks.search(probes, gallery, ids, gallery_ids, exclude, block).numpy()
+        expected = brute_force(probes.numpy(), gallery.numpy(), ids.numpy(), gallery_ids.numpy(),
+                               None if exclude is None else exclude.numpy())
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_search_gives_chance_for_noise_and_for_collapse():
+    torch.manual_seed(0)
+    gallery, probes = F.normalize(torch.randn(500, 16)), F.normalize(torch.randn(2000, 16))
+    source = torch.randint(500, (2000,))
+    rank1 = (attacks.search(probes, gallery, source, torch.arange(500))[:, 0] <= 1).float().mean()
+    assert rank1 < 0.008                       # chance 0.002, four standard errors
+    same = F.normalize(torch.ones(500, 16))    # one embedding for everybody is no hit
+    best = attacks.search(same[source], same, source, torch.arange(500))[:, 0]
+    assert (best > 200).all()
+
+
+def people(count, images, dim, seed):
+    """Unit embeddings of some people, and who they are."""
+    torch.manual_seed(seed)
+    person = torch.arange(count).repeat_interleave(images)
+    return F.normalize(torch.randn(count, dim)[person] + 0.7 * torch.randn(len(person), dim)), person
+
+
+def group_of(protect, count=60, images=4, dim=32):
+    """A group whose images are embeddings, and an eye that sees them as they are."""
+    z, person = people(count, images, dim, 0)
+    known, others = people(3 * count, images, dim, 1)
+    shuffled = torch.randperm(len(known))
+    known, others, n = known[shuffled], others[shuffled], range(len(z))
+    group = SimpleNamespace(
+        released=(protect(z, 0), n), originals=(z, n), source=np.arange(len(z)), seen={},
+        person=person.numpy(), pair_people=-1 - others.numpy(), hidden=None,
+        pairs=lambda some, seed: (protect(known, seed)[some], known[some]),
+        again=lambda seed: protect(z, seed))
+    eye = SimpleNamespace(key='eye', seen={}, threshold=np.inf,
+                          embed=lambda images, rows: F.normalize(torch.as_tensor(images)[rows]))
+    return group, eye
+
+
+def noisy(z, seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    return z + size * torch.randn(z.shape, generator=generator)
+
+
+def tried(attack, group, **changes):
+    return attacks.leakage([group], {'x': [attack]}, 'cpu')[0]
+
+
+def test_a_hidden_rotation_is_found_by_the_linear_attacker_and_not_by_the_stock_judge():
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(3)))[0]
+    group, eye = group_of(lambda z, seed: noisy(z @ turn, seed, 0.05))
+    blind = tried(partial(attacks.stock, eye), group)['x_same_image']
+    assert blind['rank1'] < 0.03 and blind['ceiling'] == 1
+    found = tried(partial(attacks.linear, eye), group)['x_same_image']
+    assert found['rank1'] > 0.9
+    few, many = (found['curve']['rotation'][n] for n in ('16', '256'))
+    assert few < 0.5 < many                       # 16 pairs do not fix a rotation of 32 dimensions
+    assert found['curve']['rotation']['256'] >= found['curve']['ridge']['64']
+
+
+def test_independent_noise_gives_chance_to_every_attacker():
+    group, eye = group_of(lambda z, seed: noisy(0 * z, seed, 1))
+    for attack in (attacks.stock, attacks.linear):
+        found = tried(partial(attack, eye), group)
+        for kind in ('same_image', 'same_person'):
+            low, high = found[f'x_{kind}']['rank1_ci']
+            assert low <= found[f'x_{kind}']['chance'] <= high + 0.01
+    found = tried(partial(attacks.by_class, (eye, eye)), group)['x_same_person']
+    assert found['rank1'] < 0.12 and found['chance'] == pytest.approx(1 / 60)
+
+
+def test_an_unprotected_release_gives_the_ceiling():
+    group, eye = group_of(lambda z, seed: z)
+    eye.threshold = 0.9
+    found = tried(partial(attacks.stock, eye), group)
+    assert found['x_same_image']['rank1'] == found['x_same_image']['tar@far=1e-3'] == 1
+    person = found['x_same_person']
+    assert person['rank1'] == person['ceiling'] and 0.3 < person['rank1'] < 1
+    assert tried(partial(attacks.linear, eye), group)['x_same_image']['rank1'] > 0.95
+    assert tried(partial(attacks.patchwork, device='cpu', original=True), group) == {}
+
+
+def test_labels_and_repeated_releases_average_the_protection_away():
+    group, eye = group_of(lambda z, seed: noisy(z, seed, 0.45))
+    single = tried(partial(attacks.stock, eye), group)
+    assert tried(partial(attacks.by_class, (eye, eye)), group)['x_same_person'][
+        'rank1'] > single['x_same_person']['rank1'] + 0.2
+    curve = tried(partial(attacks.repeated, (eye, eye)), group)['x_same_image']['curve']
+    rising = [curve['recogniser'][k] for k in '1248']
+    assert rising[0] == single['x_same_image']['rank1']
+    assert rising == sorted(rising) and rising[3] > rising[0] + 0.4
+    group.again = None                       # blurring twice tells nothing new
+    assert tried(partial(attacks.repeated, (eye, eye)), group) == {}
+
+
+def test_who_knows_the_mask_sees_through_it():
+    """Visible patches are unprotected: masking alone falls to the attacker who looks there."""
+    images = toy.draw(np.arange(40).repeat(2), np.arange(80), size=32).permute(0, 2, 3, 1).numpy()
+    noise = torch.rand(80, 16, generator=torch.Generator().manual_seed(0))
+    hidden = models.random_masking(noise, 0.75)[2]
+    x = torch.as_tensor(images).permute(0, 3, 1, 2) / 255
+    made = (reconstruct.masked(x, noise, 0.75, 8).permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    n = np.arange(80)
+    group = SimpleNamespace(released=(made, n), originals=(images, n), source=n, hidden=hidden,
+                            person=n // 2)
+    found = tried(partial(attacks.patchwork, device='cpu'), group)['x_same_image']
+    assert found['rank1'] == found['ceiling'] == 1
+    assert found['curve']['mask']['estimated'] > 0.9    # a flat patch gives itself away
+    group.hidden = 1 - hidden                        # who looks at the hidden ones sees grey
+    assert tried(partial(attacks.patchwork, device='cpu'), group)['x_same_image']['rank1'] < 0.1
+    assert tried(partial(attacks.patchwork, device='cpu', original=True), group)[
+        'x_same_image']['rank1'] == 1
+
+
+def test_an_attacker_trained_on_other_peoples_pairs_undoes_a_fixed_change():
+    """A negative with two colours exchanged: not one face looks like itself to the stock judge."""
+    def faces(first):
+        return toy.draw(np.arange(first, first + 96), np.arange(96), size=32).permute(0, 2, 3, 1)
+
+    private, public, n = faces(0), faces(500), np.arange(96)
+    torch.manual_seed(0)
+    net = models.iresnet(10, 8, 32, 32)
+    net.train()(public.permute(0, 3, 1, 2) / 127.5 - 1)        # BatchNorm's statistics
+    cfg = SimpleNamespace(evaluate=SimpleNamespace(attack_steps=40, batch=96),
+                          run=SimpleNamespace(precision='fp32'))
+    device = torch.device('cpu')
+    eye = SimpleNamespace(
+        key='eye', seen={}, threshold=np.inf, net=net.eval(), embed=lambda images, rows:
+        verification.unit_embeddings(net, images, rows, cfg, device))
+    group = SimpleNamespace(
+        released=(255 - private.flip(3), n), originals=(private, n), source=n, person=n, seen={},
+        pair_people=n + 500, pairs=lambda some, seed: (255 - public[some].flip(3), public[some]))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    stock = tried(partial(attacks.stock, eye), group)['x_same_image']['rank1']
+    found = tried(partial(attacks.trained, eye, cfg=cfg, device=device), group)
+    assert found['x_same_image']['rank1'] > stock + 0.3
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())   # a copy learnt
+
+
+def test_the_interval_draws_people_not_images():
+    rng = np.random.default_rng(0)
+    person = np.arange(50).repeat(20)
+    alike = rng.random(50)[person] < 0.5           # all images of a person fall together
+    apart = rng.random(1000) < 0.5
+    wide, narrow = (np.diff(verification.interval(x, person))[0] for x in (alike, apart))
+    assert wide == pytest.approx(4 * 0.5 / 50 ** 0.5, rel=0.15)
+    assert narrow == pytest.approx(4 * 0.5 / 1000 ** 0.5, rel=0.25)
+
+
+def test_membership_tells_a_model_that_memorised_from_one_that_did_not():
+    rng = np.random.default_rng(0)
+    same = attacks.membership(rng.normal(size=4000), rng.normal(size=4000))
+    assert same['auc'] == pytest.approx(0.5, abs=0.03) and same['tpr@fpr=1e-2'] < 0.03
+    faces = rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    blurred = np.broadcast_to(faces.mean((1, 2), keepdims=True), faces.shape)
+    group = SimpleNamespace(originals=(faces, np.arange(30)), source=np.arange(30),
+                            pair_people=np.arange(30), again=lambda seed: blurred[:30],
+                            pairs=lambda some, seed: (faces[30:][some], faces[30:][some]))
+    assert attacks.reconstruction_membership([group])['auc'] == 1
+    group.pairs = lambda some, seed: (blurred[30:][some], faces[30:][some])
+    assert attacks.reconstruction_membership([group])['auc'] < 0.7
+    group.outsiders = faces, np.arange(30, 60)
+    assert attacks.recogniser_membership(
+        lambda images, rows: torch.as_tensor(np.asarray(rows) < 30).float()[:, None],
+        [group])['auc'] == 1
+
+
+def test_an_attacker_who_learnt_from_the_victims_is_refused(monkeypatch):
+    group = SimpleNamespace(pair_people=np.array([3, 5]), person=np.array([5, 5, 9]))
+    monkeypatch.setattr(evaluate, 'own_groups', lambda *_: [group])
+    row = SimpleNamespace(cfg=SimpleNamespace(release='', evaluate=SimpleNamespace(attacks=[])))
+    with pytest.raises(InputError, match='person 5 is attacked'):
+        evaluate.privacy(row, [], None, None, {}, {}, 'cpu')

@@ -1,0 +1,157 @@
+"""What a recogniser is worth: insightface's ten-fold verification, ROC figures, and floors."""
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import batches
+import data
+import embed
+import models
+import records
+
+FOLDS = 10
+
+
+def fold_accuracies(distance, same):
+    """Ten-fold accuracies of insightface's protocol, float64 (10,).
+
+    distance (P,): squared L2 distances of unit embeddings, 0..4; same (P,) bool. Thresholds 0..4
+    by 0.01, 'same' when distance < threshold, first best threshold of the other nine contiguous
+    folds. All thresholds and folds come from one histogram.
+    """
+    thresholds = np.arange(0, 4, 0.01)
+    first = np.searchsorted(thresholds, distance, side='right')     # threshold that accepts it
+    sizes = np.full(FOLDS, len(same) // FOLDS)
+    sizes[:len(same) % FOLDS] += 1
+    fold = np.repeat(np.arange(FOLDS), sizes)
+    # +1 for a same pair that becomes right, -1 for a different pair that becomes wrong
+    change = np.zeros((FOLDS, len(thresholds) + 1), np.int64)
+    np.add.at(change, (fold, first), np.where(same, 1, -1))
+    different = np.bincount(fold[~same], minlength=FOLDS)
+    right = change[:, :-1].cumsum(1) + different[:, None]            # (fold, threshold)
+    best = (right.sum(0) - right).argmax(1)
+    return right[np.arange(FOLDS), best] / sizes
+
+
+def threshold_at_far(distance, same, far):
+    """The loosest threshold that accepts at most floor(far * count) of the different pairs.
+
+    A pair is accepted when its distance is below; no interpolation.
+    """
+    others = np.sort(distance[~same])
+    return others[min(int(far * len(others)), len(others) - 1)]
+
+
+def tar_at_far(distance, same, far):
+    """Share of same pairs that are accepted at threshold_at_far."""
+    return float((distance[same] < threshold_at_far(distance, same, far)).mean())
+
+
+def auc(distance, same):
+    """Area under the ROC: chance that a same pair is closer than a different one (ties half)."""
+    others, own = np.sort(distance[~same]), distance[same]
+    closer = len(others) - np.searchsorted(others, own, 'right')
+    ties = np.searchsorted(others, own, 'right') - np.searchsorted(others, own, 'left')
+    return float((closer + ties / 2).mean() / len(others))
+
+
+def interval(hits, person, draws=1000):
+    """95 % bootstrap interval of the mean of hits (n,), drawing people (n,) with all theirs."""
+    index = np.unique(person, return_inverse=True)[1]
+    total, count = np.bincount(index, hits), np.bincount(index)
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(len(count), np.full(len(count), 1 / len(count)), draws)
+    return np.percentile(weights @ total / (weights @ count), [2.5, 97.5]).tolist()
+
+
+def find_set(name, cfg):
+    """Path of a verification set: as it stands, or beside the training data."""
+    root = Path(cfg.data.root)
+    places = [Path(name), (root.parent if root.suffix == '.rec' else root) / name]
+    return next((p for p in places if p.is_file()), places[0])
+
+
+def load_pairs(path, cfg):
+    """A verification set: distinct images uint8 (M, S, S, 3), pairs int64 (P, 2), same (P,)."""
+    encoded, same = records.read_bin(path)
+    number = {}
+    place = np.array([number.setdefault(bytes(e), len(number)) for e in encoded])
+    images = []
+    for i, file in enumerate(number):
+        where = f'{path} image {i} (from 0)'
+        images.append(data.pixels(records.decode(file, where), where, cfg.data.size, 'resize'))
+    return np.stack(images), place.reshape(-1, 2), same
+
+
+def unit_embeddings(net, images, chosen, cfg, device):
+    """f(x) + f(mirrored x) of uint8 images[chosen], L2-normalised, float32 (N, d)."""
+    store = batches.Store(images, chosen, device)
+    plain, mirrored = embed.embed_all(net, store, cfg.evaluate.batch, cfg.run.precision)
+    return F.normalize(plain + mirrored)
+
+
+def pair_distances(net, pairs_of, cfg, device):
+    """Squared distances 0..4 of the pairs of load_pairs, float64 (P,)."""
+    images, pairs, _ = pairs_of
+    z = unit_embeddings(net, images, range(len(images)), cfg, device).double().cpu().numpy()
+    return np.square(z[pairs[:, 0]] - z[pairs[:, 1]]).sum(1)
+
+
+def figures_of(distance, same, path):
+    """The figures of results.json for one set of pairs."""
+    accuracy = fold_accuracies(distance, same)
+    return {'accuracy': accuracy.mean(), 'std': accuracy.std(), 'auc': auc(distance, same),
+            'tar@far=1e-2': tar_at_far(distance, same, 1e-2),
+            'tar@far=1e-3': tar_at_far(distance, same, 1e-3), 'pairs': len(same),
+            'sha256': hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+
+
+def verify(net, sets, cfg, device):
+    """Verification of a recogniser on each set: results by name, and the distances of each."""
+    results, curves = {}, {}
+    for path, found in sets.items():
+        distance, same = pair_distances(net, found, cfg, device), found[2]
+        results[Path(path).stem] = figures_of(distance, same, path)
+        curves[Path(path).stem] = distance, same
+    return results, curves
+
+
+def component_floor(faces, sets, components=100):
+    """Verification by whitened principal components of pixels, which know nothing of identity.
+
+    faces (N, H, W, 3) uint8, of which 5,000 at most are used. Each test set is centred on its own
+    mean: that alone gains points and needs no labels.
+    """
+    def flat(images):
+        x = torch.as_tensor(np.array(images)).permute(0, 3, 1, 2).float()
+        x = F.adaptive_avg_pool2d(x + x.flip(3), 24).flatten(1).double()
+        return x - x.mean(0)
+
+    x = flat(faces[::len(faces) // 5000 + 1])
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    whiten = vectors[:, -components:] / values[-components:].clamp(min=1e-9).sqrt()
+    results = {}
+    for path, (images, pairs, same) in sets.items():
+        z = F.normalize(flat(images) @ whiten).numpy()
+        distance = np.square(z[pairs[:, 0]] - z[pairs[:, 1]]).sum(1)
+        results[Path(path).stem] = figures_of(distance, same, path)
+    return [{'verification': results}]
+
+
+def floors(cfg, sets, device):
+    """What recognisers reach that learnt nothing: an untrained net of each seed.
+
+    Its BatchNorms take the statistics of test images, without which a deep net overflows.
+    """
+    results, some = [], next(iter(sets.values()))[0][:256]
+    for seed in cfg.compare_seeds or [cfg.run.seed]:
+        torch.manual_seed(seed)
+        net = models.iresnet(cfg.fr.depth, cfg.fr.width, cfg.data.size, cfg.fr.dim).to(device)
+        for norm in (m for m in net.modules() if hasattr(m, 'running_mean')):
+            norm.momentum = 1.0
+        embed.embed_batch(net, torch.from_numpy(some).to(device), 'fp32')
+        results.append({'verification': verify(net.eval(), sets, cfg, device)[0]})
+    return results
