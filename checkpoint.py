@@ -1,12 +1,15 @@
-"""Reading a checkpoint, also a hostile one: nothing in it runs, and memory stays bounded."""
+"""Checkpoints and notes of a run: written whole or not at all, read without running anything."""
 import argparse
 import contextlib
+import json
+import os
 from pathlib import Path
 
 import torch
 
+import runtime
+from config import as_dict
 from records import InputError
-
 
 KINDS = {'config': dict, 'images': str, 'step': int, 'steps': int, 'logged': int, 'net': dict,
          'head': dict, 'model': dict, 'optimizer': dict, 'scaler': dict, 'std': float,
@@ -39,8 +42,33 @@ def at_most(more):
         resource.setrlimit(resource.RLIMIT_AS, old)
 
 
-def read(path):
-    """A checkpoint (path of an existing file) as a Checkpoint of tensors and plain values."""
+def save(path, state):
+    """Write a checkpoint (tensors and plain values) whole or not at all; rank 0 alone writes."""
+    if runtime.rank():
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'{path.name}.tmp')
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as e:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f'{path} could not be written ({str(e).splitlines()[0]}): free space '
+                         'and run the same command again; the last checkpoint is whole') from None
+
+
+def load(path, made_by=''):
+    """A checkpoint as a dict of tensors and plain values; nothing in the file is executed.
+
+    `made_by` is the command that makes the file, for the sentence that says it is missing.
+    """
+    if not Path(path).is_file():
+        raise InputError(f'{path} is missing: ' + (f'first run `{made_by}`' if made_by else
+                                                   'check the path'))
     try:
         # A few bytes can promise terabytes: packed, or as an array of zeros. And
         # facebookresearch/mae keeps its arguments in the checkpoint, as plain values.
@@ -67,3 +95,54 @@ def read(path):
             raise InputError(f'{path} holds a {type(saved[wrong[0]]).__name__} as {wrong[0]!r}: '
                              'delete it and make it again')
     return saved
+
+
+def load_finished(path, made_by):
+    """A checkpoint whose training ran to its end; published ones count no steps."""
+    saved = load(path, made_by)
+    step, steps = (x if isinstance(x, int) else None          # a file can hold anything
+                   for x in (saved.get('step', 0), saved.get('steps', 0)))
+    if None in (step, steps) or step < steps:
+        raise InputError(f'{path} is only trained to step {step} of {steps}: first run '
+                         f'`{made_by}` to its end')
+    return saved
+
+
+# Keys that change how a thing is made but not what it is
+HARMLESS = {'mae.micro_batch', 'mae.preview_epochs', 'reconstruct.batch', 'reconstruct.photos',
+            'reconstruct.key'}
+
+
+def same_premises(saved, cfg, keys, path, images=''):
+    """Refuse to continue what was made with another config (the named sections or keys) or from
+    other images (data.digest)."""
+    now, then = as_dict(cfg), saved['config']
+    differ = [] if saved.get('images', images) == images else ['the training images']
+    for key in keys:
+        section, _, name = key.partition('.')
+        old, new = then.get(section, {}), now[section]
+        for n in [name] if name else sorted(new):
+            if old.get(n) != new[n] and f'{section}.{n}' not in HARMLESS:
+                differ.append(f'{section}.{n} ({old.get(n)!r} then, {new[n]!r} now)')
+    if differ:
+        raise InputError(f'{path} was made with another config: {", ".join(differ)}; change it '
+                         'back, or use another run.folder or mae.name')
+
+
+def write_json(path, content):
+    """Write numbers and plain values as JSON, whole or not at all, on rank 0."""
+    if runtime.rank() == 0:
+        temporary = Path(f'{path}.tmp')
+        temporary.write_text(json.dumps(content, indent=1) + '\n')
+        temporary.replace(path)
+
+
+def read_json(path):
+    """The object in a JSON file of a run, or a sentence."""
+    try:
+        found = json.loads(Path(path).read_text())
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError):
+        pass
+    raise InputError(f'{path} is missing or damaged: put it back, or delete what was made with it')

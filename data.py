@@ -153,6 +153,7 @@ def build_cache(folder, mark, path, read, name_of, count, cfg):
     if path.is_dir() and not (path / 'train.rec').exists():
         warn_if_unaligned(images[:len(kept)], path)
     shutil.rmtree(folder, ignore_errors=True)
+    os.sync()                           # a power cut shall not leave empty files behind a name
     temporary.rename(folder)
 
 
@@ -258,3 +259,8 @@ def digest(found, rows):
     """16 hex digits that tell one set of training images and labels from another."""
     content = np.ascontiguousarray(found.hashes[rows]).tobytes() + found.labels[rows].tobytes()
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def private_digest(folds):
+    """What tells these private images, in this split, from others."""
+    return digest(folds[0].private_data, np.concatenate([f.private for f in folds]))

@@ -3,6 +3,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import checkpoint
 import models
 import runtime
 from records import InputError
@@ -19,8 +20,9 @@ def fill(module, state, path):
     wrong = sorted(set(own) ^ set(state)) or sorted(
         k for k in own if own[k].shape != state[k].shape)
     if wrong:
-        raise InputError(f'{path} does not fit: {len(wrong)} keys differ, first {wrong[0][:80]!r}: '
-                         'use a checkpoint of this architecture or change its keys in the config')
+        raise InputError(f'{path} does not fit: {len(wrong)} keys differ, first '
+                         f'{wrong[0][:80]!r}: use a checkpoint of this architecture or change '
+                         'its keys in the config')
     wrong = [k for k in own if not is_sound(state[k])]
     if wrong:
         raise InputError(f'{path} holds no finite numbers in {wrong[0]!r}: make it again')
@@ -45,7 +47,7 @@ def is_sound(tensor):
 
 def recogniser(path, device, made_by=''):
     """An IResNet (eval mode) from our checkpoint or insightface's, its size read off the keys."""
-    saved = runtime.load_finished(path, made_by)
+    saved = checkpoint.load_finished(path, made_by)
     try:
         state = tensors(saved['net'] if isinstance(saved.get('net'), dict) else saved)
         stem, fc = state['conv1.weight'], state['fc.weight']

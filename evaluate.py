@@ -14,6 +14,7 @@ Utility is insightface's ten-fold verification. Leakage is retrieval: how often 
 released image (same image), or another photo of its person (same person), comes first among all
 private originals, for the attackers of evaluate.attacks; the table says what each of them has.
 """
+import contextlib
 import json
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from rich.console import Console
 
 import attacks
 import batches
+import checkpoint
 import data
 import embed
 import figures
@@ -33,7 +35,7 @@ import models
 import runtime
 from config import as_dict, rows
 from records import InputError
-from reconstruct import (STRENGTH, check_release, fingerprint, load_mae, private_digest, protect,
+from reconstruct import (STRENGTH, check_release, fingerprint, load_mae, protect,
                          release_order, release_secret, secret_seed)
 from verification import (component_floor, find_set, floors, load_pairs, pair_distances,
                           threshold_at_far, unit_embeddings, verify)
@@ -83,7 +85,7 @@ def own_groups(row, folds, made, device):
     cfg, c, whole, secret = row.cfg, row.cfg.reconstruct, folds[0].private_data, release_secret(
         row.cfg)
     check_release(row.folder / 'reconstructed',
-                  {'images': private_digest(folds), 'secret': fingerprint(secret)}, cfg)
+                  {'images': data.private_digest(folds), 'secret': fingerprint(secret)}, cfg)
     fold, image, _ = release_order(folds, secret, c.images_per_person)
     chosen, seed = probes_of(cfg, len(image)), secret_seed(secret, f'masks {cfg.run.seed}')
     draws = c.method in ('facemae', 'mask', 'noise')
@@ -212,8 +214,8 @@ def privacy(row, folds, student, made, sets, galleries, device):
     if 'membership' in wanted:
         if cfg.reconstruct.method == 'facemae' and folds:
             found['membership_reconstruction'] = attacks.reconstruction_membership(groups)
-        head = runtime.load(row.folder / 'fr.pt')['head']['weight'] if student and folds else None
-        if head is not None and len(groups[0].outsiders[1]):
+        if student and folds and len(groups[0].outsiders[1]):
+            head = checkpoint.load(row.folder / 'fr.pt')['head']['weight']
             centres = F.normalize(head).to(device)
             found['membership_recogniser'] = attacks.recogniser_membership(
                 lambda images, rows: unit_embeddings(student, images, rows, cfg, device)
@@ -234,7 +236,7 @@ def evaluate(row, folds, sets, galleries, device):
         not cfg.release or Path(path).exists()) else None
     made = load_release(row) if cfg.release or folds else None
     if student and made and not cfg.evaluate.model and data.digest(
-            made, np.arange(len(made.labels))) != runtime.load(path)['images']:
+            made, np.arange(len(made.labels))) != checkpoint.load(path)['images']:
         if not cfg.release:
             raise InputError(f'{path} was trained on another release: delete it and run '
                              f'`{runtime.again("train_fr.py")}`')
@@ -256,7 +258,7 @@ def evaluate(row, folds, sets, galleries, device):
     results |= {'seconds': stage_seconds(Path(cfg.run.folder)),
                 'made_with': runtime.provenance(), 'config': as_dict(cfg)}
     row.folder.mkdir(parents=True, exist_ok=True)
-    runtime.write_json(row.folder / name, results)
+    checkpoint.write_json(row.folder / name, results)
     return results, curves
 
 
@@ -265,8 +267,9 @@ def stage_seconds(run):
     total, last = {}, {}
     log = run / 'log.jsonl'
     for line in log.read_text().splitlines() if log.exists() else []:
-        entry = json.loads(line)
-        stage, seconds = entry['stage'], entry['seconds']
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            stage, seconds = entry['stage'], float(entry['seconds'])
         total[stage] = total.get(stage, 0) + seconds - (
             last.get(stage, 0) if seconds > last.get(stage, 0) else 0)
         last[stage] = seconds
@@ -299,7 +302,7 @@ def main(cfg, device, compare):
     if compare:
         own = found[next(rows(cfg, False)).name]
         own = next((r for r in own if r['seed'] == cfg.run.seed), {})
-        runtime.write_json(run / 'results.json', {'rows': found, **own})
+        checkpoint.write_json(run / 'results.json', {'rows': found, **own})
         with open(run / 'table.txt.tmp', 'w') as f:
             Console(file=f, width=120).print(*shown)
         (run / 'table.txt.tmp').replace(run / 'table.txt')

@@ -30,6 +30,7 @@ import torchvision.transforms.v2.functional as TF
 from einops import rearrange, reduce, repeat
 
 import batches
+import checkpoint
 import data
 import embed
 import models
@@ -51,8 +52,8 @@ def release_secret(cfg):
     """The secret of a run's releases, drawn once: bytes."""
     path = Path(cfg.reconstruct.key or Path(cfg.run.folder) / 'release.key')
     if cfg.reconstruct.key and not path.is_file():
-        raise InputError(f'reconstruct.key = {path} does not exist: leave it empty to '
-                                 'have a new secret drawn')
+        raise InputError(f'reconstruct.key = {path} does not exist: leave it empty to have a new '
+                         'secret drawn')
     if runtime.rank() == 0 and not path.exists():
         if any(path.parent.rglob('release.json')):
             raise InputError(f'{path} is missing, but releases were made with it: put it back, or '
@@ -70,18 +71,13 @@ def fingerprint(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def private_digest(folds):
-    """What tells these private images, in this split, from others."""
-    return data.digest(folds[0].private_data, np.concatenate([f.private for f in folds]))
-
-
 def check_release(target, premises, cfg):
     """Refuse a finished release that was made with another config, secret, model or images.
 
     Its images could not be matched with their originals any more, and would look private.
     """
-    saved = json.loads((target.parent / 'release.json').read_text())
-    runtime.same_premises(saved, cfg, FIXED, target, premises['images'])
+    saved = checkpoint.read_json(target.parent / 'release.json')
+    checkpoint.same_premises(saved, cfg, FIXED, target, premises['images'])
     for what in ('secret', 'mae'):
         if what in premises and what in saved and premises[what] != saved[what]:
             raise InputError(f'{target} was made with another {what}: give reconstruct.key or '
@@ -116,16 +112,18 @@ def release_order(folds, secret, images_per_person=0):
 
 def load_mae(path, size, device, made_by):
     """A finished masked autoencoder with its normalisation: namespace(model, mean, std)."""
-    saved = runtime.load_finished(path, made_by)
+    saved = checkpoint.load_finished(path, made_by)
     config = SimpleNamespace(mae=SimpleNamespace(**saved['config']['mae']))
     if config.mae.norm_pix_loss:
-        raise InputError(
-            f'{path} was trained with mae.norm_pix_loss: undoing that normalisation needs the '
-            'hidden pixels and would leak them; train with mae.norm_pix_loss=false')
+        raise InputError(f'{path} was trained with mae.norm_pix_loss: undoing it needs the hidden '
+                         'pixels and would leak them; train with mae.norm_pix_loss=false')
     if saved['config']['data']['size'] != size:
         raise InputError(f'{path} was trained at {saved["config"]["data"]["size"]} pixels, '
-                                 f'data.size is {size}: set them alike')
-    model = make_model(config, size)
+                         f'data.size is {size}: set them alike')
+    try:
+        model = make_model(config, size)
+    except (TypeError, AttributeError, RuntimeError):              # a file can hold anything
+        raise InputError(f'{path} has a damaged config: delete it and make it again') from None
     embed.fill(model, saved, path)
     return SimpleNamespace(model=model.to(device).eval(), mean=saved['mean'].to(device),
                            std=saved['std'])
@@ -179,7 +177,7 @@ def release(row, folds, device):
     """Write one released data set."""
     cfg, c = row.cfg, row.cfg.reconstruct
     target = row.folder / 'reconstructed'
-    digest = private_digest(folds)
+    digest = data.private_digest(folds)
     note = row.folder / 'release.json'          # stays in the run folder: it names the source
     maes = [load_mae(row.mae(f.k), cfg.data.size, device, runtime.again('train_mae.py'))
             if c.method == 'facemae' else None for f in folds]
@@ -193,14 +191,14 @@ def release(row, folds, device):
         visible_patches(cfg.data.size, cfg.mae.patch, c.mask_ratio)
     fold, image, label = release_order(folds, secret, c.images_per_person)
     seed = secret_seed(secret, f'masks {cfg.run.seed}')
-    source = batches.Store(folds[0].private_data.images, range(len(folds[0].private_data.labels)),
-                        device)
+    whole = folds[0].private_data
+    source = batches.Store(whole.images, range(len(whole.labels)), device)
     parts = row.folder / 'reconstructed.parts'
     if runtime.rank() == 0:
-        if not note.exists() or json.loads(note.read_text()) != premises:
+        if not note.exists() or checkpoint.read_json(note) != premises:
             shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True, exist_ok=True)
-        runtime.write_json(note, premises)
+        checkpoint.write_json(note, premises)
     runtime.barrier()
 
     def make(number):
@@ -249,7 +247,7 @@ def release(row, folds, device):
     runtime.barrier()
     if runtime.rank() == 0:
         show(row, folds, maes, fold, image, seed, source)     # not behind what says all is done
-        finish(row, parts, target, total, label, folds[0].private_data)
+        finish(row, parts, target, total, label, whole)
     runtime.barrier()
     runtime.say(f'released {len(image)} images of {label[-1] + 1} people: {target}')
 
@@ -277,6 +275,7 @@ def finish(row, parts, target, total, label, source):
     (temporary / 'README.md').write_text(DATA_CARD.format(
         facts='\n'.join(f'- {k}: {v}' for k, v in facts.items())))
     shutil.rmtree(target, ignore_errors=True)
+    os.sync()                           # a power cut shall not leave empty files behind a name
     temporary.rename(target)
     shutil.rmtree(parts)
 
@@ -323,12 +322,12 @@ def picture_of_photos(row, device):
     cfg, folder = row.cfg, Path(row.cfg.reconstruct.photos)
     files = sorted(f for f in folder.glob('*') if f.suffix.lower() in ('.jpg', '.jpeg', '.png'))
     if not files:
-        raise InputError(f'reconstruct.photos = {folder} holds no .jpg or .png: name a '
-                                 'folder of face photos')
+        raise InputError(f'reconstruct.photos = {folder} holds no .jpg or .png: name a folder '
+                         'of face photos')
     mae = load_mae(row.mae((cfg.data.release_folds or [0])[0]), cfg.data.size, device,
                    runtime.again('train_mae.py'))
     images = torch.stack([torch.from_numpy(np.array(data.pixels(
-        records.decode(f.read_bytes(), f), f, cfg.data.size, 'resize')))
+        records.decode(records.open_bytes(f), f), f, cfg.data.size, 'resize')))
         for f in files[:64]]).to(device)
     data.warn_if_unaligned(images.cpu().numpy(), folder)
     numbers = torch.arange(len(images), device=device)

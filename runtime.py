@@ -21,8 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import checkpoint
-from config import CONFIGS, as_dict, namespace, resolve
+from config import CONFIGS, namespace, resolve
 from records import InputError
 
 # ------------------------------------------------------------------------------ processes
@@ -162,82 +161,10 @@ class Stop:
             raise KeyboardInterrupt
 
 
-# ---------------------------------------------------------------------------- checkpoints
-
 def again(script, *extra):
-    """The command that runs another script with this one's arguments, to be named in a sentence."""
+    """The command that runs another script with this one's arguments, for a sentence."""
     return shlex.join(['python', script, *(a for a in sys.argv[1:] if not a.startswith('stage=')),
                        *extra])
-
-
-def save(path, state):
-    """Write a checkpoint (tensors and plain values) whole or not at all; rank 0 alone writes."""
-    if rank():
-        return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'{path.name}.tmp')
-    try:
-        with open(temporary, 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f'{path} could not be written ({str(e).splitlines()[0]}): free space '
-                         'and run the same command again; the last checkpoint is whole') from None
-
-
-def write_json(path, content):
-    """Write numbers and plain values as JSON, whole or not at all, on rank 0."""
-    if rank() == 0:
-        temporary = Path(f'{path}.tmp')
-        temporary.write_text(json.dumps(content, indent=1) + '\n')
-        temporary.replace(path)
-
-
-def load(path, made_by=''):
-    """A checkpoint as a dict; nothing in the file is executed.
-
-    `made_by` is the command that makes the file, for the sentence that says it is missing.
-    """
-    if not Path(path).is_file():
-        raise InputError(f'{path} is missing: ' + (f'first run `{made_by}`' if made_by else
-                                                   'check the path'))
-    return checkpoint.read(path)
-
-
-def load_finished(path, made_by):
-    """A checkpoint whose training ran to its end; published ones count no steps."""
-    saved = load(path, made_by)
-    step, steps = (x if isinstance(x, int) else None          # a file can hold anything
-                   for x in (saved.get('step', 0), saved.get('steps', 0)))
-    if None in (step, steps) or step < steps:
-        raise InputError(f'{path} is only trained to step {step} of {steps}: first run '
-                         f'`{made_by}` to its end')
-    return saved
-
-
-# Keys that change how a thing is made but not what it is
-HARMLESS = {'mae.micro_batch', 'mae.preview_epochs', 'reconstruct.batch', 'reconstruct.photos',
-            'reconstruct.key'}
-
-
-def same_premises(saved, cfg, keys, path, images=''):
-    """Refuse to continue what was made with another config (the named sections or keys) or from
-    other images (data.digest)."""
-    now, then = as_dict(cfg), saved['config']
-    differ = [] if saved.get('images', images) == images else ['the training images']
-    for key in keys:
-        section, _, name = key.partition('.')
-        old, new = then.get(section, {}), now[section]
-        for n in [name] if name else sorted(new):
-            if old.get(n) != new[n] and f'{section}.{n}' not in HARMLESS:
-                differ.append(f'{section}.{n} ({old.get(n)!r} then, {new[n]!r} now)')
-    if differ:
-        raise InputError(f'{path} was made with another config: {", ".join(differ)}; change it '
-                         'back, or use another run.folder or mae.name')
 
 
 def provenance():
@@ -268,7 +195,7 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         for line in (self.path.read_text().splitlines() if self.path.exists() else []):
-            with contextlib.suppress(ValueError):     # a line cut short by a kill
+            with contextlib.suppress(ValueError, TypeError, KeyError):    # cut short by a kill
                 entry = json.loads(line)
                 if entry['stage'] != stage or entry['step'] <= step:
                     kept.append(line)
@@ -308,9 +235,10 @@ def resident_bytes():
 # -------------------------------------------------------------------------------- launch
 
 def launch(main, doc, compare):
-    """Parse the command line, run `main(cfg, device, compare)`, turn wrong input into one sentence.
+    """Parse the command line, run `main(cfg, device, compare)`; wrong input becomes one sentence.
 
-    cfg is the resolved config as nested namespaces (`cfg.mae.lr`). Exit code 0 = done, 2 = wrong input, 130 = stopped by the keyboard.
+    cfg is the resolved config as nested namespaces (`cfg.mae.lr`). Exit code 0 = done, 2 = wrong
+    input, 130 = stopped by the keyboard.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.
                                      RawDescriptionHelpFormatter)
@@ -334,15 +262,15 @@ def launch(main, doc, compare):
         sys.exit(2)
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, MemoryError) or re.search('out of memory|allocate memory', str(e)):
-            print(f'error: memory is too small ({" ".join(str(e).split())[:150]}): choose a smaller '
-                  'net, batch (mae.micro_batch, fr.norm_batch, reconstruct.batch) or data.size',
+            print(f'error: memory is too small ({" ".join(str(e).split())[:150]}): choose a '
+                  'smaller net, mae.micro_batch, fr.norm_batch or reconstruct.batch',
                   file=sys.stderr, flush=True)
             os._exit(2) if world() > 1 else sys.exit(2)
         if world() == 1 or not re.search('[Cc]onnection|NCCL|[Tt]imed out|[Tt]imeout', str(e)):
             raise
-        print(f'error: another process of this run died or hangs ({str(e).splitlines()[0][:150]}): '
-              'see its message; the same command continues from the last checkpoint',
-              file=sys.stderr, flush=True)
+        print('error: another process of this run died or hangs '
+              f'({str(e).splitlines()[0][:150]}): see its message; the same command continues '
+              'from the last checkpoint', file=sys.stderr, flush=True)
         os._exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

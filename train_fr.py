@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import batches
+import checkpoint
 import data
 import embed
 import models
@@ -104,13 +105,14 @@ class NormStatistics:
 def train(cfg, path, faces, chosen, role, stage, fixed, device):
     """Train one recogniser on the images faces[chosen] and save it at `path`.
 
-    `role` says which: depth, width, epochs, seed; all else is in the config's section fr.
+    A generator, which yields after each step. `role` says which recogniser: depth, width, epochs,
+    seed; all else is in the config's section fr.
     """
     runtime.barrier()
-    saved = runtime.load(path) if path.exists() else None
+    saved = checkpoint.load(path) if path.exists() else None
     digest = data.digest(faces, chosen)
     if saved:
-        runtime.same_premises(saved, cfg, FIXED + fixed, path, digest)
+        checkpoint.same_premises(saved, cfg, FIXED + fixed, path, digest)
     c, seed = cfg.fr, role.seed
     store = batches.Store(faces.images, chosen, device)
     labels = data.renumber(faces.labels[chosen])
@@ -139,8 +141,8 @@ def train(cfg, path, faces, chosen, role, stage, fixed, device):
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == 'fp16')
     step, logged, sums = 0, 0, torch.zeros(2, device=device)
     if saved:
-        net.load_state_dict(saved['net'])
-        head.load_state_dict(saved['head'])
+        embed.fill(net, saved['net'], path)
+        embed.fill(head, saved['head'], path)
         optimizer.load_state_dict(saved['optimizer'])
         scaler.load_state_dict(saved['scaler'])
         step, logged, sums = saved['step'], saved['logged'], saved['sums'].to(device)
@@ -191,11 +193,12 @@ def train(cfg, path, faces, chosen, role, stage, fixed, device):
         if due:
             saved_at, sums = log.seconds(), runtime.mean(sums)
             runtime.check_finite({'loss': sums[0].item()}, step, path)
-            runtime.save(path, {
+            checkpoint.save(path, {
                 'net': net.state_dict(), 'head': head.state_dict(), 'step': step, 'steps': total,
                 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                 'logged': logged, 'sums': sums, 'images': digest, 'config': as_dict(cfg)})
         stop.leave()
+        yield
     stop.end()
 
 
@@ -205,8 +208,9 @@ def train_public(cfg, stage, device):
     if role.checkpoint:
         return runtime.say(f'{stage}.checkpoint = {role.checkpoint} is used: nothing to train')
     for fold in data.split(cfg):
-        train(cfg, Path(cfg.run.folder) / f'fold{fold.k}' / f'{stage}.pt', fold.data, fold.train,
-              role, f'{stage}/fold{fold.k}', [stage], device)
+        for _ in train(cfg, Path(cfg.run.folder) / f'fold{fold.k}' / f'{stage}.pt', fold.data,
+                       fold.train, role, f'{stage}/fold{fold.k}', [stage], device):
+            pass
 
 
 def train_student(row, device):
@@ -220,8 +224,9 @@ def train_student(row, device):
     released = data.load(release, cfg)
     stage = f'student/{row.folder.relative_to(cfg.run.folder)}'.removesuffix('/.')
     role = SimpleNamespace(**vars(cfg.fr), seed=cfg.run.seed)
-    train(cfg, row.folder / 'fr.pt', released, np.arange(len(released.labels)), role, stage,
-          ['run.seed'], device)
+    for _ in train(cfg, row.folder / 'fr.pt', released, np.arange(len(released.labels)), role,
+                   stage, ['run.seed'], device):
+        pass
 
 
 def main(cfg, device, compare):

@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 import batches
+import checkpoint
 import data
 import embed
 import models
 import runtime
 from config import as_dict, rows
 from figures import save_grid
-from irm import irm_loss, relation_correlation
+from irm import gather_rows, irm_loss, relation_correlation
 from records import InputError
 
 # A checkpoint made under other values of these, or from other images, would be a lie
@@ -127,8 +128,8 @@ class Objective:
             scaler.scale(loss).backward()
             mse_sum = mse_sum + mse.detach() * (len(part[0]) / len(images))
         if relate:
-            agreement = relation_correlation(originals, z.detach()).nan_to_num()
-        return torch.stack([mse_sum, irm.detach(), agreement])
+            agreement = relation_correlation(gather_rows(originals), gather_rows(z.detach()))
+        return torch.stack([mse_sum, irm.detach(), agreement.nan_to_num()])
 
 
 def preview(model, mean, images, noise, ratio, path):
@@ -142,12 +143,13 @@ def preview(model, mean, images, noise, ratio, path):
 
 
 def train(row, fold, device):
+    """Train one masked autoencoder; a generator, which yields after each step."""
     cfg, path = row.cfg, row.mae(fold.k)
     runtime.barrier()                   # a row before this one may have made the same checkpoint
-    saved = runtime.load(path) if path.exists() else None
+    saved = checkpoint.load(path) if path.exists() else None
     digest = data.digest(fold.data, fold.mae)
     if saved:
-        runtime.same_premises(saved, cfg, FIXED, path, digest)
+        checkpoint.same_premises(saved, cfg, FIXED, path, digest)
     store = batches.Store(fold.data.images, fold.mae, device)
     order = batches.Order(len(store), cfg.mae.batch, cfg.run.seed, fold.data.labels[fold.mae],
                        cfg.irm.images_per_identity)
@@ -159,7 +161,7 @@ def train(row, fold, device):
     torch.manual_seed(cfg.run.seed)
     model = make_model(cfg, cfg.data.size)
     if cfg.mae.init and not saved:
-        embed.fill(model, runtime.load(cfg.mae.init), cfg.mae.init)
+        embed.fill(model, checkpoint.load(cfg.mae.init), cfg.mae.init)
     model.to(device)
     patches = visible_patches(cfg.data.size, cfg.mae.patch, cfg.mae.mask_ratio)
     flat = torch.full((3, 1, 1), 0.5, device=device)
@@ -184,7 +186,7 @@ def train(row, fold, device):
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == 'fp16')
     step, logged, sums = 0, 0, torch.zeros(3, device=device)
     if saved:
-        model.load_state_dict(saved['model'])
+        embed.fill(model, saved['model'], path)
         optimizer.load_state_dict(saved['optimizer'])
         scaler.load_state_dict(saved['scaler'])
         step, logged, sums = saved['step'], saved['logged'], saved['sums'].to(device)
@@ -231,12 +233,13 @@ def train(row, fold, device):
         if due:
             saved_at, sums = log.seconds(), runtime.mean(sums)
             runtime.check_finite({'mse + irm': sums[:2].sum().item()}, step, path)
-            runtime.save(path, {
+            checkpoint.save(path, {
                 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
                 'scaler': scaler.state_dict(), 'step': step, 'steps': total, 'logged': logged,
                 'sums': sums, 'mean': mean.cpu(), 'std': STD, 'images': digest,
                 'config': as_dict(cfg)})
         stop.leave()
+        yield
     stop.end()
 
 
@@ -245,7 +248,8 @@ def main(cfg, device, compare):
     for row in rows(cfg, compare):
         if row.cfg.reconstruct.method == 'facemae':
             for fold in folds:
-                train(row, fold, device)
+                for _ in train(row, fold, device):
+                    pass
 
 
 if __name__ == '__main__':

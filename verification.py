@@ -11,6 +11,7 @@ import data
 import embed
 import models
 import records
+from records import InputError
 
 FOLDS = 10
 
@@ -77,6 +78,9 @@ def find_set(name, cfg):
 def load_pairs(path, cfg):
     """A verification set: distinct images uint8 (M, S, S, 3), pairs int64 (P, 2), same (P,)."""
     encoded, same = records.read_bin(path)
+    if len(same) < FOLDS or same.all() or not same.any():
+        raise InputError(f'{path} has {same.sum()} same pairs of {len(same)}: a verification set '
+                         f'needs both kinds, and {FOLDS} pairs or more')
     number = {}
     place = np.array([number.setdefault(bytes(e), len(number)) for e in encoded])
     images = []

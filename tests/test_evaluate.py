@@ -88,10 +88,11 @@ def test_an_external_checkpoint_may_hold_an_argparse_namespace_but_no_code(tmp_p
     import argparse
     import os
 
-    import runtime
+    import checkpoint
+    from records import InputError
     published = {'model': {'a': torch.ones(2)}, 'args': argparse.Namespace(lr=1)}
     torch.save(published, tmp_path / 'a.pth')
-    assert runtime.load(tmp_path / 'a.pth')['args'].lr == 1
+    assert checkpoint.load(tmp_path / 'a.pth')['args'].lr == 1
 
     class Hostile:
         def __reduce__(self):
@@ -100,6 +101,6 @@ def test_an_external_checkpoint_may_hold_an_argparse_namespace_but_no_code(tmp_p
     torch.save({'model': Hostile()}, tmp_path / 'b.pth')
     (tmp_path / 'c.pth').write_bytes((tmp_path / 'a.pth').read_bytes()[:300])
     for name in ('b.pth', 'c.pth'):
-        with pytest.raises(runtime.InputError, match='safely'):
-            runtime.load(tmp_path / name)
+        with pytest.raises(InputError, match='safely'):
+            checkpoint.load(tmp_path / name)
     assert not (tmp_path / 'executed').exists()

@@ -1,0 +1,242 @@
+"""Damaged and hostile files for test_fuzz.py: mutations of sound ones, and some made by hand.
+
+Each function *_files writes sound files into `folder` and returns those to damage (path, content,
+what makes check sums right again), the hostile ones (path, content or what makes it), and what
+reads them. `evil` is an object whose pickle is a call that leaves a trace.
+"""
+import io
+import os
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import config
+import data
+import embed
+import models
+import records
+import toy
+
+ROOT = Path(__file__).parent.parent
+MANY = 10 ** 5
+MAGIC = b'\x0a\x23\xd7\xce'
+HEADS = re.compile(re.escape(MAGIC) + rb'|\xff[\xc0-\xfe]|PK[\1\3\5]')
+ABSURD = [struct.pack(form, number) for form, numbers in (
+    ('>H', (0, 1, 0x7fff, 0xffff)), ('<I', (0, 0x1fffffff, 0x7fffffff, 0xfffffff0, 0xffffffff)),
+    ('>I', (0, 0xffff, 0x7fffffff, 0xffffffff)), ('<Q', (1 << 40, 1 << 63, (1 << 64) - 1)))
+    for number in numbers]
+WORDS = [b'-1', b'0', b'99999999999999999999', b'9' * 5000, b'0x_', b'0x' + b'f' * 5000, b'1e999',
+         b'.nan', b'~', b'[', b'[[x]]', b'{', b'}', b'&a ', b'*a', b'<<: *a', b'"\\ud800"',
+         b'"\\0"', b'!!timestamp x', b'!!bool x', b'!!int ""', b'!!python/name:os.system', b'1:1',
+         b'2001-99-99', b'0001-01-01 00:00:00+23:59', b'\t', b'\r', b'\n', b'\xff', b"'", b'#']
+# What can stand where a file is expected: opening a pipe waits, /proc/self/mem fails when it is
+# read, the last is a terabyte that takes no space
+SPECIAL = [os.mkfifo, os.mkdir, Path.touch, lambda path: path.symlink_to(path.name),
+           *(lambda path, to=to: path.symlink_to(to) for to in (
+               '.', '..', 'nowhere', '/', '/dev/zero', '/proc/self/mem')),
+           lambda path: path.touch() or os.truncate(path, 1 << 40)]
+
+
+class Call:
+    """Pickles as a call, which a careless reader makes."""
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def mutated(content, chance):
+    """Bytes with one or a few damages, half of them just behind a marker or magic number."""
+    content = bytearray(content)
+    heads = [m.start() for m in HEADS.finditer(content)]
+    values = WORDS if content.isascii() else ABSURD
+    for _ in range(chance.choice((1, 1, 2, 3))):
+        at, other = (chance.randrange(len(content) + 1) for _ in 'ab')
+        if heads and chance.random() < 0.5:
+            at = min(chance.choice(heads) + chance.randrange(40), len(content))
+        length, value = chance.choice((1, 4, 60, 1000)), chance.choice(values)
+        match chance.randrange(10):
+            case 0:
+                del content[at:]
+            case 1 | 2 | 3 | 4 if at < len(content):
+                content[at] ^= 1 << chance.randrange(8)
+            case 5 | 6:
+                content[at:at + chance.choice((0, len(value)))] = value
+            case 7:
+                del content[at:at + length]
+            case 8:
+                content[at:at] = chance.randbytes(length)
+            case 9:
+                content[at:at + length] = content[other:other + length]
+    return bytes(content)
+
+
+def faces(count, form='jpeg'):
+    return [records.encode(x, form) for x in toy.draw(np.arange(count), np.arange(count), 16)]
+
+
+def record_files(folder, evil):
+    # A comment with the magic at every offset of a word makes a record of several parts
+    comment = b'\xff\xfe' + struct.pack('>H', 42) + (MAGIC + b'\0') * 8
+    images = [x[:2] + comment + x[2:] for x in faces(4)] + faces(4, 'png')
+    records.write_records(folder, images, [0, 0, 0, 1, 1, 2, 2, 2], 16)
+    rec, index = folder / 'train.rec', folder / 'train.idx'
+    lines = [b'0\t-4', b'0\t' + b'9' * MANY, b'9' * MANY + b'\t0', b'1\r2\t3\n\t4', b'\t\n',
+             b'0\t0\n' * MANY, b'\0' * MANY, b'0\t0' + b'\r' * MANY]
+
+    def read():
+        found = records.Records(rec)
+        for i in range(len(found)):
+            records.decode(found[i], f'{rec} record {i}')
+    return ([(path, path.read_bytes(), None) for path in (rec, rec, index)],
+            [(index, x) for x in lines + SPECIAL] + [(rec, x) for x in SPECIAL], read)
+
+
+def bin_files(folder, evil):
+    path, images = folder / 'pairs.bin', faces(4)
+    sound = [pickle.dumps((images, same), protocol) for protocol in range(5)
+             for same in ([True, False], [np.bool_(True), np.bool_(False)])]
+    hostile = [pickle.dumps(x, protocol) for protocol in range(5) for x in (
+        evil, (images, [True, evil]), (images, []), Call(bytearray, 1 << 40), {'a': 1})]
+    hostile += [b']' * MANY + b'a' * MANY + b'.', b'(' * MANY + b'.', b'L' + b'9' * MANY,
+                b'N' + b'q\0h\0' * MANY + b'.', b'Np%d\n.' % 10 ** 12, *SPECIAL]
+
+    def read():
+        for i, image in enumerate(records.read_bin(path)[0]):
+            records.decode(image, f'{path} image {i}')
+    return [(path, x, None) for x in sound], [(path, x) for x in hostile], read
+
+
+def chunk(kind, body):
+    return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+
+
+def png(*chunks, width=16, height=16, pixels=zlib.compress(bytes(17 * 16))):
+    head = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0))
+    return b''.join([b'\x89PNG\r\n\x1a\n', head, *chunks, chunk(b'IDAT', pixels),
+                     chunk(b'IEND', b'')])
+
+
+def with_sums(content):
+    """A PNG whose chunks have the right check sums, so that their damage is looked at."""
+    at = 8
+    while at + 12 <= len(content):
+        end = at + 8 + struct.unpack_from('>I', content, at)[0]
+        content = content[:end] + struct.pack('>I', zlib.crc32(content[at + 4:end])) + content[
+            end + 4:]
+        at = end + 4
+    return content
+
+
+def image_files(folder, evil):
+    path, bomb = folder / 'face.jpg', zlib.compress(bytes(1 << 27), 1)
+    large = png(width=13000, height=13000, pixels=zlib.compress(bytes(13001 * 13000), 1))
+    file = io.BytesIO()
+    Image.new('L', (4000, 4000)).save(file, 'JPEG', progressive=True)
+    begin, scan = re.fullmatch(rb'(.*(\xff\xda.*))\xff\xd9', file.getvalue(), re.DOTALL).groups()
+    hostile = [png(width=60000, height=60000), png(width=1 << 31, height=1), png(width=0), large,
+               png()[:33] + large[8:], png(pixels=bomb), png(chunk(b'zTXt', b'a\0\0' + bomb)),
+               png(chunk(b'iTXt', b'a\0\1\0\0\0' + bomb)), png(chunk(b'iCCP', b'a\0\0' + bomb)),
+               begin + scan * 20000 + b'\xff\xd9', b'\xff\xd8' + b'\xff' * MANY, b'']
+    jpegs, pngs = faces(2), faces(2, 'png')
+    turned = b'Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0'
+    for mode in ('RGB', 'L', 'CMYK', 'P', 'LA', '1', 'I;16'):
+        file, form = io.BytesIO(), 'JPEG' if mode in ('RGB', 'L', 'CMYK') else 'PNG'
+        image = Image.open(io.BytesIO(jpegs[0])).convert('L').convert(mode)
+        image.save(file, form, **({'progressive': True, 'exif': turned} if form == 'JPEG' else {}))
+        (jpegs if form == 'JPEG' else pngs).append(file.getvalue())
+    for x in jpegs:
+        at = re.search(rb'\xff[\xc0-\xc2]', x).start() + 5
+        hostile.append(x[:at] + struct.pack('>HH', 60000, 60000) + x[at + 4:])
+    return ([(path, x, None) for x in jpegs + pngs] + [(path, x, with_sums) for x in pngs],
+            [(path, x) for x in hostile], lambda: records.decode(path.read_bytes(), path))
+
+
+def yaml_files(folder, evil):
+    path, sound = folder / 'run.yaml', (ROOT / 'tests' / 'tiny.yaml').read_bytes()
+    laughs = ''.join(f'k{i}: &k{i} [{f"*k{i - 1}, " * 9 if i else ""}]\n' for i in range(12))
+    merges = ''.join(f'k{i}: &k{i} {{a{i}: 1, <<: [{f"*k{i - 1}, " * 9 if i else "{}"}]}}\n'
+                     for i in range(12))
+    hostile = [laughs, laughs + 'run: *k11', laughs + 'fr: {lr: *k11}', merges, 'run: &a [*a]',
+               laughs + 'compare: {a: *k11}', '[' * MANY, '{a: ' * MANY, '- ' * MANY,
+               'base: run.yaml', 'base: .', 'base: /dev/zero', 'base: /proc/self/mem',
+               'base: ' + 'a' * 300, 'base: "\\0"', 'mae: {lr: 1' + '0' * 400 + '}',
+               'run: {seed: 0x' + 'f' * 5000 + '}', 'run: {seed: ' + '1:' * MANY + '1}',
+               'run: {folder: "a\\0b"}', 'run: {folder: "\\ud800"}', 'run: {folder: "a\\nb"}',
+               'data: {release_folds: [x]}', 'fr: {margin_warmup: [0.1]}', 'compare: {a: [[[]]]}',
+               'a: [' + '1,' * (MANY // 3) + ']', 'a: ' + 'b' * MANY, '? [a]\n: b', '!!set {a}',
+               '!!python/object/apply:os.system [touch x]', 'compare_seeds: [x]',
+               *(f'run: {{seed: {word.decode("latin1")}}}' for word in WORDS)]
+
+    def read():
+        list(config.rows(config.namespace(config.resolve(path)), compare=True))
+    return ([(path, sound, None)],
+            [(path, x.encode()) for x in hostile] + [(path, x) for x in SPECIAL], read)
+
+
+def checkpoint_files(folder, evil):
+    path, net = folder / 'net.pt', models.IResNet((1, 1, 1, 1), 2, 16, 4).state_dict()
+    state = {'net': net, 'step': 3, 'steps': 3, 'images': '', 'config': {'data': {'size': 16}}}
+
+    def saved(state, **options):
+        file = io.BytesIO()
+        torch.save(state, file, **options)
+        return file.getvalue()
+
+    with zipfile.ZipFile(io.BytesIO(saved(state))) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    start = next(name for name in entries if name.endswith('/data.pkl'))
+
+    def zipped(content, how=zipfile.ZIP_STORED):
+        """A checkpoint with another pickle and the right check sums."""
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, 'w', how) as archive:
+            for name, entry in {**entries, start: content}.items():
+                archive.writestr(name, entry)
+        return file.getvalue()
+
+    bomb = zipped(b'0' * (1 << 20), zipfile.ZIP_DEFLATED)
+    pickles = [pickle.dumps(evil, 2), pickle.dumps({'net': {'fc.weight': evil}}, 2),
+               pickle.dumps(Call(bytearray, 1 << 40), 2), pickle.dumps(Call(bytearray, 5 << 28), 2),
+               b'\x80\x02' + b']' * MANY + b'a' * (MANY - 1) + b'.', b'\x80\x02}' + b'(' * MANY,
+               b'\x80\x02ctorch\nFloatTensor\nJ\0\0\0\x10J\0\0\0\x10\x86R.']
+    parts = [{**state, **x} for x in (
+        {'step': 'a'}, {'step': [1], 'steps': None}, {'step': torch.zeros(3)}, {'config': 3},
+        {'config': {}}, *({'config': {'data': {'size': x}}} for x in (
+            'a', None, 0, -5, 1 << 62, float('inf'), float('nan'), 35200)))]
+    fc, one = net['fc.weight'], torch.zeros(1)           # which can claim to be terabytes
+    parts += [{**state, 'net': {**net, **x}} for x in (
+        {'fc.weight': one.expand(1 << 34, 16), 'fc.bias': one.expand(1 << 34),
+         **{k: one.expand(1 << 34) for k in net if 'features.' in k and net[k].ndim}},
+        {'fc.weight': fc.to('meta')}, {'fc.weight': fc.to_sparse()}, {'fc.weight': fc.cfloat()},
+        {'fc.weight': fc[0]}, {'fc.weight': fc[0, 0]}, {'fc.weight': 3}, {'fc.weight': fc * np.nan},
+        {'bn2.weight': torch.zeros(0)}, {1: fc}, {'a\n' * 9999: fc}, {'layer1.': fc})]
+    parts += [{'net': 3}, {1: fc}, [net], 3, {}, {'net': []}, {'net': {'net': net}}]
+    return ([(path, saved(state), None), (path, entries[start], zipped),
+             (path, saved(state, _use_new_zipfile_serialization=False), None)],
+            [(path, x) for x in (*map(zipped, pickles), *pickles, *map(saved, parts), *SPECIAL,
+                                 bomb.replace(struct.pack('<I', 1 << 20), b'\xf0\xff\xff\xff'))],
+            lambda: embed.recogniser(path, torch.device('cpu')))
+
+
+def folder_files(folder, evil):
+    cfg = config.namespace(config.resolve(ROOT / 'tests' / 'tiny.yaml', [
+        'data.size=16', f'data.cache={folder}/cache', 'toy.identities=0',
+        f'run.folder={folder}/run']))
+    root = folder / 'faces'
+    for i, image in enumerate(faces(6)):
+        (root / f'{i % 2}').mkdir(parents=True, exist_ok=True)
+        (root / f'{i % 2}' / f'{i}.jpg').write_bytes(image)
+    photo = root / '0' / '0.jpg'
+    return ([(photo, photo.read_bytes(), None)],
+            [(path, x) for path in (photo, root / '0' / 'new\n.png', root / 'new.jpg',
+                                    root / 'train.rec', root / 'train.idx') for x in SPECIAL],
+            lambda: data.load(root, cfg))
