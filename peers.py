@@ -1,7 +1,12 @@
-"""Other people's code that bench.py measures beside the kit, as its authors run it; none is here.
+"""What bench.py measures beside the kit: other people's code, imported from where they keep it.
 
-`compare` imports it from clones: FOLDER/mae (facebookresearch/mae), FOLDER/insightface, and from
-what is installed: timm (for mae), transformers, mxnet. Whatever is missing is named and left out.
+FOLDER/mae           a clone of facebookresearch/mae; its model and its loop (needs timm)
+FOLDER/insightface   a clone of deepinsight/insightface; its nets, margin and record reader
+transformers, mxnet  if they are installed
+
+They run as their authors run them: with their losses' way to the host after every step, and on a
+GPU in float16 (Hugging Face in run.precision) and compiled, too. Their images lie ready on the
+device, which spares them their loaders. What is missing or fails is named and left out.
 """
 import contextlib
 import functools
@@ -18,6 +23,152 @@ from torch import nn
 
 import embed
 import models
+import records
 import runtime
-from bench import Timer, drawn, quiet, repeated
 from irm import irm_loss
+
+
+class Related(nn.Module):
+    """A masked autoencoder with the relation loss as one adds it to facebookresearch/mae."""
+
+    def __init__(self, mae, teacher):
+        super().__init__()
+        self.mae, self.teacher = mae, teacher.forward      # no child: train() must not reach it
+
+    def forward(self, images, mask_ratio):
+        loss, pred, mask = self.mae(images, mask_ratio)
+        with torch.no_grad():
+            z = self.teacher(images)
+        return loss + irm_loss(z, self.teacher(self.mae.unpatchify(pred))), pred, mask
+
+
+def facebook(b, changed, batch, teacher=None):
+    """Steps of facebookresearch/mae by its engine_pretrain."""
+    import timm.models.vision_transformer as vit
+    block, c, cuda = vit.Block, b.cfg.mae, b.device.type == 'cuda'
+    np.float, sys.modules['torch._six'] = float, SimpleNamespace(inf=math.inf)   # of older days
+    with mock.patch.object(vit, 'Block', lambda *a, qk_scale=None, **k: block(*a, **k)):
+        import models_mae
+        import engine_pretrain
+        from util.misc import NativeScalerWithGradNormCount
+    model = changed(models_mae.MaskedAutoencoderViT(
+        b.cfg.data.size, c.patch, 3, c.dim, c.depth, c.heads, c.decoder_dim, c.decoder_depth,
+        c.decoder_heads, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6)).to(b.device))
+    model = Related(model, teacher) if teacher else model
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-9, (0.9, 0.95))
+    samples, scaler = images(b, batch), NativeScalerWithGradNormCount()
+    args = SimpleNamespace(accum_iter=1, mask_ratio=c.mask_ratio, lr=1e-9, min_lr=0.0, epochs=1,
+                           warmup_epochs=0)
+
+    def do(count):
+        with contextlib.nullcontext() if cuda else mock.patch('torch.cuda.synchronize'):
+            engine_pretrain.train_one_epoch(model, [(samples, 0)] * count, optimizer, b.device, 0,
+                                            scaler, args=args)
+    return do
+
+
+def hugging_face(b, changed, batch):
+    """Steps of ViTMAEForPreTraining as its Trainer makes them."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    c = b.cfg.mae
+    model = changed(ViTMAEForPreTraining(ViTMAEConfig(
+        hidden_size=c.dim, num_hidden_layers=c.depth, num_attention_heads=c.heads,
+        intermediate_size=4 * c.dim, image_size=b.cfg.data.size, patch_size=c.patch,
+        mask_ratio=c.mask_ratio, decoder_hidden_size=c.decoder_dim,
+        decoder_num_hidden_layers=c.decoder_depth, decoder_intermediate_size=4 * c.decoder_dim,
+        decoder_num_attention_heads=c.decoder_heads)).to(b.device))
+    samples, optimizer = images(b, batch), torch.optim.AdamW(model.parameters(), 1e-9)
+
+    def do(count):
+        for _ in range(count):
+            with runtime.autocast(b.device, b.cfg.run.precision):
+                loss = model(samples).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return do
+
+
+def face_net(b, role):
+    from backbones.iresnet import IBasicBlock, IResNet
+    if role.width != 64:
+        raise ValueError('its nets have width 64: use teacher.width=64 fr.width=64')
+    net = type('Net', (IResNet,), {'fc_scale': math.ceil(b.cfg.data.size / 16) ** 2})
+    return net(IBasicBlock, models.DEPTHS[role.depth], num_features=b.cfg.fr.dim,
+               fp16=b.device.type == 'cuda').to(b.device)
+
+
+def facebook_and_insightface(b, changed, batch):
+    teacher = face_net(b, b.cfg.teacher).eval().requires_grad_(False)
+    teacher.load_state_dict(embed.recogniser(b.teacher, b.device).state_dict())
+    return facebook(b, changed, batch, changed(teacher))
+
+
+def insightface(b, changed, batch):
+    """Steps of arcface_torch on one device, its distributed softmax replaced by torch's."""
+    from losses import CombinedMarginLoss
+    net = changed(face_net(b, b.cfg.fr))
+    head = nn.Linear(b.cfg.fr.dim, b.classes, False).to(b.device)
+    samples, target = images(b, batch), torch.arange(batch, device=b.device) % b.classes
+    margin = CombinedMarginLoss(64, 1.0, 0.5, 0.0)
+    amp = torch.amp.GradScaler(b.device.type, growth_interval=100, enabled=b.device.type == 'cuda')
+    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], 1e-9, 0.9,
+                                weight_decay=5e-4)
+
+    def do(count):
+        for _ in range(count):
+            cosine = F.linear(F.normalize(net(samples)), F.normalize(head.weight)).clamp(-1, 1)
+            loss = F.cross_entropy(margin(cosine, target), target)
+            amp.scale(loss).backward()
+            amp.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), 5)
+            amp.step(optimizer)
+            amp.update()
+            optimizer.zero_grad()
+            loss.item()
+    return do
+
+
+def record_reader(b, changed, batch):
+    """Images of the drawn record set as insightface's data set reads them by mxnet."""
+    from dataset import MXFaceDataset
+    found = MXFaceDataset(str(b.folder / 'faces'), 0)
+
+    def do(count):
+        for _ in range(count):
+            for i in range(batch):
+                found[i]
+    return do
+
+
+def images(b, count):
+    """float32 (count, 3, S, S) in -1..1 on the device."""
+    return b.store(torch.arange(count)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def compare(b, timer, folder):
+    """Rows of the peers in `folder`, each beside the kit at the same thing; timer is bench.Timer."""
+    sys.path[:0] = [str(folder / 'mae'), str(folder / 'insightface/recognition/arcface_torch')]
+    batch, faces = min(b.cfg.mae.batch, b.cfg.mae.micro_batch), records.Records(b.folder / 'faces')
+    ways = {'': lambda net: net, ', compiled': torch.compile}
+    for stage, train, items, makers in (
+            ('1 train, no IRM', functools.partial(b.train_mae, False, batch), batch,
+             {'facebookresearch/mae': facebook, 'Hugging Face ViTMAE': hugging_face}),
+            ('1 train, IRM', functools.partial(b.train_mae, True, batch), batch,
+             {'facebookresearch/mae, insightface': facebook_and_insightface}),
+            ('3 recognise', b.train_fr, b.cfg.fr.batch, {'insightface': insightface}),
+            ('reading', functools.partial(b.timed, lambda: [records.decode(
+                faces[i], 'face') for i in range(64)]), 64, {'insightface, mxnet': record_reader})):
+        found = {}
+        for (name, make), way in itertools.product(
+                makers.items(), ways if b.device.type == 'cuda' else ['']):
+            try:
+                found[name + way] = timer(make(b, ways[way], items), b.device)
+            except (Exception, SystemExit) as e:           # theirs fail in many ways
+                runtime.say(f'{stage}: {name}{way} is left out: {(str(e) or repr(e))[:200]}')
+        if found:
+            kit = train(peers=found.values())
+            b.row(stage, 'the kit in turn with them', kit, items)
+            for name, t in found.items():
+                b.row(stage, name, t, items, kit=kit)

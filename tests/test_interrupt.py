@@ -1,0 +1,298 @@
+"""A run that is stopped, killed, short of disk space or of a process ends like an undisturbed one.
+
+Moments and sizes are random, but seeded; `pytest -m long` tries many more of them.
+"""
+import json
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import Script, log_lines, run, tensors
+
+ROWS = ['--compare', 'compare={mask: [reconstruct.method=mask]}']
+RELEASES = ['run/reconstructed', 'run/release.json', 'run/mask/reconstructed',
+            'run/mask/release.json']
+# The command of a stage, what it finds of the finished experiment, and its main file. No stage
+# finds a cache, so that each builds one first. `faces` finds nothing at all: it draws people, many
+# enough for a kill to fall into the drawing, and takes one step.
+STAGES = {
+    'faces': (['train_fr.py', 'stage=teacher', 'teacher.epochs=1e-6', 'toy.identities=120'],
+              [], 'faces/train.rec'),
+    'teacher': (['train_fr.py', 'stage=teacher'], ['faces'], 'run/fold0/teacher.pt'),
+    'mae': (['train_mae.py'], ['faces', 'run/fold0/teacher.pt'], 'run/fold0/mae.pt'),
+    'reconstruct': (['reconstruct.py', *ROWS], ['faces', 'run/fold0/mae.pt', 'run/release.key'],
+                    'run/reconstructed/train.rec'),
+    'student': (['train_fr.py', *ROWS], RELEASES, 'run/fr.pt'),
+    'evaluate': (['evaluate.py', 'evaluate.attacks=[judge, trained]'],
+                 ['faces', 'run/fold0', 'run/fr.pt', 'run/release.key', *RELEASES],
+                 'run/results.json'),
+    'compare': (['evaluate.py', *ROWS], ['faces', 'run/fold0', 'run/fr.pt', 'run/mask/fr.pt',
+                                         'run/release.key', *RELEASES], 'run/table.txt')}
+DRAFT = re.compile(r'\.(tmp|part|parts)(/|$)')
+CHANGING = {'images_per_second', 'seconds', 'memory_gib', 'mark'}   # mark: times of source files
+LONG = pytest.mark.long
+
+
+def unchanging(text):
+    """What JSON says, without what differs from run to run."""
+    return json.loads(text, object_hook=lambda found: {
+        k: v for k, v in found.items() if k not in CHANGING})
+
+
+def content(path):
+    """What a file says, so that two can be compared; raises where it is damaged."""
+    if path.suffix == '.pt':
+        state = torch.load(path, weights_only=True)
+        return {'step': state['step'], 'logged': state['logged'],
+                **{k: t.numpy().tobytes() for k, t in tensors(state).items()}}
+    if path.suffix == '.jsonl':          # a cache that is already there is not built and logged
+        lines = [unchanging(line) for line in path.read_text().splitlines()]
+        return [x for x in lines if not x['stage'].startswith('cache')]
+    return unchanging(path.read_text()) if path.suffix == '.json' else path.read_bytes()
+
+
+class Stage:
+    """A stage to be disturbed in its folder, and what it makes when it is not."""
+
+    def __init__(self, name, source, folder):
+        self.name, self.source, self.folder = name, source, folder / 'work'
+        self.command, self.finds, self.main = STAGES[name]
+        self.cache = folder / 'cache'
+        self.folder.mkdir()
+        self.renew()
+        script, begin = self.start(), time.time()
+        assert script.wait() == 0, script.out + script.err
+        self.seconds, self.result = time.time() - begin, self.contents()
+        shutil.copytree(self.folder / 'cache', self.cache)
+
+    def renew(self, cached=False):
+        """Bring the folder into the state before the stage."""
+        for path in self.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        found = [(self.source / p, self.folder / p) for p in self.finds]
+        for old, new in found + [(self.cache, self.folder / 'cache')] * cached:
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(old, new) if old.is_dir() else shutil.copy2(old, new)
+
+    def start(self, **how):
+        return Script(self.folder, *self.command, 'run.save_minutes=0', **how).begin()
+
+    def contents(self):
+        """All files that a reader would take for whole, by name."""
+        files = {str(p.relative_to(self.folder)): p for p in self.folder.rglob('*') if p.is_file()}
+        said = {name: content(p) for name, p in files.items() if not DRAFT.search(name)}
+        return {name: found for name, found in said.items() if found != []}  # log of caches alone
+
+    def check_middle(self):
+        """What is there is as it shall be; a checkpoint may be of any step, which is returned."""
+        found = self.contents()
+        for name, now in found.items():
+            if name == 'run/results.json':        # of the first row, until all rows follow
+                assert now.items() <= self.result[name].items()
+            elif not name.endswith(('.pt', '.jsonl')) and 'figures/mae' not in name:
+                assert now == self.result[name], name
+        return found.get(self.main, {}).get('step', 0) if self.main[-3:] == '.pt' else 0
+
+    def check_end(self):
+        found = self.contents()
+        assert found.keys() == self.result.keys()
+        assert [name for name in found if found[name] != self.result[name]] == []
+        assert [p for p in self.folder.rglob('*') if DRAFT.search(str(p))] == []
+
+    def finish(self):
+        script = self.start()
+        assert script.wait() == 0, script.out + script.err
+        self.check_end()
+
+    def disturb(self, count, signals):
+        """Send one of the signals at random moments until `count` hit the running stage."""
+        chance, hits = random.Random(self.name), 0
+        self.renew()
+        while hits < count:
+            script = self.start()
+            time.sleep(chance.uniform(0, self.seconds))
+            sent = chance.choice(signals)
+            script.send(sent)
+            code = script.wait(5)                            # seconds to save and to leave
+            if code == 0:                                    # it was faster
+                self.check_end()
+                self.renew()
+                continue
+            hits += 1
+            assert code == -sent or sent != signal.SIGKILL and code in (130, 143), script.err
+            assert 'Traceback' not in script.err, script.err
+            self.check_middle()
+        self.finish()
+
+
+@pytest.fixture(scope='module', params=[*list(STAGES)[:-1], pytest.param('compare', marks=LONG)])
+def stage(request, finished, tmp_path_factory):
+    return Stage(request.param, finished[0], tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize('count', [1, pytest.param(25, marks=LONG)])
+def test_a_killed_stage_ends_like_an_undisturbed_one(stage, count):
+    stage.disturb(count, [signal.SIGKILL])
+
+
+@pytest.mark.parametrize('count', [1, pytest.param(15, marks=LONG)])
+def test_a_stage_that_is_asked_to_stop_leaves_within_seconds(stage, count):
+    stage.disturb(count, [signal.SIGTERM, signal.SIGINT])
+
+
+def check_sentence(script):
+    assert script.wait(30) == 2, script.out + script.err
+    assert re.fullmatch(r'error: .*\n', script.err), script.err
+
+
+@pytest.mark.parametrize('every', [False, pytest.param(True, marks=LONG)])
+def test_a_file_that_cannot_grow_is_one_sentence(stage, every):
+    """No file may become as long as the main one; in the long tests, as others, or half."""
+    stage.renew()
+    stage.finish()
+    made = [stage.main] if not every else [name for name in stage.result if not name.startswith(
+        (*stage.finds, 'cache', 'run/log'))]
+    limits = {int((stage.folder / name).stat().st_size * share) - 1
+              for name in made for share in (1, 0.5)[:every + 1]}
+    for limit in random.Random(stage.name).sample(sorted(limits), min(len(limits), 10)):
+        code, step = 0, 0
+        while code == 0:                      # a training has a last good state, that shall stay
+            stage.renew(cached=True)
+            if stage.main[-3:] != '.pt':
+                break
+            script = stage.start()
+            step = reach(stage.folder / stage.main, 1)
+            script.send(signal.SIGTERM)
+            code = script.wait()
+        check_sentence(stage.start(largest=limit))
+        assert stage.check_middle() >= step
+        stage.finish()
+
+
+@pytest.fixture
+def disk(stage):
+    """Puts the stage's folder on a disk of its own, whose size, in bytes, can be changed."""
+    def mount(size, *how):
+        return subprocess.run(['mount', '-t', 'tmpfs', '-o', ','.join([*how, f'size={size}']),
+                               'tmpfs', stage.folder], capture_output=True, check=True)
+
+    try:
+        mount(1 << 28)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip('only root may mount a small disk')
+    yield lambda size: mount(size, 'remount')
+    subprocess.run(['umount', '-l', stage.folder], check=True)
+
+
+@pytest.mark.parametrize('count', [1, pytest.param(6, marks=LONG)])
+def test_a_full_disk_is_one_sentence(stage, disk, count):
+    stage.renew()
+    before = shutil.disk_usage(stage.folder).used
+    stage.finish()
+    after, chance = shutil.disk_usage(stage.folder).used, random.Random(stage.name)
+    for share in [0.2] if count == 1 else [chance.random() for _ in range(count)]:
+        stage.renew()
+        disk(int(before + share * (after - before)))
+        check_sentence(stage.start())
+        stage.check_middle()
+        disk(1 << 28)
+        stage.finish()
+
+
+# ------------------------------------------------------------------------ steps, processes
+
+def reach(path, step):
+    """Wait until the checkpoint of a training is of this step or a later one; which."""
+    end = time.time() + 60
+    while not path.exists() or torch.load(path, weights_only=True)['step'] < step:
+        assert time.time() < end, f'{path} does not reach step {step}'
+        time.sleep(0.005)
+    return torch.load(path, weights_only=True)['step']
+
+
+@pytest.mark.parametrize('arguments, line, result', [
+    (['train_mae.py', 'mae.epochs=12'], 'train_mae/fold0/mae', 'fold0/mae.pt'),
+    (['train_fr.py', 'run.row=mask', 'fr.epochs=9'], 'student/mask', 'mask/fr.pt')])
+def test_steps_in_pieces_are_the_same_steps(copied, arguments, line, result):
+    """Bit for bit; and who is asked to stop saves, even if a checkpoint is not yet due."""
+    path, log = copied / 'run' / result, copied / 'run' / 'log.jsonl'
+    path.unlink(missing_ok=True)
+    run(copied, *arguments)
+    undisturbed = content(path), log_lines(copied, line)
+    path.unlink()
+    log.unlink()
+    script = Script(copied, *arguments)
+    while not log.exists() or line not in log.read_text():
+        time.sleep(0.005)
+    script.send(signal.SIGTERM)
+    assert script.wait(30) == 130 and 'the same command continues' in script.out
+    step, script = reach(path, 1), Script(copied, *arguments, 'run.save_minutes=0')
+    reach(path, step + 3)
+    script.send(signal.SIGKILL)
+    assert script.wait() == -signal.SIGKILL
+    assert 'continuing at step' in run(copied, *arguments)
+    assert (content(path), log_lines(copied, line)) == undisturbed
+
+
+def pair(folder, *arguments, largest=None):
+    """Both processes of a run, of which the second cannot write one byte into any file."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    return [Script(folder, *arguments, largest=limit, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2',
+                   MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+            for rank, limit in (('0', largest), ('1', 0))]
+
+
+@pytest.mark.parametrize('arguments, line, result, epoch', [
+    (['train_mae.py', 'mae.batch=12', 'mae.epochs=9'], 'train_mae/fold0/mae', 'fold0/mae.pt', 6),
+    (['train_fr.py', 'run.row=mask', 'fr.batch=8', 'fr.norm_batch=4', 'fr.epochs=7'],
+     'student/mask', 'mask/fr.pt', 9)])
+def test_processes_may_be_more_or_less_after_an_interruption(copied, arguments, line, result,
+                                                             epoch):
+    """The same steps and schedule to the last digit, the same losses up to rounding."""
+    arguments = [*arguments, 'run.save_minutes=0']
+    path = copied / 'run' / result
+    path.unlink(missing_ok=True)
+    run(copied, *arguments)
+    undisturbed = log_lines(copied, line)
+    path.unlink()
+    plan = [(2, 7), (1, 19), (2, None)]
+    for processes, step in plan:
+        scripts = pair(copied, *arguments) if processes == 2 else [Script(copied, *arguments)]
+        if step:
+            reach(path, step)
+            scripts[-1].send(signal.SIGTERM)               # one process tells the other
+        for one in scripts:
+            assert one.wait() == (130 if step else 0), one.out + one.err
+            assert 'Traceback' not in one.err
+        if step and reach(path, step) % epoch == 0:        # not in mid-epoch: some steps further
+            plan.insert(plan.index((processes, step)) + 1, (processes, reach(path, step) + 1))
+    for name in undisturbed[0].keys() - {'stage'}:
+        a, b = ([x[name] for x in lines] for lines in (undisturbed, log_lines(copied, line)))
+        rounding = 1e-4 if name in ('mse', 'irm', 'relations', 'loss', 'accuracy') else 0
+        np.testing.assert_allclose(a, b, rtol=rounding, err_msg=name)
+
+
+@pytest.mark.parametrize('dies, cause', [(0, 'killed'), (1, 'killed'), (0, 'full disk')])
+def test_when_a_process_dies_the_others_say_so_and_end(copied, dies, cause):
+    scripts = pair(copied, 'train_mae.py', 'mae.epochs=100000', 'run.save_minutes=0',
+                   'mae.preview_epochs=0', largest=100000 if cause == 'full disk' else None)
+    if cause == 'killed':
+        reach(copied / 'run' / 'fold0' / 'mae.pt', 3)
+        scripts[dies].send(signal.SIGKILL)
+        assert scripts[dies].wait() == -signal.SIGKILL
+    else:
+        check_sentence(scripts[dies])
+    other = scripts[1 - dies]
+    assert other.wait(60) == 2, other.err
+    assert 'Traceback' not in other.err
+    assert re.search('^error: .*another process', other.err, re.MULTILINE), other.err
