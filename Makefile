@@ -1,4 +1,5 @@
 # make demo: FaceMAE on drawn faces from start to table. make test: the test suite.
+# make bench: the speed of every stage at the toy's shapes.
 PYTHON ?= python3
 # The oldest and a broken interpreter are told apart from a wrong package early and in a sentence
 VERSION_CHECK = import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')
@@ -9,10 +10,13 @@ demo: .venv/ready
 test: .venv/ready
 	.venv/bin/python -m pytest -q
 
+bench: .venv/ready
+	.venv/bin/python bench.py
+
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -c "$(VERSION_CHECK)"
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test bench

@@ -148,7 +148,7 @@ def images(b, count):
 
 
 def compare(b, timer, folder):
-    """Rows of the peers in `folder`, each beside the kit at the same thing; timer is bench.Timer."""
+    """Rows of the peers in `folder`, each beside the kit in turn; timer is bench.Timer."""
     sys.path[:0] = [str(folder / 'mae'), str(folder / 'insightface/recognition/arcface_torch')]
     batch, faces = min(b.cfg.mae.batch, b.cfg.mae.micro_batch), records.Records(b.folder / 'faces')
     ways = {'': lambda net: net, ', compiled': torch.compile}
@@ -158,8 +158,9 @@ def compare(b, timer, folder):
             ('1 train, IRM', functools.partial(b.train_mae, True, batch), batch,
              {'facebookresearch/mae, insightface': facebook_and_insightface}),
             ('3 recognise', b.train_fr, b.cfg.fr.batch, {'insightface': insightface}),
-            ('reading', functools.partial(b.timed, lambda: [records.decode(
-                faces[i], 'face') for i in range(64)]), 64, {'insightface, mxnet': record_reader})):
+            ('reading', functools.partial(
+                b.timed, lambda: [records.decode(faces[i], 'face') for i in range(64)]), 64,
+             {'insightface, mxnet': record_reader})):
         found = {}
         for (name, make), way in itertools.product(
                 makers.items(), ways if b.device.type == 'cuda' else ['']):
