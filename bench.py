@@ -10,9 +10,10 @@ Writes  results/speed/<device>-<config>.json
 Training steps are those of train_mae.train and train_fr.train themselves. Times are medians (least
 .. most) of a few blocks of half a second or one step; first_seconds is the first, with set-up,
 compilation and the choice of kernels. Operations are those of matrix products, convolutions and
-attention, two for a multiplication and an addition; of_peak is beside a large matrix product in
-run.precision; data is the share of a step that gathering its images takes. Memory is what a GPU
-allocated at most; on the CPU what the process held at most, with what earlier rows left.
+attention, two for a multiplication and an addition, those with a convolution's padding included;
+of_peak is beside a large matrix product in run.precision, which a CPU's convolutions can exceed;
+data is the share of a step that gathering its images takes. Memory is the most that a GPU allocated
+or, on the CPU, that the process held, with what earlier rows left.
 """
 import argparse
 import contextlib
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch.utils.flop_counter import FlopCounterMode
 
 import attacks
@@ -75,13 +76,12 @@ class Timer:
         with contextlib.suppress(OSError):                 # Linux alone can forget the peak
             Path('/proc/self/clear_refs').write_text('5')
         if device.type == 'cuda':
-            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.reset_peak_memory_stats()
         if flops:                                          # compiled code would hide them
             with torch.compiler.set_stance('force_eager'), FlopCounterMode(display=False) as found:
                 self.block(1)
             self.flops = found.get_total_flops()
-        if flops or took < SECONDS:
-            took = self.block(1)
+        took = self.block(1) if flops or took < SECONDS else took
         self.count, self.turns = math.ceil(SECONDS / took), RUNS if took < 2 * SECONDS else 3
 
     def block(self, count):
@@ -129,10 +129,8 @@ class Bench:
         return timer
 
     def row(self, stage, what, t, items, unit='images/s', kit=None, gathers=0):
-        """Keep what Timer t found of a thing that takes `items`; returns t.
-
-        `kit`, the Timer of the same thing, makes it a peer; a step gathers so many images.
-        """
+        """Keep what Timer t found of a thing that takes `items` and `gathers` so many images.
+        `kit`, the kit's Timer of the same thing, makes it a peer."""
         middle, cuda = np.median(t.times), self.device.type == 'cuda'
         memory = torch.cuda.max_memory_allocated() if cuda else runtime.resident_bytes()
         found = {'stage': stage, 'what': what, 'rate': items / middle, 'unit': unit,
@@ -148,7 +146,6 @@ class Bench:
             found['data'] = np.median(self.timed(lambda: self.store(numbers)).times) / middle
         self.rows.append(found)
         runtime.say(f'{stage}: {what}: {found["rate"]:,.0f} {unit}')
-        return t
 
     def train_mae(self, related, batch, flops=False, peers=()):
         row = next(rows(self.cfg, False))
@@ -201,12 +198,12 @@ def stages(b):
     person = torch.arange(SEARCH[1], device=device) // 20
     b.row('4 evaluate', 'search, 20 images a person', b.timed(lambda: attacks.search(
         probes, gallery, person[:len(probes)], person)), SEARCH[0] * SEARCH[1], 'comparisons/s')
-    same = np.arange(PAIRS) % 2 == 0
-    distance = np.random.default_rng(0).normal(np.where(same, 1.2, 1.9), 0.4).clip(0, 4)
-    t = b.row('4 evaluate', 'ten folds', b.timed(
-        lambda: verification.fold_accuracies(distance, same)), PAIRS, 'pairs/s')
-    b.row('4 evaluate', 'ten folds, plain loop', b.timed(
-        lambda: loop_accuracies(distance, same)), PAIRS, 'pairs/s', t)
+    same, rng = np.arange(PAIRS) % 2 == 0, np.random.default_rng(0)
+    distance = rng.normal(np.where(same, 1.2, 1.9), 0.4).clip(0, 4)
+    kit, loop = (b.timed(lambda: fold(distance, same))
+                 for fold in (verification.fold_accuracies, loop_accuracies))
+    b.row('4 evaluate', 'ten folds', kit, PAIRS, 'pairs/s')
+    b.row('4 evaluate', 'ten folds, plain loop', loop, PAIRS, 'pairs/s', kit)
 
 
 def loop_accuracies(distance, same):
@@ -245,8 +242,7 @@ def reading(b):
 
     def sparse(folder, mark, path, read, name_of, count, cfg):
         folder.mkdir(parents=True)
-        (folder / 'images.u8').touch()
-        os.truncate(folder / 'images.u8', count * size * size * 3)
+        np.memmap(folder / 'images.u8', np.uint8, 'w+', shape=(count, size, size, 3))
         np.save(folder / 'hashes.npy', np.zeros(count, np.uint64))
         (folder / 'source.json').write_text('{"skipped": []}')
     b.row('reading', f'batch of {len(b.images):,} images', b.timed(
@@ -279,18 +275,17 @@ def main(folder, cfg, device, compare):
     found |= {'modules': {n: sys.modules[n].__version__ for n in (
         'torchvision', 'timm', 'transformers', 'mxnet') if n in sys.modules},
               'matmul_tflops': b.matmul / 1e12, 'rows': b.rows}
-    path = Path('results/speed', f'{re.sub(r"[^a-z0-9]+", "-", name.lower())}-'
-                                 f'{Path(cfg.run.config).stem}.json')
+    stem = f'{name} {Path(cfg.run.config).stem}'.lower()
+    path = Path('results/speed', re.sub('[^a-z0-9]+', '-', stem) + '.json')
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + '\n')
 
     columns = {'stage': '{}', 'what': '{}', 'rate': '{:,.0f}', 'unit': '{}', 'ms': '{:,.2f}',
                'ms_min': '{:,.2f}', 'ms_max': '{:,.2f}', 'tflops': '{:.3g}', 'of_peak': '{:.0%}',
                'memory_gib': '{:.2f}', 'data': '{:.1%}', 'times_as_long': '{:.2f}'}
-    table = Table(title=f'{name}, {path.stem}, {cfg.run.precision}; matrix product: '
-                        f'{b.matmul / 1e12:.3g} TFLOP/s')
-    for column in columns:
-        table.add_column(column, justify='left' if columns[column] == '{}' else 'right')
+    table = Table(*(Column(name, justify='left' if form == '{}' else 'right')
+                    for name, form in columns.items()), title=f'{path.stem}, {cfg.run.precision}; '
+                  f'matrix product: {b.matmul / 1e12:.3g} TFLOP/s')
     for row in b.rows:
         table.add_row(*(form.format(row[column]) if column in row else ''
                         for column, form in columns.items()))

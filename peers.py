@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import sys
+import warnings
 from types import SimpleNamespace
 from unittest import mock
 
@@ -165,7 +166,9 @@ def compare(b, timer, folder):
         for (name, make), way in itertools.product(
                 makers.items(), ways if b.device.type == 'cuda' else ['']):
             try:
-                found[name + way] = timer(make(b, ways[way], items), b.device)
+                with warnings.catch_warnings():
+                    warnings.simplefilter('ignore')
+                    found[name + way] = timer(make(b, ways[way], items), b.device)
             except (Exception, SystemExit) as e:           # theirs fail in many ways
                 runtime.say(f'{stage}: {name}{way} is left out: {(str(e) or repr(e))[:200]}')
         if found:
