@@ -3,6 +3,8 @@
 What is random about an image depends on (seed, image number, epoch) alone, never on batch, process
 or device, so that a run can be interrupted or spread over more GPUs.
 """
+import warnings
+
 import numpy as np
 import torch
 
@@ -18,8 +20,9 @@ class Store:
 
     def __init__(self, images, rows, device):
         self.rows, self.device = torch.as_tensor(rows), device
-        self.images = torch.from_numpy(np.asarray(images)) if isinstance(
-            images, np.ndarray) else images
+        with warnings.catch_warnings():        # a map that can only be read, and only is
+            warnings.filterwarnings('ignore', 'The given NumPy array is not writable')
+            self.images = torch.as_tensor(np.asarray(images))
         if device.type == 'cuda':
             needed = len(rows) * self.images[0].numel()
             if needed < torch.cuda.mem_get_info(device)[0] / 2:

@@ -89,7 +89,7 @@ def load(path, cfg):
         runtime.say(f'{path}: {len(skipped)} damaged images are left out (data.on_corrupt=skip)')
     labels = np.delete(labels, skipped)
     return SimpleNamespace(
-        images=np.memmap(folder / 'images.u8', np.uint8, 'c', shape=(len(labels), size, size, 3)),
+        images=np.memmap(folder / 'images.u8', np.uint8, 'r', shape=(len(labels), size, size, 3)),
         hashes=np.load(folder / 'hashes.npy', allow_pickle=False), labels=labels, path=path,
         skipped=skipped)
 

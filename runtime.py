@@ -266,6 +266,10 @@ def launch(main, doc, compare):
                   'smaller net, mae.micro_batch, fr.norm_batch or reconstruct.batch',
                   file=sys.stderr, flush=True)
             os._exit(2) if world() > 1 else sys.exit(2)
+        if re.search(r'No working C\+\+ compiler|Failed to find C compiler', str(e)):
+            print('error: run.compile = true finds no C++ compiler: install g++, or use '
+                  'run.compile=false', file=sys.stderr, flush=True)
+            os._exit(2) if world() > 1 else sys.exit(2)
         if world() == 1 or not re.search('[Cc]onnection|NCCL|[Tt]imed out|[Tt]imeout', str(e)):
             raise
         print('error: another process of this run died or hangs '

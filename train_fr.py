@@ -148,6 +148,8 @@ def train(cfg, path, faces, chosen, role, stage, fixed, device):
         step, logged, sums = saved['step'], saved['logged'], saved['sums'].to(device)
         runtime.say(f'continuing at step {step}')
 
+    if cfg.run.compile:
+        net.compile()
     labels = torch.as_tensor(labels, device=device)
     statistics = NormStatistics(net)
     log = runtime.Log(cfg.run.folder, stage, total, step)

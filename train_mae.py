@@ -176,6 +176,9 @@ def train(row, fold, device):
         if cfg.mae.epochs - cfg.irm.warmup_epochs > 2:
             known = torch.stack(embed.embed_all(teacher, store, cfg.mae.micro_batch,
                                            cfg.run.precision))
+    if cfg.run.compile:
+        for net in (model, teacher) if teacher else (model,):
+            net.compile()
     objective = Objective(cfg, model, teacher, mean)
 
     decay = [p for p in model.parameters() if p.ndim > 1 and p.shape[0] > 1]
