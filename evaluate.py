@@ -37,7 +37,7 @@ from config import as_dict, rows
 from records import InputError
 from reconstruct import (STRENGTH, check_release, fingerprint, load_mae, protect,
                          release_order, release_secret, secret_seed)
-from verification import (component_floor, find_set, floors, load_pairs, pair_distances,
+from verification import (component_floor, find_set, floors, held_back, load_pairs, pair_distances,
                           threshold_at_far, unit_embeddings, verify)
 
 
@@ -282,6 +282,8 @@ def main(cfg, device, compare):
     sets = {path: load_pairs(path, cfg) for path in
             (find_set(name, cfg) for name in cfg.evaluate.sets)}
     folds = [] if cfg.evaluate.model or cfg.release else data.split(cfg)
+    if len(folds) == 1 and len(folds[0].validation):
+        sets['held back'] = held_back(folds[0])
     found, curves, galleries = {}, {}, {}
     if compare and sets and folds:
         found['untrained net'] = floors(cfg, sets, device)

@@ -50,12 +50,15 @@ def gather_rows(z):
 def irm_loss(z, z_rec, kind='cosine'):
     """Mean over i != j of (R_ij - R'_ij)^2 over the batch of all ranks, a scalar.
 
-    z (n, d) originals, without gradient; z_rec (n, d) reconstructions in the same order.
-    ValueError if the shapes differ or fewer than two instances come together.
+    z (n, d) originals, without gradient; z_rec (n, d) reconstructions in the same order. kind as
+    in relations(), or 'direct', the control without relations: mean 1 - cos(z_i, z'_i), of the
+    own rows alone. ValueError if the shapes differ or fewer than two instances come together.
     """
     if z.shape != z_rec.shape:
         raise ValueError(f'originals {tuple(z.shape)} and reconstructions {tuple(z_rec.shape)} '
                          f'differ in shape; pass both embeddings of the same batch')
+    if kind == 'direct':
+        return (1 - F.cosine_similarity(z.detach().float(), z_rec.float())).mean()
     z, z_rec = gather_rows(z.detach()), gather_rows(z_rec)  # (N, d)
     count = len(z)
     if count < 2:
@@ -66,7 +69,7 @@ def irm_loss(z, z_rec, kind='cosine'):
 
 
 def relation_correlation(z, z_rec):
-    """Pearson correlation, a scalar in [-1, 1], of the cosines i != j of z and z_rec, both (N, d).
+    """Pearson's correlation, a scalar in [-1, 1], of the cosines i != j of z and z_rec, both (N, d).
 
     A diagnostic of one process: no rows are gathered. NaN if one side's cosines are all equal.
     """

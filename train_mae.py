@@ -14,6 +14,7 @@ originals (FaceMAE, arXiv 2205.11090). The same command continues an interrupted
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import batches
@@ -24,7 +25,7 @@ import models
 import runtime
 from config import as_dict, rows
 from figures import save_grid
-from irm import gather_rows, irm_loss, relation_correlation
+from irm import gather_rows, irm_loss, relation_correlation, relations
 from records import InputError
 
 # A checkpoint made under other values of these, or from other images, would be a lie
@@ -132,6 +133,21 @@ class Objective:
         return torch.stack([mse_sum, irm.detach(), agreement.nan_to_num()])
 
 
+@torch.no_grad()
+def relations_held(objective, images, noise, originals):
+    """How the relations of people in no training fare, float32 (4,): IRM; what it would be if the
+    reconstructions were strangers to each other, where IRM alone tends to stall; correlation of
+    the relations; mean cosine of a reconstruction with its original."""
+    size = objective.cfg.mae.micro_batch
+    z = torch.cat([objective.forward(*part, True)[1]
+                   for part in zip(images.split(size), noise.split(size))])
+    apart = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    r, s = relations(originals)[apart], relations(z)[apart]
+    return torch.stack([(r - s).square().mean(), r.square().mean() + 1 / z.shape[1],
+                        relation_correlation(originals, z),
+                        torch.cosine_similarity(originals, z).mean()])
+
+
 def preview(model, mean, images, noise, ratio, path):
     """Picture of originals, what the model sees, and what it makes of it."""
     with torch.no_grad():
@@ -168,18 +184,24 @@ def train(row, fold, device):
     mean = mean_face(store).to(device) if cfg.mae.mean_face else flat
 
     teacher, known = None, None
-    if cfg.irm.weight:
+    if cfg.irm.weight or len(fold.validation):
         source = cfg.teacher.checkpoint or Path(cfg.run.folder) / f'fold{fold.k}' / 'teacher.pt'
         teacher = models.folded(embed.recogniser(
             source, device, runtime.again('train_fr.py', 'stage=teacher')))
         # The only augmentation is a flip, so the originals need to be embedded only twice
-        if cfg.mae.epochs - cfg.irm.warmup_epochs > 2:
+        if cfg.irm.weight and cfg.mae.epochs - cfg.irm.warmup_epochs > 2:
             known = torch.stack(embed.embed_all(teacher, store, cfg.mae.micro_batch,
                                            cfg.run.precision))
-    if cfg.run.compile:
+    if cfg.run.compile and device.type == 'cuda':      # on the CPU it makes these nets slower
         for net in (model, teacher) if teacher else (model,):
             net.compile()
     objective = Objective(cfg, model, teacher, mean)
+
+    held = None
+    if len(fold.validation):            # the first, not a sample, so that people have several
+        held = torch.from_numpy(np.array(fold.data.images[fold.validation[:256]])).to(device)
+        held = held, batches.hashed(cfg.run.seed, 0, torch.arange(len(held), device=device),
+                                    patches), embed.embed_batch(teacher, held, cfg.run.precision)
 
     decay = [p for p in model.parameters() if p.ndim > 1 and p.shape[0] > 1]
     rest = [p for p in model.parameters() if not (p.ndim > 1 and p.shape[0] > 1)]
@@ -207,7 +229,7 @@ def train(row, fold, device):
         noise = batches.hashed(cfg.run.seed, epoch, numbers, patches)
         images = batches.flipped(store(numbers), flip)
         originals = None
-        if teacher and step >= relate_from:
+        if cfg.irm.weight and step >= relate_from:
             originals = known[flip.long(), numbers] if known is not None else torch.cat(
                 [embed.embed_batch(teacher, part, cfg.run.precision)
                  for part in images.split(cfg.mae.micro_batch)])
@@ -229,8 +251,10 @@ def train(row, fold, device):
             # The first look at the device since the last line: all above runs unsynchronised
             mse, irm, agreement = (runtime.mean(sums) / (step - logged)).tolist()
             runtime.check_finite({'mse': mse, 'irm': irm}, step, path)
+            names = ('held_irm', 'held_strangers', 'held_relations', 'held_cosine')
             log(step, taken, mse=mse, irm=irm, relations=agreement,
-                lr=learning_rate(step - 1, total, cfg.mae))
+                lr=learning_rate(step - 1, total, cfg.mae), **dict(zip(names, relations_held(
+                    objective, *held).tolist() if held else ())))
             sums.zero_()
             logged = step
         if due:

@@ -90,6 +90,22 @@ def load_pairs(path, cfg):
     return np.stack(images), place.reshape(-1, 2), same
 
 
+def held_back(fold, count=3000):
+    """A verification set, like load_pairs, of the public people who are in no training."""
+    rng, labels = np.random.default_rng(0), fold.data.labels[fold.validation]
+    order = labels.argsort(kind='stable')
+    _, first, size = np.unique(labels[order], return_index=True, return_counts=True)
+    if len(size) < 2 or size.max() < 2:
+        raise InputError(f'the {len(labels)} images of public people who are held back are of '
+                         f'{len(size)}: raise data.validation')
+    first, size = (np.repeat(x, size) for x in (first, size))
+    a = rng.choice(np.flatnonzero(size > 1), count)         # places in `order`
+    b = first[a] + (a - first[a] + rng.integers(1, size[a])) % size[a]
+    c = (first[a] + size[a] + rng.integers(0, len(order) - size[a])) % len(order)
+    pairs = order[np.stack([np.stack([a, b], 1), np.stack([a, c], 1)], 1)].reshape(-1, 2)
+    return np.asarray(fold.data.images[fold.validation]), pairs, np.arange(2 * count) % 2 == 0
+
+
 def unit_embeddings(net, images, chosen, cfg, device):
     """f(x) + f(mirrored x) of uint8 images[chosen], L2-normalised, float32 (N, d)."""
     store = batches.Store(images, chosen, device)
@@ -110,7 +126,8 @@ def figures_of(distance, same, path):
     return {'accuracy': accuracy.mean(), 'std': accuracy.std(), 'auc': auc(distance, same),
             'tar@far=1e-2': tar_at_far(distance, same, 1e-2),
             'tar@far=1e-3': tar_at_far(distance, same, 1e-3), 'pairs': len(same),
-            'sha256': hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+            'sha256': hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            if Path(path).is_file() else None}
 
 
 def verify(net, sets, cfg, device):
