@@ -12,7 +12,7 @@ Training steps are those of train_mae.train and train_fr.train themselves. Times
 compilation and the choice of kernels. Operations are those of matrix products, convolutions and
 attention, two for a multiplication and an addition, those with a convolution's padding included;
 of_peak is beside a large matrix product in run.precision, which a CPU's convolutions can exceed;
-data is the share of a step that gathering its images takes. Memory is the most that a GPU allocated
+data is the share of a step that gathering its images takes. Memory is the most a GPU allocated
 or, on the CPU, that the process held, with what earlier rows left.
 """
 import argparse
@@ -149,7 +149,8 @@ class Bench:
 
     def train_mae(self, related, batch, flops=False, peers=()):
         row = next(rows(self.cfg, False))
-        c, fold = row.cfg, SimpleNamespace(k=0, data=self.faces, mae=np.arange(2 * batch))
+        c, fold = row.cfg, SimpleNamespace(
+            k=0, data=self.faces, mae=np.arange(2 * batch), validation=[])
         c.mae.batch, c.mae.lr, c.mae.epochs, c.mae.preview_epochs = batch, 1e-9, 1e6, 0
         c.irm.weight, c.irm.warmup_epochs = related and (self.cfg.irm.weight or 1.0), 0
         c.teacher.checkpoint, c.mae.init, c.run.save_minutes = self.teacher, '', 1e9

@@ -38,7 +38,7 @@ from records import InputError
 from reconstruct import (STRENGTH, check_release, fingerprint, load_mae, protect,
                          release_order, release_secret, secret_seed)
 from verification import (component_floor, find_set, floors, held_back, load_pairs, pair_distances,
-                          threshold_at_far, unit_embeddings, verify)
+                          paired_difference, threshold_at_far, unit_embeddings, verify)
 
 
 def image_quality(made, originals, device):
@@ -226,8 +226,21 @@ def privacy(row, folds, student, made, sets, galleries, device):
     return found, cosines, pairs
 
 
+def attacked(row, folds, path):
+    """What the attacks on a row depend on, in 64 hex digits: results that bear them are kept."""
+    cfg = row.cfg
+    nets = [cfg.judge.checkpoint, cfg.teacher.checkpoint, *cfg.evaluate.attacks, path] + [
+        net for f in folds for net in (row.mae(f.k), *(
+            Path(cfg.run.folder) / f'fold{f.k}' / f'{role}.pt' for role in ('judge', 'teacher')))]
+    config = {k: v for k, v in as_dict(cfg).items() if 'compare' not in k}
+    return fingerprint(repr([config, runtime.provenance(), *(
+        fingerprint(Path(net).read_bytes()) for net in nets if Path(net).is_file())]).encode())
+
+
 def evaluate(row, folds, sets, galleries, device):
-    """Everything about one row, written to its results.json; also the distances for the plots."""
+    """Everything about one row, written to its results.json; also the distances for the plots.
+
+    A row that was attacked before by the same code, nets and settings keeps those results."""
     cfg = row.cfg
     path, name = row.folder / 'fr.pt', 'results.json'
     if cfg.evaluate.model or cfg.release:        # others' work does not overwrite the run's own
@@ -248,7 +261,15 @@ def evaluate(row, folds, sets, galleries, device):
     results, curves = {'row': row.name, 'seed': cfg.run.seed, 'verification': {}}, {}
     if student:
         results['verification'], curves = verify(student, sets, cfg, device)
-    if made:
+    before = {}
+    if made and not cfg.release:
+        results['attacked'] = attacked(row, folds, path)
+        with contextlib.suppress(InputError):              # missing or damaged: made again
+            before = checkpoint.read_json(row.folder / name)
+    if made and before.get('attacked') == results.get('attacked', 'never'):
+        runtime.say(f'the attacks of {row.folder / name} are kept')
+        results |= {key: before[key] for key in ('privacy', 'reconstruction')}
+    elif made:
         results['privacy'], cosines, (released, originals) = privacy(
             row, folds, student, made, sets, galleries, device)
         results['reconstruction'] = image_quality(released, originals, device)
@@ -284,33 +305,38 @@ def main(cfg, device, compare):
     folds = [] if cfg.evaluate.model or cfg.release else data.split(cfg)
     if len(folds) == 1 and len(folds[0].validation):
         sets['held back'] = held_back(folds[0])
-    found, curves, galleries = {}, {}, {}
+    found, distances, galleries = {}, {}, {}
     if compare and sets and folds:
         found['untrained net'] = floors(cfg, sets, device)
         found['pixel components'] = component_floor(folds[0].private_data.images, sets)
     for row in rows(cfg, compare):
-        results, distances = evaluate(row, folds, sets, galleries, device)
+        results, curves = evaluate(row, folds, sets, galleries, device)
         found.setdefault(row.name, []).append(results)
-        if distances:
-            curves.setdefault(row.name, next(iter(distances.values())))
+        for name, (distance, same) in curves.items():
+            distances.setdefault(name, (same, {}))[1].setdefault(row.name, []).append(distance)
     if runtime.rank():
         return
     shown = figures.tables(found)
-    Console().print(*shown)
     run = Path(cfg.run.folder)
     (run / 'figures').mkdir(parents=True, exist_ok=True)
-    if curves:
-        figures.verification_plots(curves, run / 'figures')
+    for same, of_rows in list(distances.values())[:1]:
+        figures.verification_plots({n: (d[0], same) for n, d in of_rows.items()}, run / 'figures')
     if compare:
-        own = found[next(rows(cfg, False)).name]
+        method = next(rows(cfg, False)).name
+        ahead = {row: {name: paired_difference(of_rows[method], of_rows[row], same)
+                       for name, (same, of_rows) in distances.items()}
+                 for row in found if distances and row in next(iter(distances.values()))[1]}
+        shown.insert(1, figures.differences(ahead, method))
+        own = found[method]
         own = next((r for r in own if r['seed'] == cfg.run.seed), {})
-        checkpoint.write_json(run / 'results.json', {'rows': found, **own})
+        checkpoint.write_json(run / 'results.json', {'rows': found, 'ahead': ahead, **own})
         with open(run / 'table.txt.tmp', 'w') as f:
             Console(file=f, width=120).print(*shown)
         (run / 'table.txt.tmp').replace(run / 'table.txt')
         released = {name: r for name, r in found.items() if 'privacy' in r[0]}
         figures.tradeoff_plot(released, run / 'figures')
         figures.effort_plots(released, run / 'figures')
+    Console().print(*shown)
 
 
 if __name__ == '__main__':

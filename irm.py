@@ -58,7 +58,7 @@ def irm_loss(z, z_rec, kind='cosine'):
         raise ValueError(f'originals {tuple(z.shape)} and reconstructions {tuple(z_rec.shape)} '
                          f'differ in shape; pass both embeddings of the same batch')
     if kind == 'direct':
-        return (1 - F.cosine_similarity(z.detach().float(), z_rec.float())).mean()
+        return (1 - F.cosine_similarity(z.detach(), z_rec)).mean()
     z, z_rec = gather_rows(z.detach()), gather_rows(z_rec)  # (N, d)
     count = len(z)
     if count < 2:
@@ -69,7 +69,7 @@ def irm_loss(z, z_rec, kind='cosine'):
 
 
 def relation_correlation(z, z_rec):
-    """Pearson's correlation, a scalar in [-1, 1], of the cosines i != j of z and z_rec, both (N, d).
+    """Pearson correlation, a scalar in [-1, 1], of the cosines i != j of z and z_rec, both (N, d).
 
     A diagnostic of one process: no rows are gathered. NaN if one side's cosines are all equal.
     """

@@ -1,6 +1,7 @@
 """The figures of the table: verification protocol, retrieval, image quality."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,6 +57,31 @@ def test_tar_and_auc_follow_their_definitions():
     pairs = distance[same][:, None] - distance[~same]
     assert verification.auc(distance, same) == pytest.approx(
         ((pairs < 0) + 0.5 * (pairs == 0)).mean())
+
+
+def test_a_paired_difference_is_of_the_same_pairs_and_over_seeds():
+    same, rng = np.arange(400) % 2 == 0, np.random.default_rng(0)
+    easy, hard = (np.where(same, 1, 2) + noise * rng.normal(size=400) for noise in (0.01, 1.0))
+    assert verification.paired_difference([hard], [hard], same)['accuracy'] == [0, 0, 0]
+    mean, low, high = verification.paired_difference([easy], [hard], same)['accuracy']
+    assert mean == pytest.approx(verification.fold_accuracies(easy, same).mean() -
+                                 verification.fold_accuracies(hard, same).mean())
+    assert 0 < low < mean < high
+    # One seed in which it is ahead and one in which it is behind prove nothing
+    mean, low, high = verification.paired_difference([easy, hard], [hard, easy],
+                                                     same)['tar@far=1e-2']
+    assert mean == 0 and low < -0.5 and high > 0.5
+
+
+def test_pairs_of_held_back_people_are_what_they_say():
+    labels = np.r_[np.repeat(np.arange(9), 4), 50, 51, 51]
+    faces = SimpleNamespace(labels=labels, images=np.arange(len(labels)))
+    fold = SimpleNamespace(data=faces, validation=np.flatnonzero(labels % 2 == 1))
+    images, pairs, same = verification.held_back(fold, 500)
+    a, b = labels[images[pairs]].T
+    assert (labels[images] % 2 == 1).all() and same.mean() == 0.5 and len(same) == 1000
+    np.testing.assert_array_equal(a == b, same)
+    assert (pairs[:, 0] != pairs[:, 1]).all() and len(set(b[~same])) == 5
 
 
 def test_the_floor_of_pixel_components_sees_pixels_and_ignores_the_common_light():

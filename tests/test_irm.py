@@ -52,6 +52,13 @@ def test_gradient_is_the_derivative_and_reaches_reconstructions_only(kind):
     assert z.grad is None and z_rec.grad.abs().sum() > 0
 
 
+def test_the_control_without_relations_sees_a_common_rotation():
+    z, z_rec = pair()
+    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=z.dtype)).Q
+    assert irm.irm_loss(z, 3 * z, 'direct') < 1e-12 < 0.1 < irm.irm_loss(z, z @ rotation, 'direct')
+    assert torch.autograd.gradcheck(lambda x: irm.irm_loss(z, x, 'direct'), z_rec.requires_grad_())
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_gradient_is_finite_when_embeddings_coincide(kind):
     """A batch can hold an image twice, and early reconstructions all look alike."""

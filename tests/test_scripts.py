@@ -97,6 +97,49 @@ def test_two_processes_give_what_one_gives(copied, finished):
         assert figure == pytest.approx(results[1]['verification']['toy'][name], abs=0.03), name
 
 
+def test_attacks_are_kept_until_something_changes(copied, finished):
+    """A comparison over several sittings does not attack finished rows again."""
+    shutil.copytree(finished[0] / 'run', copied / 'run', dirs_exist_ok=True)
+    few = 'evaluate.attacks=[pixels, judge]', 'run.row=mask'
+    assert 'are kept' not in run(copied, 'evaluate.py', *few)
+    first = json.loads((copied / 'run' / 'mask' / 'results.json').read_text())
+    assert 'are kept' in run(copied, 'evaluate.py', *few)
+    again = json.loads((copied / 'run' / 'mask' / 'results.json').read_text())
+    assert {k: v for k, v in first.items() if k != 'seconds'} == {
+        k: v for k, v in again.items() if k != 'seconds'}
+    state = torch.load(copied / 'run' / 'fold0' / 'judge.pt', weights_only=True)
+    state['net']['fc.bias'] += 1
+    torch.save(state, copied / 'run' / 'fold0' / 'judge.pt')
+    assert 'are kept' not in run(copied, 'evaluate.py', *few)
+
+
+def test_people_held_back_are_watched_in_training_and_verified(tmp_path, finished):
+    shutil.copytree(finished[0] / 'faces', tmp_path / 'faces')
+    some = 'data.validation=0.4', 'evaluate.sets=[]', 'evaluate.attacks=[judge, pixels]'
+    for stage in ('teacher', 'judge'):
+        run(tmp_path, 'train_fr.py', f'stage={stage}', *some)
+    for script in ('train_mae.py', 'reconstruct.py', 'train_fr.py', 'evaluate.py'):
+        run(tmp_path, script, *some)
+    line = log_lines(tmp_path, 'train_mae/fold0/mae')[-1]
+    assert line['held_strangers'] > 1 / 32 and -1 <= line['held_relations'] <= 1
+    found = json.loads((tmp_path / 'run' / 'results.json').read_text())
+    assert found['verification']['held back']['pairs'] == 6000
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a compiler')
+def test_a_compiled_recogniser_learns_the_same(finished, tmp_path):
+    """The plain twin of run.compile: equal losses until rounding grows, here in the third step."""
+    for name in ('faces', 'cache'):
+        shutil.copytree(finished[0] / name, tmp_path / name)
+    losses = []
+    for value in ('true', 'false'):
+        run(tmp_path, 'train_fr.py', 'stage=teacher', 'run.log_every=1', f'run.compile={value}',
+            f'run.folder=run_{value}')
+        log = (tmp_path / f'run_{value}' / 'log.jsonl').read_text().splitlines()
+        losses.append([json.loads(line)['loss'] for line in log if '"teacher' in line][:2])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
 def test_micro_batches_do_not_change_the_gradient(copied, finished):
     run(copied, 'train_mae.py', 'mae.micro_batch=7', 'mae.name=small')
     one = log_lines(finished[0], 'train_mae/fold0/mae')
