@@ -145,7 +145,7 @@ class Bench:
             numbers = torch.randint(len(self.images), (gathers,))
             found['data'] = np.median(self.timed(lambda: self.store(numbers)).times) / middle
         self.rows.append(found)
-        runtime.say(f'{stage}: {what}: {found["rate"]:,.0f} {unit}')
+        runtime.say(f'{stage}: {what}: {found["rate"]:,.1f} {unit}')
 
     def train_mae(self, related, batch, flops=False, peers=()):
         row = next(rows(self.cfg, False))
@@ -288,6 +288,7 @@ def main(folder, cfg, device, compare):
                     for name, form in columns.items()), title=f'{path.stem}, {cfg.run.precision}; '
                   f'matrix product: {b.matmul / 1e12:.3g} TFLOP/s')
     for row in b.rows:
+        columns['rate'] = '{:,.0f}' if row['rate'] > 100 else '{:.1f}'
         table.add_row(*(form.format(row[column]) if column in row else ''
                         for column, form in columns.items()))
     Console(width=160).print(table)

@@ -6,6 +6,7 @@ gather of rows (batches.py).
 import hashlib
 import io
 import json
+import mmap
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -88,9 +89,12 @@ def load(path, cfg):
     if skipped:
         runtime.say(f'{path}: {len(skipped)} damaged images are left out (data.on_corrupt=skip)')
     labels = np.delete(labels, skipped)
+    images = np.memmap(folder / 'images.u8', np.uint8, 'r', shape=(len(labels), size, size, 3))
+    if images.nbytes > os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2:
+        # Of what the kernel reads ahead of random images, little is wanted before it is dropped
+        images._mmap.madvise(mmap.MADV_RANDOM)
     return SimpleNamespace(
-        images=np.memmap(folder / 'images.u8', np.uint8, 'r', shape=(len(labels), size, size, 3)),
-        hashes=np.load(folder / 'hashes.npy', allow_pickle=False), labels=labels, path=path,
+        images=images, hashes=np.load(folder / 'hashes.npy', allow_pickle=False), labels=labels, path=path,
         skipped=skipped)
 
 
