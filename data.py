@@ -94,8 +94,8 @@ def load(path, cfg):
         # Of what the kernel reads ahead of random images, little is wanted before it is dropped
         images._mmap.madvise(mmap.MADV_RANDOM)
     return SimpleNamespace(
-        images=images, hashes=np.load(folder / 'hashes.npy', allow_pickle=False), labels=labels, path=path,
-        skipped=skipped)
+        images=images, hashes=np.load(folder / 'hashes.npy', allow_pickle=False), labels=labels,
+        path=path, skipped=skipped)
 
 
 def is_current(folder, mark):

@@ -62,7 +62,8 @@ def people(count, images, dim, seed):
     """Unit embeddings of some people, and who they are."""
     torch.manual_seed(seed)
     person = torch.arange(count).repeat_interleave(images)
-    return F.normalize(torch.randn(count, dim)[person] + 0.7 * torch.randn(len(person), dim)), person
+    z = torch.randn(count, dim)[person] + 0.7 * torch.randn(len(person), dim)
+    return F.normalize(z), person
 
 
 def group_of(protect, count=60, images=4, dim=32):

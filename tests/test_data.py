@@ -27,7 +27,8 @@ def make_config(folder, *assignments):
 def write_faces(folder, people=8, images=3, form='png', start=0):
     numbers = np.arange(people).repeat(images) + start, np.tile(np.arange(images), people)
     pixels = toy.draw(*numbers, size=32)
-    records.write_records(folder, [records.encode(x, form) for x in pixels], numbers[0] - start, 32)
+    encoded = [records.encode(x, form) for x in pixels]
+    records.write_records(folder, encoded, numbers[0] - start, 32)
     return pixels
 
 
@@ -196,7 +197,8 @@ def test_hidden_pixels_do_not_reach_the_release(tmp_path, method, paste):
     mae = SimpleNamespace(model=make_model(cfg, 32).eval(), mean=torch.rand(3, 32, 32), std=0.25)
     images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
     numbers = torch.arange(5)
-    seen = reconstruct.masked(torch.zeros(5, 3, 32, 32), batches.hashed(9, 0, numbers, 16), 0.75, 8)
+    noise = batches.hashed(9, 0, numbers, 16)
+    seen = reconstruct.masked(torch.zeros(5, 3, 32, 32), noise, 0.75, 8)
     hidden = (seen > 0).permute(0, 2, 3, 1)
     changed = torch.where(hidden, 255 - images, images)
     assert (changed != images).float().mean() > 0.7

@@ -43,7 +43,8 @@ def test_a_distance_on_a_threshold_counts_as_different():
     # 'same' means distance < threshold: insightface's comparison is strict
     distance = np.tile([0.5, 0.51], 50)
     assert verification.fold_accuracies(distance, np.tile([True, False], 50)).mean() == 1
-    assert verification.fold_accuracies(np.full(100, 0.5), np.tile([True, False], 50)).mean() == 0.5
+    same = np.tile([True, False], 50)
+    assert verification.fold_accuracies(np.full(100, 0.5), same).mean() == 0.5
 
 
 def test_tar_and_auc_follow_their_definitions():

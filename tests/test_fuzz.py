@@ -1,7 +1,7 @@
 """Damaged and hostile files (hostile.py) end in success or in one sentence, with exit code 2.
 
-Run as a script, this file is the process that reads them: it imports the kit once and forks a child
-with bounded memory and time for each kind of file, and for each run of a script.
+Run as a script, this file is the process that reads them: it imports the kit once and forks a
+child with bounded memory and time for each kind of file, and for each run of a script.
 """
 import io
 import os
