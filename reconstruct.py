@@ -42,7 +42,7 @@ from records import InputError
 from train_mae import make_model, visible_patches
 
 # A release made under other values of these, or from other images, would be a lie
-FIXED = ['reconstruct', 'mae.patch', 'data.size', 'data.folds', 'data.release_folds', 'run.seed']
+FIXED = ['mae.patch', 'reconstruct', 'data.size', 'data.folds', 'data.release_folds', 'run.seed']
 PART = 2048     # images between two points where an interrupted release can continue
 STRENGTH = {'facemae': 'mask_ratio', 'mask': 'mask_ratio', 'blur': 'blur_sigma',
             'pixelate': 'pixelate_block', 'noise': 'noise_std'}
@@ -77,7 +77,8 @@ def check_release(target, premises, cfg):
     Its images could not be matched with their originals any more, and would look private.
     """
     saved = checkpoint.read_json(target.parent / 'release.json')
-    checkpoint.same_premises(saved, cfg, FIXED, target, premises['images'])
+    fixed = FIXED[STRENGTH.get(cfg.reconstruct.method) != 'mask_ratio':]     # others have no patch
+    checkpoint.same_premises(saved, cfg, fixed, target, premises['images'])
     for what in ('secret', 'mae'):
         if what in premises and what in saved and premises[what] != saved[what]:
             raise InputError(f'{target} was made with another {what}: give reconstruct.key or '
