@@ -279,5 +279,6 @@ def launch(main, doc, compare):
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)       # no traceback of a process that leaves
         if dist.is_initialized():
             dist.destroy_process_group()
