@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import batches
+import embed
 import models
 
 GOLDEN = json.loads((Path(__file__).parent / 'fixtures' / 'interchange.json').read_text())
@@ -237,6 +239,19 @@ def head_and_cosines(cosines, **settings):
     cosines = torch.tensor(cosines)
     z = torch.stack([cosines, (1 - cosines ** 2).clamp(min=0).sqrt()], dim=1).requires_grad_()
     return head, z, torch.zeros(len(cosines), dtype=torch.int64)
+
+
+def test_embeddings_kept_of_both_sides_are_those_of_the_batch():
+    """The plain twin of what stage 1 keeps of the originals: unfolded, as each batch is flipped."""
+    torch.manual_seed(0)
+    net = models.iresnet(10, 8, 32, 16).eval()
+    store = batches.Store(np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8),
+                          [*range(1, 20), 0], torch.device('cpu'))
+    kept = torch.stack(embed.embed_all(models.folded(net), store, 7, 'fp32'))
+    numbers, flip = torch.tensor([3, 19, 4, 0]), torch.tensor([True, False, False, True])
+    z = embed.embed_batch(net, batches.flipped(store(numbers), flip), 'fp32')
+    torch.testing.assert_close(kept[flip.long(), numbers], z, atol=1e-4, rtol=1e-4)
+    assert (kept[0] - kept[1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize('loss', ['arcface', 'cosface'])
