@@ -89,6 +89,8 @@ def own_groups(row, folds, made, device):
     fold, image, _ = release_order(folds, secret, c.images_per_person)
     chosen, seed = probes_of(cfg, len(image)), secret_seed(secret, f'masks {cfg.run.seed}')
     draws = c.method in ('facemae', 'mask', 'noise')
+    pairs = min(len(f.train) for f in folds)     # equal in all folds, so that curves can be pooled
+    pairs = min(pairs, cfg.evaluate.probes or pairs)
 
     def group(k, f):
         mine = chosen[fold[chosen] == k]
@@ -101,8 +103,7 @@ def own_groups(row, folds, made, device):
                 torch.as_tensor(part, device=device), seed, cfg, mae).cpu().numpy()
                 for part in np.array_split(numbers, len(numbers) // c.batch + 1)])
 
-        known = f.train[np.random.default_rng(1).permutation(len(f.train))]
-        known = known[:cfg.evaluate.probes or len(known)]
+        known = f.train[np.random.default_rng(1).permutation(len(f.train))][:pairs]
         hidden = None
         if STRENGTH.get(c.method) == 'mask_ratio':
             noise = batches.hashed(seed, 0, image[mine], (cfg.data.size // cfg.mae.patch) ** 2)
@@ -133,11 +134,12 @@ def foreign_groups(cfg, made, device):
                          f'{len(whole.labels)}: both need the same, in one order')
     people = np.unique(whole.labels)
     half = np.isin(whole.labels, people[data.ordered_by_hash(people, 0)[::2]])
-    chosen = probes_of(cfg, len(half))
+    chosen, pairs = probes_of(cfg, len(half)), min(half.sum(), (~half).sum())
+    pairs = min(pairs, cfg.evaluate.probes or pairs)
 
     def group(rows, known):
         mine = chosen[np.isin(chosen, rows)]
-        known = np.random.default_rng(1).permutation(known)[:cfg.evaluate.probes or None]
+        known = np.random.default_rng(1).permutation(known)[:pairs]
         return SimpleNamespace(
             released=(made.images, mine), originals=(whole.images, rows), seen={}, hidden=None,
             source=np.searchsorted(rows, mine), person=whole.labels[rows], again=None,

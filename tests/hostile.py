@@ -205,7 +205,7 @@ def checkpoint_files(folder, evil):
 
     bomb = zipped(b'0' * (1 << 20), zipfile.ZIP_DEFLATED)
     pickles = [pickle.dumps(evil, 2), pickle.dumps({'net': {'fc.weight': evil}}, 2),
-               pickle.dumps(Call(bytearray, 1 << 40), 2), pickle.dumps(Call(bytearray, 5 << 28), 2),
+               *(pickle.dumps(Call(bytearray, count), 2) for count in (1 << 40, 5 << 28)),
                b'\x80\x02' + b']' * MANY + b'a' * (MANY - 1) + b'.', b'\x80\x02}' + b'(' * MANY,
                b'\x80\x02ctorch\nFloatTensor\nJ\0\0\0\x10J\0\0\0\x10\x86R.']
     parts = [{**state, **x} for x in (
@@ -217,7 +217,7 @@ def checkpoint_files(folder, evil):
         {'fc.weight': one.expand(1 << 34, 16), 'fc.bias': one.expand(1 << 34),
          **{k: one.expand(1 << 34) for k in net if 'features.' in k and net[k].ndim}},
         {'fc.weight': fc.to('meta')}, {'fc.weight': fc.to_sparse()}, {'fc.weight': fc.cfloat()},
-        {'fc.weight': fc[0]}, {'fc.weight': fc[0, 0]}, {'fc.weight': 3}, {'fc.weight': fc * np.nan},
+        *({'fc.weight': wrong} for wrong in (fc[0], fc[0, 0], 3, fc * np.nan)),
         {'bn2.weight': torch.zeros(0)}, {1: fc}, {'a\n' * 9999: fc}, {'layer1.': fc})]
     parts += [{'net': 3}, {1: fc}, [net], 3, {}, {'net': []}, {'net': {'net': net}}]
     return ([(path, saved(state), None), (path, entries[start], zipped),

@@ -49,7 +49,7 @@ DAMAGED = {   # each is cut off, mutated, and replaced by a malicious and by a f
 REFUSED = [   # a pipe never ends, a loop is a link to itself
     f'{NEW} --config ../pipe', f'{NEW} --config ../loop', 'evaluate.py evaluate.sets=[../pipe]',
     'train_mae.py mae.name=new teacher.checkpoint=../pipe', f'{NEW} data.root=../pipe',
-    'train_fr.py stage=teacher run.folder=../loop', 'train_fr.py stage=teacher run.folder=run.yaml',
+    'train_fr.py stage=teacher run.folder=../loop', f'{NEW} run.folder=run.yaml',
     f'{NEW} teacher.width=16384', 'reconstruct.py reconstruct.photos=../folders']
 
 
