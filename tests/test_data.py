@@ -73,7 +73,8 @@ def test_a_folder_per_person_is_read_like_records(tmp_path):
     (lambda f: records.write_records(f, [b'no image'], [0], 32),
      ['train.rec record 1', 'data.on_corrupt=skip']),
     (lambda f: records.write_records(
-        f, [records.encode(torch.zeros(3, 40, 32, dtype=torch.uint8))], [0], 32), ['32x40', 'data.on_size=resize'])])
+        f, [records.encode(torch.zeros(3, 40, 32, dtype=torch.uint8))], [0], 32),
+     ['32x40', 'data.on_size=resize'])])
 def test_a_wrong_data_set_is_one_sentence(tmp_path, make, words):
     make(tmp_path / 'faces')
     with pytest.raises(InputError) as error:

@@ -242,7 +242,7 @@ def head_and_cosines(cosines, **settings):
 
 
 def test_embeddings_kept_of_both_sides_are_those_of_the_batch():
-    """The plain twin of what stage 1 keeps of the originals: unfolded, as each batch is flipped."""
+    """The plain twin of what stage 1 keeps of the originals: unfolded, batch by batch."""
     torch.manual_seed(0)
     net = models.iresnet(10, 8, 32, 16).eval()
     store = batches.Store(np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8),
