@@ -89,8 +89,8 @@ def own_groups(row, folds, made, device):
     fold, image, _ = release_order(folds, secret, c.images_per_person)
     chosen, seed = probes_of(cfg, len(image)), secret_seed(secret, f'masks {cfg.run.seed}')
     draws = c.method in ('facemae', 'mask', 'noise')
-    pairs = min(len(f.train) for f in folds)     # equal in all folds, so that curves can be pooled
-    pairs = min(pairs, cfg.evaluate.probes or pairs)
+    # Equal in all folds, so that curves can be pooled
+    pairs = len(probes_of(cfg, min(len(f.train) for f in folds)))
 
     def group(k, f):
         mine = chosen[fold[chosen] == k]
@@ -134,8 +134,8 @@ def foreign_groups(cfg, made, device):
                          f'{len(whole.labels)}: both need the same, in one order')
     people = np.unique(whole.labels)
     half = np.isin(whole.labels, people[data.ordered_by_hash(people, 0)[::2]])
-    chosen, pairs = probes_of(cfg, len(half)), min(half.sum(), (~half).sum())
-    pairs = min(pairs, cfg.evaluate.probes or pairs)
+    chosen = probes_of(cfg, len(half))
+    pairs = len(probes_of(cfg, min(half.sum(), (~half).sum())))
 
     def group(rows, known):
         mine = chosen[np.isin(chosen, rows)]
@@ -235,8 +235,9 @@ def attacked(row, folds, path):
         net for f in folds for net in (row.mae(f.k), *(
             Path(cfg.run.folder) / f'fold{f.k}' / f'{role}.pt' for role in ('judge', 'teacher')))]
     config = {k: v for k, v in as_dict(cfg).items() if 'compare' not in k}
-    return fingerprint(repr([config, runtime.provenance(), *(
-        fingerprint(Path(net).read_bytes()) for net in nets if Path(net).is_file())]).encode())
+    nets = [fingerprint(Path(net).read_bytes()) for net in nets if Path(net).is_file()]
+    return fingerprint(repr([config, runtime.provenance(), data.private_digest(folds),
+                             fingerprint(release_secret(cfg)), nets]).encode())
 
 
 def evaluate(row, folds, sets, galleries, device):
@@ -263,14 +264,15 @@ def evaluate(row, folds, sets, galleries, device):
     results, curves = {'row': row.name, 'seed': cfg.run.seed, 'verification': {}}, {}
     if student:
         results['verification'], curves = verify(student, sets, cfg, device)
-    before = {}
+    kept = {}
     if made and not cfg.release:
         results['attacked'] = attacked(row, folds, path)
         with contextlib.suppress(InputError):              # missing or damaged: made again
             before = checkpoint.read_json(row.folder / name)
-    if made and before.get('attacked') == results.get('attacked', 'never'):
+            kept = before if before.get('attacked') == results['attacked'] else {}
+    if kept:
         runtime.say(f'the attacks of {row.folder / name} are kept')
-        results |= {key: before[key] for key in ('privacy', 'reconstruction')}
+        results |= {key: kept[key] for key in ('privacy', 'reconstruction')}
     elif made:
         results['privacy'], cosines, (released, originals) = privacy(
             row, folds, student, made, sets, galleries, device)

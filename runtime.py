@@ -246,12 +246,16 @@ def launch(main, doc, compare):
     parser.add_argument('--compare', action='store_true', help=compare)
     parser.add_argument('set', nargs='*', metavar='section.key=value', help='see casia.yaml')
     args = parser.parse_intermixed_args()
+
+    def refuse(sentence):
+        print(f'error: {sentence}', file=sys.stderr, flush=True)
+        os._exit(2) if world() > 1 else sys.exit(2)
+
     try:
         cfg = namespace(resolve(args.config, args.set))
         main(cfg, start_processes(cfg), args.compare)
     except InputError as e:
-        print(f'error: {e}', file=sys.stderr, flush=True)
-        os._exit(2) if world() > 1 else sys.exit(2)
+        refuse(e)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not full and not e.filename:                   # no path is wrong, but the code is
@@ -262,14 +266,11 @@ def launch(main, doc, compare):
         sys.exit(2)
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, MemoryError) or re.search('out of memory|allocate memory', str(e)):
-            print(f'error: memory is too small ({" ".join(str(e).split())[:150]}): choose a '
-                  'smaller net, mae.micro_batch, fr.norm_batch or reconstruct.batch',
-                  file=sys.stderr, flush=True)
-            os._exit(2) if world() > 1 else sys.exit(2)
+            refuse(f'memory is too small ({" ".join(str(e).split())[:150]}): choose a smaller '
+                   'net, mae.micro_batch, fr.norm_batch or reconstruct.batch')
         if re.search(r'No working C\+\+ compiler|Failed to find C compiler', str(e)):
-            print('error: run.compile = true finds no C++ compiler: install g++, or use '
-                  'run.compile=false', file=sys.stderr, flush=True)
-            os._exit(2) if world() > 1 else sys.exit(2)
+            refuse('run.compile = true finds no C++ compiler: install g++, or use '
+                   'run.compile=false')
         if world() == 1 or not re.search('[Cc]onnection|NCCL|[Tt]imed out|[Tt]imeout', str(e)):
             raise
         print('error: another process of this run died or hangs '

@@ -111,6 +111,8 @@ def test_attacks_are_kept_until_something_changes(copied, finished):
     state['net']['fc.bias'] += 1
     torch.save(state, copied / 'run' / 'fold0' / 'judge.pt')
     assert 'are kept' not in run(copied, 'evaluate.py', *few)
+    (copied / 'run' / 'release.key').write_text('another\n')
+    assert 'made with another secret' in run(copied, 'evaluate.py', *few, code=2)
 
 
 def test_people_held_back_are_watched_in_training_and_verified(tmp_path, finished):
