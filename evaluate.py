@@ -160,7 +160,7 @@ def attackers(row, groups, folds, student, sets, galleries, device):
         if 'threshold' not in seen:        # FAR 1e-3 on real pairs of people in no training
             seen['threshold'] = np.inf
             for found in list(sets.values())[:1]:
-                distance = pair_distances(net, found, cfg, device)
+                distance = pair_distances(net, found, cfg, device)[0]
                 seen['threshold'] = 1 - threshold_at_far(distance, found[2], 1e-3) / 2
         return SimpleNamespace(
             key=key, net=net, seen=seen, threshold=seen['threshold'],
@@ -330,7 +330,8 @@ def main(cfg, device, compare):
         ahead = {row: {name: paired_difference(of_rows[method], of_rows[row], same)
                        for name, (same, of_rows) in distances.items()}
                  for row in found if distances and row in next(iter(distances.values()))[1]}
-        shown.insert(1, figures.differences(ahead, method))
+        gains = figures.differences(ahead, method)
+        shown[len(gains):len(gains)] = gains             # after as many tables of utility
         own = found[method]
         own = next((r for r in own if r['seed'] == cfg.run.seed), {})
         checkpoint.write_json(run / 'results.json', {'rows': found, 'ahead': ahead, **own})

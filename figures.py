@@ -137,7 +137,7 @@ def tradeoff_plot(found, folder):
     for row, results in found.items():
         if not any(r['privacy'] for r in results) or not results[0]['verification']:
             continue
-        accuracy = np.mean([next(iter(r['verification'].values()))['accuracy'] for r in results])
+        accuracy = np.mean([s['accuracy'] for r in results for s in r['verification'].values()])
         chance = next((f['chance'] for a, f in results[0]['privacy'].items()
                        if a.endswith('same_image')), np.nan)
         points[row] = {name: (100 * np.mean([leakage_of(r)[name] for r in results]),
@@ -159,7 +159,8 @@ def tradeoff_plot(found, folder):
         axes.annotate(row, p['strongest attack'], xytext=(6, 4), textcoords='offset points')
     axes.axvline(100 * chance, color='grey', ls=':', lw=1)
     save_plot(figure, folder / 'tradeoff.png',
-              'originals found first from their released image, %', 'verification accuracy, %')
+              'originals found first from their released image, %',
+              'verification accuracy, mean of sets, %')
     plt.close('all')
 
 
@@ -183,17 +184,25 @@ def effort_plots(found, folder):
 
 
 def differences(ahead, method):
-    """By how much a method is ahead of other rows, in points; `ahead` = {row: {set: figures of
-    verification.paired_difference()}}."""
-    names = list(next(iter(ahead.values()), {}))
-    table = Table(f'{method} minus', *(Column(f'{n} {m}', justify='right') for n in names
-                                       for m in ('acc.', 'TAR@FAR 1%')), title_justify='left',
-                  title='points [95 % interval over pairs and seeds]')
-    for row, sets in ahead.items():
-        if row != method:
-            table.add_row(row, *('{:+.1f} [{:+.1f}, {:+.1f}]'.format(*(100 * np.array(x)))
-                                 for found in sets.values() for x in found.values()))
-    return table
+    """By how much a method is ahead of other rows, in points, as tables of two sets each; `ahead`
+    = {row: {set: figures of verification.paired_difference()}}."""
+    tables = []
+    for names in two_by_two(next(iter(ahead.values()), {})):
+        tables.append(Table(
+            f'{method} minus', *(Column(f'{n} {m}', justify='right') for n in names
+                                 for m in ('acc.', 'TAR@FAR 1%')), title_justify='left',
+            title='points [95 % interval over pairs and seeds]'))
+        for row, sets in ahead.items():
+            if row != method:
+                tables[-1].add_row(row, *('{:+.1f} [{:+.1f}, {:+.1f}]'.format(*(100 * np.array(x)))
+                                          for n in names for x in sets[n].values()))
+    return tables
+
+
+def two_by_two(names):
+    """The names of verification sets as tables have room for them."""
+    names = list(names)
+    return [names[i:i + 2] for i in range(0, len(names), 2)]
 
 
 def tables(found):
@@ -206,24 +215,25 @@ def tables(found):
                                      if interval else '')
 
     measures = {'acc.': 'accuracy', 'AUC': 'auc', 'TAR@FAR 1%': 'tar@far=1e-2'}
-    names = list(next(iter(found.values()))[0]['verification'])
-    utility = Table('released set', *(Column(f'{n} {m}', justify='right') for n in names
-                                      for m in measures),
-                    title_justify='left', title='utility: verification of other people, %')
-    for row, results in found.items():
-        utility.add_row(row, *(cell([r['verification'][n][key] for r in results])
-                               for n in names for key in measures.values()))
+    utility = []
+    for names in two_by_two(next(iter(found.values()))[0]['verification']):
+        utility.append(Table(
+            'released set', *(Column(f'{n} {m}', justify='right') for n in names for m in measures),
+            title_justify='left', title='utility: verification of other people, %'))
+        for row, results in found.items():
+            utility[-1].add_row(row, *(cell([r['verification'][n][key] for r in results])
+                                       for n in names for key in measures.values()))
     released = {row: results for row, results in found.items() if 'privacy' in results[0]}
     if not released:
-        return [utility]
+        return utility
     who = Table('attacker', 'what it has', title='who tries', title_justify='left')
     for name, has in HAS.items():
         if any(a.startswith(name) for rs in released.values() for a in rs[0]['privacy']):
             who.add_row(name.replace('_', ' '), has)
     for kind, meaning in MEANS.items():
         who.add_row(kind.replace('_', ' '), meaning)
-    return [utility, *(leakage_table(dict(list(released.items())[i:i + 7]), cell)
-                       for i in range(0, len(released), 7)), who]
+    return [*utility, *(leakage_table(dict(list(released.items())[i:i + 7]), cell)
+                        for i in range(0, len(released), 7)), who]
 
 
 def leakage_table(released, cell):

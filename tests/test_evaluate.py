@@ -99,6 +99,26 @@ def test_the_floor_of_pixel_components_sees_pixels_and_ignores_the_common_light(
         assert found['test_evaluate']['auc'] > 0.95
 
 
+def test_a_centred_set_forgives_a_direction_common_to_all_its_pictures(monkeypatch):
+    rng = np.random.default_rng(0)
+    people = rng.normal(size=(300, 16))
+    pairs = np.arange(600).reshape(-1, 2)
+    other = rng.permutation(np.arange(300))
+    same = np.arange(300) < 150
+    person = np.stack([np.arange(300), np.where(same, np.arange(300), other)], 1).ravel()
+    # Poor pictures keep less of their person, so in the common direction they seem alike
+    own = (people[person] + 0.8 * rng.normal(size=(600, 16))) * rng.uniform(0.3, 1, (600, 1))
+    seen = torch.nn.functional.normalize(torch.from_numpy(own + 6))
+    monkeypatch.setattr(verification, 'unit_embeddings', lambda *a: seen)
+    sets = {__file__: (np.zeros(600), pairs, same)}
+    plain, _ = verification.verify(None, sets, SimpleNamespace(
+        evaluate=SimpleNamespace(centred=False)), 'cpu')
+    both, curves = verification.verify(None, sets, SimpleNamespace(
+        evaluate=SimpleNamespace(centred=True)), 'cpu')
+    assert plain == {'test_evaluate': both['test_evaluate']} and len(both) == len(curves) == 2
+    assert both['test_evaluate centred']['auc'] > both['test_evaluate']['auc'] + 0.05
+
+
 def test_image_quality_of_known_images():
     rng = np.random.default_rng(0)
     images = rng.integers(10, 246, (3, 32, 32, 3), dtype=np.uint8)
