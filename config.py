@@ -24,7 +24,7 @@ CHOICES = {
     'data.on_size': ('refuse', 'resize'),
     'data.on_corrupt': ('stop', 'skip'),
     'mae.mse_on': ('all', 'hidden'),
-    'irm.relations': ('cosine', 'l2', 'direct'),
+    'irm.relations': ('cosine', 'centred', 'l2', 'direct'),
     'reconstruct.method': ('facemae', 'mask', 'blur', 'pixelate', 'noise', 'none'),
     'reconstruct.format': ('jpeg', 'png'),
     'fr.schedule': ('steps', 'cosine'),

@@ -15,15 +15,18 @@ import torch.nn.functional as F
 def relations(z, kind='cosine'):
     """Relations (N, N) between embeddings z (N, d) of any norm, float32 (float64 if z is).
 
-    kind 'cosine': Z Z^T of the L2-normalised rows, in [-1, 1]; 'l2': their Euclidean distances,
-    in [0, 2]. ValueError for another kind.
+    kind 'cosine': Z Z^T of the L2-normalised rows, in [-1, 1]; 'centred': the same after their
+    mean was taken away, so that a direction common to all does not count; 'l2': their Euclidean
+    distances, in [0, 2]. ValueError for another kind.
     """
-    if kind not in ('cosine', 'l2'):
-        raise ValueError(f"unknown relation kind {kind!r}; use 'cosine' or 'l2'")
+    if kind not in ('cosine', 'centred', 'l2'):
+        raise ValueError(f"unknown relation kind {kind!r}; use 'cosine', 'centred' or 'l2'")
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
+        if kind == 'centred':
+            z = F.normalize(z - z.mean(0))
         cosine = z @ z.T  # (N, N)
-        if kind == 'cosine':
+        if kind != 'l2':
             return cosine
         # The clamp stops the gradient at distance zero, where the root's derivative is infinite
         return (2 - 2 * cosine).clamp(min=1e-12).sqrt()

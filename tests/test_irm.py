@@ -9,7 +9,7 @@ from torch import nn
 
 import irm
 
-KINDS = ['cosine', 'l2']
+KINDS = ['cosine', 'centred', 'l2']
 
 
 def pair(rows=6, dim=4, dtype=torch.float64):
@@ -41,6 +41,15 @@ def test_blind_to_scale_and_common_rotation(kind):
     assert irm.irm_loss(z, other, kind) > 0.01
     assert irm.relation_correlation(z, 3 * z @ rotation) == pytest.approx(1)
     assert abs(irm.relation_correlation(z, other)) < 0.9
+
+
+def test_centred_relations_are_blind_to_a_common_direction():
+    # Unit rows, half of each in a direction that the other rows share and z has not
+    z = torch.nn.functional.normalize(pair(100, 40)[0])
+    shifted = torch.cat([z, torch.ones_like(z[:, :1])], 1) / math.sqrt(2)
+    z = torch.cat([z, torch.zeros_like(z[:, :1])], 1)
+    assert irm.irm_loss(z, shifted) > 0.1
+    assert irm.irm_loss(z, shifted, 'centred') < 1e-20
 
 
 @pytest.mark.parametrize('kind', KINDS)
