@@ -193,15 +193,16 @@ class Log:
         if rank():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        for line in (self.path.read_text().splitlines() if self.path.exists() else []):
+        text, kept = self.path.read_text() if self.path.exists() else '', ''
+        for line in text.splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):    # cut short by a kill
                 entry = json.loads(line)
                 if entry['stage'] != stage or entry['step'] <= step:
-                    kept.append(line)
-        temporary = self.path.with_name('log.jsonl.tmp')
-        temporary.write_text(''.join(line + '\n' for line in kept))
-        temporary.replace(self.path)
+                    kept += line + '\n'
+        if kept != text:                # another process of this run may be writing its own lines
+            temporary = self.path.with_name('log.jsonl.tmp')
+            temporary.write_text(kept)
+            temporary.replace(self.path)
 
     def seconds(self):
         """Seconds since this process began the stage."""
