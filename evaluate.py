@@ -15,7 +15,6 @@ released image (same image), or another photo of its person (same person), comes
 private originals, for the attackers of evaluate.attacks; the table says what each of them has.
 """
 import contextlib
-import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -280,25 +279,11 @@ def evaluate(row, folds, sets, galleries, device):
         if runtime.rank() == 0:
             figures.privacy_pictures(results['privacy'], cosines, released, originals,
                                      Path(cfg.run.folder) / 'figures', cfg.run.row or 'release')
-    results |= {'seconds': stage_seconds(Path(cfg.run.folder)),
+    results |= {'seconds': runtime.stage_seconds(Path(cfg.run.folder)),
                 'made_with': runtime.provenance(), 'config': as_dict(cfg)}
     row.folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(row.folder / name, results)
     return results, curves
-
-
-def stage_seconds(run):
-    """Wall time of each stage, from log.jsonl: an interrupted stage is the sum of its pieces."""
-    total, last = {}, {}
-    log = run / 'log.jsonl'
-    for line in log.read_text().splitlines() if log.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            entry = json.loads(line)
-            stage, seconds = entry['stage'], float(entry['seconds'])
-        total[stage] = total.get(stage, 0) + seconds - (
-            last.get(stage, 0) if seconds > last.get(stage, 0) else 0)
-        last[stage] = seconds
-    return {stage: round(seconds, 1) for stage, seconds in total.items()}
 
 
 def main(cfg, device, compare):
@@ -313,27 +298,33 @@ def main(cfg, device, compare):
     if compare and sets and folds:
         found['untrained net'] = floors(cfg, sets, device)
         found['pixel components'] = component_floor(folds[0].private_data.images, sets)
-    for row in rows(cfg, compare):
+    every = list(rows(cfg, compare))
+    ready = [row for row in every if (row.folder / 'fr.pt').exists()] or every
+    if later := [f'{row.name} (seed {row.cfg.run.seed})' for row in every if row not in ready]:
+        runtime.say(f'without a student yet, left out: {", ".join(later)}')
+    for row in ready:
         results, curves = evaluate(row, folds, sets, galleries, device)
         found.setdefault(row.name, []).append(results)
         for name, (distance, same) in curves.items():
-            distances.setdefault(name, (same, {}))[1].setdefault(row.name, []).append(distance)
+            distances.setdefault(name, (same, {}))[1].setdefault(
+                row.name, {})[row.cfg.run.seed] = distance
     if runtime.rank():
         return
     shown = figures.tables(found)
     run = Path(cfg.run.folder)
     (run / 'figures').mkdir(parents=True, exist_ok=True)
     for same, of_rows in list(distances.values())[:1]:
-        figures.verification_plots({n: (d[0], same) for n, d in of_rows.items()}, run / 'figures')
+        figures.verification_plots({row: (next(iter(seeds.values())), same)
+                                    for row, seeds in of_rows.items()}, run / 'figures')
     if compare:
-        method = next(rows(cfg, False)).name
-        ahead = {row: {name: paired_difference(of_rows[method], of_rows[row], same)
-                       for name, (same, of_rows) in distances.items()}
-                 for row in found if distances and row in next(iter(distances.values()))[1]}
+        method, ahead = every[0].name, {}
+        for name, (same, of_rows) in distances.items():
+            for row in of_rows:
+                if gain := paired_difference(of_rows.get(method, {}), of_rows[row], same):
+                    ahead.setdefault(row, {})[name] = gain
         gains = figures.differences(ahead, method)
         shown[len(gains):len(gains)] = gains             # after as many tables of utility
-        own = found[method]
-        own = next((r for r in own if r['seed'] == cfg.run.seed), {})
+        own = next((r for r in found.get(method, []) if r['seed'] == cfg.run.seed), {})
         checkpoint.write_json(run / 'results.json', {'rows': found, 'ahead': ahead, **own})
         with open(run / 'table.txt.tmp', 'w') as f:
             Console(file=f, width=120).print(*shown)

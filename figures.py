@@ -218,7 +218,8 @@ def tables(found):
     utility = []
     for names in two_by_two(next(iter(found.values()))[0]['verification']):
         utility.append(Table(
-            'released set', *(Column(f'{n} {m}', justify='right') for n in names for m in measures),
+            'released set',
+            *(Column(f'{n} {m}', justify='right') for n in names for m in measures),
             title_justify='left', title='utility: verification of other people, %'))
         for row, results in found.items():
             utility[-1].add_row(row, *(cell([r['verification'][n][key] for r in results])

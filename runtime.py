@@ -227,6 +227,20 @@ class Log:
               f'ETA {datetime.timedelta(seconds=round(eta))}  {peak:.1f} GiB', flush=True)
 
 
+def stage_seconds(run):
+    """Wall time of each stage, from log.jsonl: an interrupted stage is the sum of its pieces."""
+    total, last = {}, {}
+    log = run / 'log.jsonl'
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            stage, seconds = entry['stage'], float(entry['seconds'])
+        total[stage] = total.get(stage, 0) + seconds - (
+            last.get(stage, 0) if seconds > last.get(stage, 0) else 0)
+        last[stage] = seconds
+    return {stage: round(seconds, 1) for stage, seconds in total.items()}
+
+
 def resident_bytes():
     """Peak resident memory of this process, bytes."""
     import resource                                   # not on Windows, and only wanted here

@@ -78,18 +78,22 @@ def interval(hits, person, draws=1000):
 def paired_difference(ours, theirs, same, draws=1000):
     """By how much one recogniser is better than another on the same pairs, over seeds.
 
-    ours, theirs: distances (P,) of each seed. {figure: [mean, low, high]} of accuracy and TAR at
-    FAR 1 %, with 95 % bootstrap intervals that draw pairs and seeds; thresholds stay as they are.
+    ours, theirs: {seed: distances (P,)}, of which the common seeds count (none: {} is returned).
+    {figure: [mean, low, high]} of accuracy and TAR at FAR 1 %, with 95 % bootstrap intervals that
+    draw pairs and seeds; thresholds stay as they are.
     """
+    both = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+    if not both:
+        return {}
     rng, result = np.random.default_rng(0), {}
-    seeds = rng.multinomial(len(ours), np.full(len(ours), 1 / len(ours)), draws) / len(ours)
+    seeds = rng.multinomial(len(both), np.full(len(both), 1 / len(both)), draws) / len(both)
 
     def accepted(distance):
         return (distance < threshold_at_far(distance, same, 1e-2))[same]
 
     for name, good in (('accuracy', lambda d: fold_decisions(d, same)[0]),
                        ('tar@far=1e-2', accepted)):
-        gain = np.stack([good(a).astype(float) - good(b) for a, b in zip(ours, theirs)])
+        gain = np.stack([good(a).astype(float) - good(b) for a, b in both])
         means = [s @ gain @ rng.multinomial(gain.shape[1], np.full(gain.shape[1],
                  1 / gain.shape[1])) / gain.shape[1] for s in seeds]
         result[name] = [gain.mean(), *np.percentile(means, [2.5, 97.5])]

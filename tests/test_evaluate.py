@@ -63,15 +63,17 @@ def test_tar_and_auc_follow_their_definitions():
 def test_a_paired_difference_is_of_the_same_pairs_and_over_seeds():
     same, rng = np.arange(400) % 2 == 0, np.random.default_rng(0)
     easy, hard = (np.where(same, 1, 2) + noise * rng.normal(size=400) for noise in (0.01, 1.0))
-    assert verification.paired_difference([hard], [hard], same)['accuracy'] == [0, 0, 0]
-    mean, low, high = verification.paired_difference([easy], [hard], same)['accuracy']
+    assert verification.paired_difference({0: hard}, {0: hard}, same)['accuracy'] == [0, 0, 0]
+    mean, low, high = verification.paired_difference({0: easy, 1: hard}, {0: hard},
+                                                     same)['accuracy']
     assert mean == pytest.approx(verification.fold_accuracies(easy, same).mean() -
                                  verification.fold_accuracies(hard, same).mean())
     assert 0 < low < mean < high
     # One seed in which it is ahead and one in which it is behind prove nothing
-    mean, low, high = verification.paired_difference([easy, hard], [hard, easy],
+    mean, low, high = verification.paired_difference({0: easy, 1: hard}, {1: easy, 0: hard},
                                                      same)['tar@far=1e-2']
     assert mean == 0 and low < -0.5 and high > 0.5
+    assert not verification.paired_difference({0: easy}, {1: hard}, same)
 
 
 def test_pairs_of_held_back_people_are_what_they_say():

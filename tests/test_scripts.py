@@ -108,6 +108,11 @@ def test_attacks_are_kept_until_something_changes(copied, finished):
     assert {k: v for k, v in first.items() if k != 'seconds'} == {
         k: v for k, v in again.items() if k != 'seconds'}
     state = torch.load(copied / 'run' / 'fold0' / 'judge.pt', weights_only=True)
+    # Rows that are still to come are named, and the table is of the others
+    printed = run(copied, 'evaluate.py', '--compare', 'compare_seeds=[0, 1]', few[0],
+                  'evaluate.centred=true')
+    assert 'left out: facemae (seed 1), mask (seed 1), originals (seed 1)' in printed
+    assert 'toy centred' in printed and 'facemae minus' in printed
     state['net']['fc.bias'] += 1
     torch.save(state, copied / 'run' / 'fold0' / 'judge.pt')
     assert 'are kept' not in run(copied, 'evaluate.py', *few)
