@@ -158,9 +158,10 @@ def attackers(row, groups, folds, student, sets, galleries, device):
         seen = galleries.setdefault(key, {})
         if 'threshold' not in seen:        # FAR 1e-3 on real pairs of people in no training
             seen['threshold'] = np.inf
-            for found in list(sets.values())[:1]:
-                distance = pair_distances(net, found, cfg, device)[0]
-                seen['threshold'] = 1 - threshold_at_far(distance, found[2], 1e-3) / 2
+            for images, pairs, same in list(sets.values())[:1]:
+                z = unit_embeddings(net, images, range(len(images)), cfg, device)
+                distance = pair_distances(z, pairs)
+                seen['threshold'] = 1 - threshold_at_far(distance, same, 1e-3) / 2
         return SimpleNamespace(
             key=key, net=net, seen=seen, threshold=seen['threshold'],
             embed=lambda images, rows: unit_embeddings(net, images, rows, cfg, device))

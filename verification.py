@@ -145,13 +145,10 @@ def unit_embeddings(net, images, chosen, cfg, device):
     return F.normalize(plain + mirrored)
 
 
-def pair_distances(net, pairs_of, cfg, device):
-    """Squared distances 0..4 of the pairs of load_pairs, float64 (P,), and the same of embeddings
-    from which the mean of the set was taken."""
-    images, pairs, _ = pairs_of
-    z = unit_embeddings(net, images, range(len(images)), cfg, device).double()
-    return [(a[pairs[:, 0]] - a[pairs[:, 1]]).square().sum(1).cpu().numpy()
-            for a in (z, F.normalize(z - z.mean(0)))]
+def pair_distances(z, pairs):
+    """Squared distances 0..4, float64 (P,), of the pairs (P, 2) of unit embeddings z (M, d)."""
+    z = z.double()
+    return (z[pairs[:, 0]] - z[pairs[:, 1]]).square().sum(1).cpu().numpy()
 
 
 def figures_of(distance, same, path):
@@ -171,12 +168,15 @@ def verify(net, sets, cfg, device):
     a recogniser of few people sees other pictures than its own in one common direction.
     """
     results, curves = {}, {}
-    for path, found in sets.items():
-        names = Path(path).stem, f'{Path(path).stem}{CENTRED}'
-        for name, distance in zip(names[:1 + cfg.evaluate.centred],
-                                  pair_distances(net, found, cfg, device)):
-            results[name] = figures_of(distance, found[2], path)
-            curves[name] = distance, found[2]
+    for path, (images, pairs, same) in sets.items():
+        z = unit_embeddings(net, images, range(len(images)), cfg, device).double()
+        seen = {'': z}
+        if cfg.evaluate.centred:
+            seen[CENTRED] = F.normalize(z - z.mean(0))
+        for ending, z in seen.items():
+            name, distance = Path(path).stem + ending, pair_distances(z, pairs)
+            results[name] = figures_of(distance, same, path)
+            curves[name] = distance, same
     return results, curves
 
 
@@ -196,10 +196,9 @@ def component_floor(faces, sets, components=100):
     whiten = vectors[:, -components:] / values[-components:].clamp(min=1e-9).sqrt()
     results = {}
     for path, (images, pairs, same) in sets.items():
-        z = F.normalize(flat(images) @ whiten).numpy()
-        distance = np.square(z[pairs[:, 0]] - z[pairs[:, 1]]).sum(1)
-        for name in (Path(path).stem, f'{Path(path).stem}{CENTRED}'):
-            results[name] = figures_of(distance, same, path)
+        distance = pair_distances(F.normalize(flat(images) @ whiten), pairs)
+        for ending in ('', CENTRED):
+            results[Path(path).stem + ending] = figures_of(distance, same, path)
     return [{'verification': results}]
 
 
