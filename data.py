@@ -3,6 +3,8 @@
 Every image is decoded once into one memory-mapped file of uint8 pixels; from then on a batch is a
 gather of rows (batches.py).
 """
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -83,7 +85,14 @@ def load(path, cfg):
     name = f'{path.name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:10]}'
     folder = Path(cfg.data.cache) / f'{name}-{cfg.data.size}'
     if runtime.rank() == 0 and not is_current(folder, mark):
-        build_cache(folder, mark, path, read, name_of, len(labels), cfg)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(folder.name + '.lock'), 'w') as lock:
+            # Runs that start together would write into each other's cache. A file system without
+            # locks, as on some clusters, leaves that to the user.
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_current(folder, mark):
+                build_cache(folder, mark, path, read, name_of, len(labels), cfg)
     runtime.barrier()
     skipped = json.loads((folder / 'source.json').read_text())['skipped']
     if skipped:

@@ -155,9 +155,18 @@ def tradeoff_plot(found, folder):
         for curve in curves.values():
             axes.plot(*zip(*(points[row][name] for _, row in sorted(curve))), '-', lw=0.8,
                       color=colour)
-    for row, p in points.items():
-        axes.annotate(row, p['strongest attack'], xytext=(6, 4), textcoords='offset points')
     axes.axvline(100 * chance, color='grey', ls=':', lw=1)
+    figure.canvas.draw()              # settles where the points are
+    taken = []                        # of names that would overlap, the upper one moves up
+    for row, p in sorted(points.items(), key=lambda item: item[1]['strongest attack'][1]):
+        x, y = axes.transData.transform(p['strongest attack'])
+        at = y
+        for others_x, others_y in taken:
+            if abs(x - others_x) < 80:
+                at = max(at, others_y + 14)
+        taken.append((x, at))
+        axes.annotate(row, p['strongest attack'], textcoords='offset points',
+                      xytext=(6, 4 + (at - y) * 72 / figure.dpi))
     save_plot(figure, folder / 'tradeoff.png',
               'originals found first from their released image, %',
               'verification accuracy, mean of sets, %')

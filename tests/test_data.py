@@ -1,6 +1,8 @@
 """Cache, splits, order and random numbers of a data set."""
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +51,26 @@ def test_a_cache_that_was_not_finished_or_was_damaged_is_built_again(tmp_path):
     cfg = make_config(tmp_path)
     pixels = write_faces(tmp_path / 'faces').permute(0, 2, 3, 1)
     data.load(tmp_path / 'faces', cfg)
-    folder = next((tmp_path / 'cache').iterdir())
+    folder = next((tmp_path / 'cache').glob('*/'))
     for damage in ('source.json', 'hashes.npy', 'images.u8'):
         os.truncate(folder / damage, (folder / damage).stat().st_size // 2)
         assert np.array_equal(data.load(tmp_path / 'faces', cfg).images, pixels)
+
+
+def test_runs_that_start_together_decode_a_set_once(tmp_path, monkeypatch):
+    cfg = make_config(tmp_path)
+    pixels = write_faces(tmp_path / 'faces').permute(0, 2, 3, 1)
+    built, read = [], data.open_source
+
+    def slow(path):
+        get, *rest = read(path)
+        return lambda i: (time.sleep(0.05), built.append(i), get(i))[2], *rest
+
+    monkeypatch.setattr(data, 'open_source', slow)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: data.load(tmp_path / 'faces', cfg).images, range(3)))
+    assert all(np.array_equal(images, pixels) for images in found)
+    assert sorted(built) == list(range(len(pixels)))
 
 
 def test_a_folder_per_person_is_read_like_records(tmp_path):
