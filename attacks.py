@@ -118,8 +118,8 @@ def leakage(groups, attackers, device):
                 for kind, *entry in retrieve(t, device):
                     pooled.setdefault((variant, kind), []).append(entry)
                 if variant == '' and t.ceiling is None and t.person is not None:
-                    true, false = ((t.probes * t.gallery[s]).sum(1).cpu().numpy()
-                                   for s in (t.source, np.roll(t.source, 1)))
+                    pairs = (t.source, np.roll(t.source, len(t.source) // 2))   # other people
+                    true, false = ((t.probes * t.gallery[s]).sum(1).cpu().numpy() for s in pairs)
                     scores.append((true, false, true > t.threshold))
         for (variant, kind), entries in pooled.items():
             figures = summary(torch.cat([e[0] for e in entries]), torch.cat(
@@ -268,7 +268,7 @@ def trained(eye, group, cfg, device):
         images = torch.cat([torch.as_tensor(x).to(device) for x in group.pairs(chosen, 2 + step)])
         flip = torch.rand(size, device=device).lt(0.5).repeat(2)
         images = torch.where(flip[:, None, None, None], images.flip(2), images)
-        with runtime.autocast(device, cfg.run.precision):
+        with runtime.autocast(device, cfg.run.precision.replace('fp16', 'fp32')):
             z = net(embed.for_recogniser(images, net))
         z, w = F.normalize(z.float()).chunk(2)
         right = torch.arange(size, device=device)

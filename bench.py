@@ -108,9 +108,7 @@ class Bench:
         self.teacher = cfg.teacher.checkpoint or str(folder / 'teacher.pt')
         if not cfg.teacher.checkpoint:
             net = models.iresnet(cfg.teacher.depth, cfg.teacher.width, size, cfg.fr.dim)
-            for norm in (m for m in net.modules() if hasattr(m, 'running_mean')):
-                norm.momentum = 1.0                        # without statistics it overflows
-            embed.embed_batch(net, torch.from_numpy(self.images[:16]), 'fp32')
+            embed.calibrate(net, torch.from_numpy(self.images[:16]))
             torch.save({'net': net.state_dict(), 'config': as_dict(cfg)}, self.teacher)
         side = 8192 if device.type == 'cuda' else 1024
         x = torch.randn(side, side, device=device, dtype={
@@ -274,7 +272,7 @@ def main(folder, cfg, device, compare):
             import peers
             peers.compare(b, Timer, Path(folder))
     found |= {'modules': {n: sys.modules[n].__version__ for n in (
-        'torchvision', 'timm', 'transformers', 'mxnet') if n in sys.modules},
+        'torchvision', 'timm', 'transformers') if n in sys.modules},
               'matmul_tflops': b.matmul / 1e12, 'rows': b.rows}
     stem = f'{name} {Path(cfg.run.config).stem}'.lower()
     path = Path('results/speed', re.sub('[^a-z0-9]+', '-', stem) + '.json')

@@ -1,14 +1,18 @@
 """Checkpoints and notes of a run: written whole or not at all, read without running anything."""
 import argparse
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import resource
+import secrets
 from pathlib import Path
 
 import torch
 
 import runtime
-from config import as_dict
+from config import CONFIGS, as_dict
 from records import InputError
 
 KINDS = {'config': dict, 'images': str, 'step': int, 'steps': int, 'logged': int, 'net': dict,
@@ -26,13 +30,8 @@ class Checkpoint(dict):
 
 @contextlib.contextmanager
 def at_most(more):
-    """Let this process take at most so many more bytes (Linux alone can)."""
-    try:
-        import resource                              # not on Windows
-        used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-    except (ImportError, OSError):
-        yield
-        return
+    """Let this process take at most so many more bytes."""
+    used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     old = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (
         min(x for x in (used + more, *old) if x != resource.RLIM_INFINITY), old[1]))
@@ -40,6 +39,20 @@ def at_most(more):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, old)
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Only one process at a time, of runs that start together, makes what `path` will be.
+
+    A file system without locks, as on some clusters, leaves that to the user.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + '.lock'), 'w') as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def save(path, state):
@@ -127,6 +140,44 @@ def same_premises(saved, cfg, keys, path, images=''):
     if differ:
         raise InputError(f'{path} was made with another config: {", ".join(differ)}; change it '
                          'back, or use another run.folder or mae.name')
+
+
+def release_secret(cfg):
+    """The secret of a run's releases, drawn once: bytes."""
+    path = Path(cfg.reconstruct.key or Path(cfg.run.folder) / 'release.key')
+    if cfg.reconstruct.key and not path.is_file():
+        raise InputError(f'reconstruct.key = {path} does not exist: leave it empty to have a new '
+                         'secret drawn')
+    if runtime.rank() == 0 and not path.exists():
+        with alone(path):
+            if not path.exists():
+                draw_secret(path)
+    runtime.barrier()
+    secret, drawn = path.read_bytes().strip(), (Path(cfg.data.root) / 'toy.bin').exists()
+    if not drawn and secret == (CONFIGS / 'toy.key').read_bytes().strip():
+        raise InputError(f'reconstruct.key = {path} is known to everybody, and {cfg.data.root} '
+                         'are no drawn faces: set reconstruct.key= for a secret of your own')
+    return secret
+
+
+def draw_secret(path):
+    """Write a new secret that the user alone can read, or refuse where the old one is lost."""
+    if any(path.parent.rglob('release.json')):
+        raise InputError(f'{path} is missing, but releases were made with it: put it back, or '
+                         'use another run.folder')
+    temporary = path.with_name('release.key.tmp')
+    temporary.touch(mode=0o600)
+    temporary.write_text(secrets.token_hex(32) + '\n')
+    temporary.replace(path)
+
+
+def fingerprint(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def secret_seed(secret, purpose):
+    """63-bit seed that reveals nothing of the secret nor of the other purposes' seeds."""
+    return int.from_bytes(hashlib.sha256(secret + purpose.encode()).digest()[:8], 'big') >> 1
 
 
 def write_json(path, content):

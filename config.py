@@ -16,6 +16,7 @@ import yaml
 
 from records import InputError
 
+TAKEN = 'fold', 'seed', 'figures', 'reconstructed', 'cache', 'faces'      # in a run's folder
 CONFIGS = Path(__file__).parent / 'configs'
 CHOICES = {
     'stage': ('teacher', 'judge', 'student'),
@@ -119,9 +120,9 @@ def check_value(key, value, default):
 
 def check_row(name, changes):
     """The changes of one row of the comparison, whose name becomes a folder."""
-    if not re.fullmatch(r'(?!fold|seed|figures)[\w-]{1,60}', str(name)):
+    if not re.fullmatch(rf'(?!{"|".join(TAKEN)})[\w-]{{1,60}}', str(name)):
         raise InputError(f'compare has a row {shown(name)}: use letters, digits, _ and -, and do '
-                         'not begin with fold, seed or figures')
+                         f'not begin with {", ".join(TAKEN)}')
     if not isinstance(changes, list) or not all(isinstance(c, str) for c in changes):
         raise InputError(f'compare.{name} = {shown(changes)}: write a list of section.key=value')
     return changes
@@ -211,6 +212,9 @@ def rows(cfg, compare):
     itself, other rows and seeds in sub-folders, so that all share teacher, judge and cache.
     """
     names = ['', *cfg.compare] if compare else [cfg.run.row]
+    if compare and cfg.reconstruct.method in cfg.compare:
+        raise InputError(f'compare has a row {cfg.reconstruct.method!r}, the name that the method '
+                         'has in the table: rename the row, or set another reconstruct.method')
     for seed in (compare and cfg.compare_seeds) or [cfg.run.seed]:
         for name in names:
             if name and name not in cfg.compare:

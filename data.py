@@ -3,8 +3,6 @@
 Every image is decoded once into one memory-mapped file of uint8 pixels; from then on a batch is a
 gather of rows (batches.py).
 """
-import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -20,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 
+import checkpoint
 import records
 import runtime
 import toy
@@ -73,11 +72,13 @@ def load(path, cfg):
     as damaged. Built by rank 0, the others wait.
     """
     path = Path(path)
-    if cfg.toy.identities and not path.exists() and path == Path(cfg.data.root):
-        if runtime.rank() == 0:
-            t = cfg.toy
-            toy.draw_set(path, t.identities, t.images, t.test_identities, t.test_pairs,
-                         cfg.data.size, t.seed)
+    if cfg.toy.identities and path == Path(cfg.data.root):
+        if runtime.rank() == 0 and not path.exists():
+            with checkpoint.alone(path):
+                if not path.exists():
+                    t = cfg.toy
+                    toy.draw_set(path, t.identities, t.images, t.test_identities, t.test_pairs,
+                                 cfg.data.size, t.seed)
         runtime.barrier()
     read, name_of, labels, mark = open_source(path)
     size = cfg.data.size
@@ -85,12 +86,7 @@ def load(path, cfg):
     name = f'{path.name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:10]}'
     folder = Path(cfg.data.cache) / f'{name}-{cfg.data.size}'
     if runtime.rank() == 0 and not is_current(folder, mark):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_name(folder.name + '.lock'), 'w') as lock:
-            # Runs that start together would write into each other's cache. A file system without
-            # locks, as on some clusters, leaves that to the user.
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with checkpoint.alone(folder):
             if not is_current(folder, mark):
                 build_cache(folder, mark, path, read, name_of, len(labels), cfg)
     runtime.barrier()
@@ -188,6 +184,15 @@ def warn_if_unaligned(images, path):
         runtime.say(f'warning: the faces in {path} do not look aligned to the ArcFace template '
                     '(eyes at 38,52 and 74,52 of 112 pixels): align them first, for example with '
                     'insightface.utils.face_align.norm_crop, or results will be poor')
+
+
+def load_release(row):
+    """The released images of a row, or those of somebody else."""
+    path = Path(row.cfg.release or row.folder / 'reconstructed')
+    if not path.exists():
+        raise InputError(f'{path} is missing: ' + ('check the path' if row.cfg.release else
+                         f'first run `{runtime.again("reconstruct.py")}`'))
+    return load(path, row.cfg)
 
 
 # -------------------------------------------------------------------------------- splits

@@ -82,8 +82,16 @@ def embed_batch(net, images, precision):
         return net(for_recogniser(images, net)).float()
 
 
-def embed_all(net, store, batch, precision, flips=(False, True)):
-    """Embeddings of every image of a store, one float32 tensor (N, d) for each of `flips`.
+def calibrate(net, images):
+    """Set the statistics of an untrained net's BatchNorms, without which a deep one overflows, to
+    those of uint8 images (B, H, W, 3)."""
+    for norm in (m for m in net.modules() if hasattr(m, 'running_mean')):
+        norm.momentum = 1.0
+    embed_batch(net, images, 'fp32')
+
+
+def embed_all(net, store, batch, precision):
+    """Embeddings of every image of a store and of its mirror image: two float32 tensors (N, d).
 
     Batches are dealt to the processes and gathered, so the result does not depend on them.
     """
@@ -93,10 +101,10 @@ def embed_all(net, store, batch, precision, flips=(False, True)):
         if number % runtime.world() == runtime.rank():
             images = store(torch.arange(first, min(first + batch, len(store))))
             found[number] = [embed_batch(net, images.flip(2) if flip else images, precision)
-                             for flip in flips]
+                             for flip in (False, True)]
     if runtime.world() > 1:
         every = [None] * runtime.world()
         dist.all_gather_object(every, {n: [z.cpu() for z in zs] for n, zs in found.items()})
         found = {n: zs for part in every for n, zs in part.items()}
     return [torch.cat([found[n][i].to(store.device) for n in range(len(starts))])
-            for i in range(len(flips))]
+            for i in range(2)]

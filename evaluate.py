@@ -32,10 +32,10 @@ import embed
 import figures
 import models
 import runtime
+from checkpoint import fingerprint, release_secret, secret_seed
 from config import as_dict, rows
+from reconstruct import STRENGTH, check_release, load_maes, premises_of, protect, release_order
 from records import InputError
-from reconstruct import (STRENGTH, check_release, fingerprint, load_mae, protect,
-                         release_order, release_secret, secret_seed)
 from verification import (component_floor, find_set, floors, held_back, load_pairs, pair_distances,
                           paired_difference, threshold_at_far, unit_embeddings, verify)
 
@@ -61,15 +61,6 @@ def image_quality(made, originals, device):
     return {'psnr': torch.cat(psnr).mean().item(), 'ssim': torch.cat(ssim).mean().item()}
 
 
-def load_release(row):
-    """The released images of a row, or those of somebody else."""
-    path = Path(row.cfg.release or row.folder / 'reconstructed')
-    if not path.exists():
-        raise InputError(f'{path} is missing: ' + ('check the path' if row.cfg.release else
-                         f'first run `{runtime.again("reconstruct.py")}`'))
-    return data.load(path, row.cfg)
-
-
 def probes_of(cfg, count):
     """Which of `count` released images are searched for: all, or a fixed random choice."""
     chosen = np.random.default_rng(0).permutation(count)
@@ -83,8 +74,8 @@ def own_groups(row, folds, made, device):
     """
     cfg, c, whole, secret = row.cfg, row.cfg.reconstruct, folds[0].private_data, release_secret(
         row.cfg)
-    check_release(row.folder / 'reconstructed',
-                  {'images': data.private_digest(folds), 'secret': fingerprint(secret)}, cfg)
+    maes = load_maes(row, folds, device)
+    check_release(row.folder / 'reconstructed', premises_of(row, folds, secret), cfg)
     fold, image, _ = release_order(folds, secret, c.images_per_person)
     chosen, seed = probes_of(cfg, len(image)), secret_seed(secret, f'masks {cfg.run.seed}')
     draws = c.method in ('facemae', 'mask', 'noise')
@@ -93,13 +84,11 @@ def own_groups(row, folds, made, device):
 
     def group(k, f):
         mine = chosen[fold[chosen] == k]
-        mae = load_mae(row.mae(f.k), cfg.data.size, device,
-                       runtime.again('train_mae.py')) if c.method == 'facemae' else None
 
         def protected(images, numbers, seed):
             return np.concatenate([protect(
                 torch.from_numpy(np.asarray(images[part])).to(device),
-                torch.as_tensor(part, device=device), seed, cfg, mae).cpu().numpy()
+                torch.as_tensor(part, device=device), seed, cfg, maes[k]).cpu().numpy()
                 for part in np.array_split(numbers, len(numbers) // c.batch + 1)])
 
         known = f.train[np.random.default_rng(1).permutation(len(f.train))][:pairs]
@@ -110,6 +99,7 @@ def own_groups(row, folds, made, device):
         people = f.data.labels[known]
         outside = np.setdiff1d(np.arange(len(whole.labels)),
                                np.concatenate([g.private for g in folds]))
+        outside = outside[~np.isin(whole.labels[outside], cfg.data.exclude)]
         return SimpleNamespace(
             released=(made.images, mine), originals=(whole.images, f.private), seen={},
             source=np.searchsorted(f.private, image[mine]), person=whole.labels[f.private],
@@ -235,8 +225,10 @@ def attacked(row, folds, path):
         net for f in folds for net in (row.mae(f.k), *(
             Path(cfg.run.folder) / f'fold{f.k}' / f'{role}.pt' for role in ('judge', 'teacher')))]
     config = {k: v for k, v in as_dict(cfg).items() if 'compare' not in k}
+    code = b''.join(p.read_bytes() for p in sorted(Path(__file__).parent.glob('*.py')))
+    machine = {k: v for k, v in runtime.provenance().items() if k != 'commit'}
     nets = [fingerprint(Path(net).read_bytes()) for net in nets if Path(net).is_file()]
-    return fingerprint(repr([config, runtime.provenance(), data.private_digest(folds),
+    return fingerprint(repr([config, fingerprint(code), machine, data.private_digest(folds),
                              fingerprint(release_secret(cfg)), nets]).encode())
 
 
@@ -250,7 +242,7 @@ def evaluate(row, folds, sets, galleries, device):
         path, name = cfg.evaluate.model or path, 'external.json'
     student = embed.recogniser(path, device, runtime.again('train_fr.py')) if (
         not cfg.release or Path(path).exists()) else None
-    made = load_release(row) if cfg.release or folds else None
+    made = data.load_release(row) if cfg.release or folds else None
     if student and made and not cfg.evaluate.model and data.digest(
             made, np.arange(len(made.labels))) != checkpoint.load(path)['images']:
         if not cfg.release:
@@ -292,13 +284,19 @@ def main(cfg, device, compare):
         cfg.data.size = embed.recogniser(cfg.evaluate.model, device).size
     sets = {path: load_pairs(path, cfg) for path in
             (find_set(name, cfg) for name in cfg.evaluate.sets)}
+    if len({Path(path).stem for path in sets}) < len(sets):
+        raise InputError(f'evaluate.sets = {cfg.evaluate.sets} has two sets of one name, which '
+                         'is all that tells them apart: rename a file')
     folds = [] if cfg.evaluate.model or cfg.release else data.split(cfg)
     if len(folds) == 1 and len(folds[0].validation):
         sets['held back'] = held_back(folds[0])
     found, distances, galleries = {}, {}, {}
     if compare and sets and folds:
         found['untrained net'] = floors(cfg, sets, device)
-        found['pixel components'] = component_floor(folds[0].private_data.images, sets)
+        whole = folds[0].private_data
+        used = np.flatnonzero(~np.isin(whole.labels, cfg.data.exclude))
+        found['pixel components'] = component_floor(
+            whole.images[used[::len(used) // 5000 + 1]], sets)
     every = list(rows(cfg, compare))
     ready = [row for row in every if (row.folder / 'fr.pt').exists()] or every
     if later := [f'{row.name} (seed {row.cfg.run.seed})' for row in every if row not in ready]:

@@ -65,20 +65,23 @@ def save_plot(figure, path, x, y):
     temporary = path.with_suffix('.tmp')
     figure.savefig(temporary, format='png', dpi=120, bbox_inches='tight')
     temporary.replace(path)
+    plotting().close(figure)
 
 
 def histogram(curves, path):
     """Score histograms side by side; `curves` = {name: (cosines of true pairs, of others)}."""
     if not (plt := plotting()):
         return
-    figure, panels = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 3), sharey=True,
+    high, wide = -(-len(curves) // 6), min(len(curves), 6)
+    figure, panels = plt.subplots(high, wide, figsize=(3.2 * wide, 3 * high), sharey=True,
                                   squeeze=False)
-    for panel, (name, both) in zip(panels[0], curves.items()):
+    for panel in panels.flat[len(curves):]:
+        panel.remove()
+    for panel, (name, both) in zip(panels.flat, curves.items()):
         for cosines, colour, label in zip(both, SURE, ('true pairs', 'others')):
             panel.hist(cosines, 40, (-1, 1), density=True, alpha=0.6, color=colour, label=label)
         panel.set_title(name)
     save_plot(figure, path, 'cosine', '')
-    plt.close('all')
 
 
 def verification_plots(curves, folder):
@@ -94,7 +97,6 @@ def verification_plots(curves, folder):
     axes.set_xscale('log')
     axes.set_xlim(1e-3, 1)
     save_plot(figure, folder / 'roc.png', 'false accept rate', 'true accept rate')
-    plt.close('all')
     histogram({name: (1 - d[same] / 2, 1 - d[~same] / 2) for name, (d, same) in curves.items()},
               folder / 'scores.png')
 
@@ -115,7 +117,7 @@ def privacy_pictures(found, cosines, released, originals, folder, name):
 
 
 def leakage_of(result, kind='same_image'):
-    """Rank-1 of the judge and of the strongest attack on this release, each with a name.
+    """Rank-1 of the judge and of the strongest attack on this release, NaN without one.
 
     Attacks that hold more than the release do not count: several releases, the original's own
     patches, the secret masks; whoever guesses the masks counts."""
@@ -123,8 +125,8 @@ def leakage_of(result, kind='same_image'):
              if a.endswith(kind) and not a.startswith(('visible', 'repeated', 'masked'))}
     rank1 |= {'guessed': f['curve']['mask']['estimated'] for a, f in result['privacy'].items()
               if a == f'masked_{kind}'}
-    strongest = max(rank1, key=rank1.get)
-    return {'judge': rank1.get(f'judge_{kind}', np.nan), 'strongest attack': rank1[strongest]}
+    return {'judge': rank1.get(f'judge_{kind}', np.nan),
+            'strongest attack': max(rank1.values(), default=np.nan)}
 
 
 def tradeoff_plot(found, folder):
@@ -170,7 +172,6 @@ def tradeoff_plot(found, folder):
     save_plot(figure, folder / 'tradeoff.png',
               'originals found first from their released image, %',
               'verification accuracy, mean of sets, %')
-    plt.close('all')
 
 
 def effort_plots(found, folder):
@@ -189,7 +190,6 @@ def effort_plots(found, folder):
                       ls='-' if series in ('ridge', 'recogniser') else ':')
         axes.set_xscale('log', base=2)
         save_plot(figure, folder / f'{attack}.png', x, 'original found first, %')
-        plt.close('all')
 
 
 def differences(ahead, method):

@@ -1,8 +1,8 @@
 """What bench.py measures beside the kit: other people's code, imported from where they keep it.
 
 FOLDER/mae           a clone of facebookresearch/mae; its model and its loop (needs timm)
-FOLDER/insightface   a clone of deepinsight/insightface; its nets, margin and record reader
-transformers, mxnet  if they are installed
+FOLDER/insightface   a clone of deepinsight/insightface; its nets and margin
+transformers         if it is installed
 
 They run as their authors run them: with their losses' way to the host after every step, and on a
 GPU in float16 (Hugging Face in run.precision) and compiled, too. Their images lie ready on the
@@ -24,7 +24,6 @@ from torch import nn
 
 import embed
 import models
-import records
 import runtime
 from irm import irm_loss
 
@@ -131,18 +130,6 @@ def insightface(b, changed, batch):
     return do
 
 
-def record_reader(b, changed, batch):
-    """Images of the drawn record set as insightface's data set reads them by mxnet."""
-    from dataset import MXFaceDataset
-    found = MXFaceDataset(str(b.folder / 'faces'), 0)
-
-    def do(count):
-        for _ in range(count):
-            for i in range(batch):
-                found[i]
-    return do
-
-
 def images(b, count):
     """float32 (count, 3, S, S) in -1..1 on the device."""
     return b.store(torch.arange(count)).permute(0, 3, 1, 2) / 127.5 - 1
@@ -151,17 +138,14 @@ def images(b, count):
 def compare(b, timer, folder):
     """Rows of the peers in `folder`, each beside the kit in turn; timer is bench.Timer."""
     sys.path[:0] = [str(folder / 'mae'), str(folder / 'insightface/recognition/arcface_torch')]
-    batch, faces = min(b.cfg.mae.batch, b.cfg.mae.micro_batch), records.Records(b.folder / 'faces')
+    batch = min(b.cfg.mae.batch, b.cfg.mae.micro_batch)
     ways = {'': lambda net: net, ', compiled': torch.compile}
     for stage, train, items, makers in (
             ('1 train, no IRM', functools.partial(b.train_mae, False, batch), batch,
              {'facebookresearch/mae': facebook, 'Hugging Face ViTMAE': hugging_face}),
             ('1 train, IRM', functools.partial(b.train_mae, True, batch), batch,
              {'facebookresearch/mae, insightface': facebook_and_insightface}),
-            ('3 recognise', b.train_fr, b.cfg.fr.batch, {'insightface': insightface}),
-            ('reading', functools.partial(
-                b.timed, lambda: [records.decode(faces[i], 'face') for i in range(64)]), 64,
-             {'insightface, mxnet': record_reader})):
+            ('3 recognise', b.train_fr, b.cfg.fr.batch, {'insightface': insightface})):
         found = {}
         for (name, make), way in itertools.product(
                 makers.items(), ways if b.device.type == 'cuda' else ['']):

@@ -13,11 +13,9 @@ Labels are renumbered and images reordered by a secret in release.key, which is 
 masks come from it, too. Every image of fold k is made by the model that never saw its people.
 An interrupted release continues where it was; the result is the same for any number of processes.
 """
-import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +34,7 @@ import embed
 import models
 import records
 import runtime
+from checkpoint import fingerprint, release_secret, secret_seed
 from config import as_dict, rows
 from figures import save_grid
 from records import InputError
@@ -48,27 +47,12 @@ STRENGTH = {'facemae': 'mask_ratio', 'mask': 'mask_ratio', 'blur': 'blur_sigma',
             'pixelate': 'pixelate_block', 'noise': 'noise_std'}
 
 
-def release_secret(cfg):
-    """The secret of a run's releases, drawn once: bytes."""
-    path = Path(cfg.reconstruct.key or Path(cfg.run.folder) / 'release.key')
-    if cfg.reconstruct.key and not path.is_file():
-        raise InputError(f'reconstruct.key = {path} does not exist: leave it empty to have a new '
-                         'secret drawn')
-    if runtime.rank() == 0 and not path.exists():
-        if any(path.parent.rglob('release.json')):
-            raise InputError(f'{path} is missing, but releases were made with it: put it back, or '
-                             'use another run.folder')
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name('release.key.tmp')
-        temporary.touch(mode=0o600)
-        temporary.write_text(secrets.token_hex(32) + '\n')
-        temporary.replace(path)
-    runtime.barrier()
-    return path.read_bytes().strip()
-
-
-def fingerprint(content):
-    return hashlib.sha256(content).hexdigest()
+def premises_of(row, folds, secret):
+    """What a release is made from, for release.json."""
+    made = [row.mae(f.k) for f in folds if row.cfg.reconstruct.method == 'facemae']
+    return {'config': as_dict(row.cfg), 'images': data.private_digest(folds),
+            'secret': fingerprint(secret),
+            'mae': [fingerprint(path.read_bytes()) for path in made]}
 
 
 def check_release(target, premises, cfg):
@@ -83,11 +67,6 @@ def check_release(target, premises, cfg):
         if what in premises and what in saved and premises[what] != saved[what]:
             raise InputError(f'{target} was made with another {what}: give reconstruct.key or '
                              'mae.name as then, use another run.folder, or delete the release')
-
-
-def secret_seed(secret, purpose):
-    """63-bit seed that reveals nothing of the secret nor of the other purposes' seeds."""
-    return int.from_bytes(hashlib.sha256(secret + purpose.encode()).digest()[:8], 'big') >> 1
 
 
 def release_order(folds, secret, images_per_person=0):
@@ -109,6 +88,12 @@ def release_order(folds, secret, images_per_person=0):
         kept = np.arange(len(label)) - first < images_per_person
         fold, image, label = fold[kept], image[kept], label[kept]
     return fold, image, label
+
+
+def load_maes(row, folds, device):
+    """The finished masked autoencoder of each fold, or None for methods that need none."""
+    return [load_mae(row.mae(f.k), row.cfg.data.size, device, runtime.again('train_mae.py'))
+            if row.cfg.reconstruct.method == 'facemae' else None for f in folds]
 
 
 def load_mae(path, size, device, made_by):
@@ -178,18 +163,18 @@ def release(row, folds, device):
     """Write one released data set."""
     cfg, c = row.cfg, row.cfg.reconstruct
     target = row.folder / 'reconstructed'
-    digest = data.private_digest(folds)
     note = row.folder / 'release.json'          # stays in the run folder: it names the source
-    maes = [load_mae(row.mae(f.k), cfg.data.size, device, runtime.again('train_mae.py'))
-            if c.method == 'facemae' else None for f in folds]
+    maes = load_maes(row, folds, device)
     secret = release_secret(cfg)
-    premises = {'config': as_dict(cfg), 'images': digest, 'secret': fingerprint(secret),
-                'mae': [fingerprint(row.mae(f.k).read_bytes()) for f, m in zip(folds, maes) if m]}
+    premises = premises_of(row, folds, secret)
     if (target / 'manifest.json').exists():
         check_release(target, premises, cfg)
         return runtime.say(f'{target} is finished: nothing to do')
     if STRENGTH.get(c.method) == 'mask_ratio':
         visible_patches(cfg.data.size, cfg.mae.patch, c.mask_ratio)
+    if c.method == 'blur' and math.ceil(3 * c.blur_sigma) >= cfg.data.size:
+        raise InputError(f'reconstruct.blur_sigma = {c.blur_sigma:g} blurs over more than the '
+                         f'{cfg.data.size} pixels of a face: give less than {cfg.data.size / 3:g}')
     fold, image, label = release_order(folds, secret, c.images_per_person)
     seed = secret_seed(secret, f'masks {cfg.run.seed}')
     whole = folds[0].private_data

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -243,7 +244,6 @@ def stage_seconds(run):
 
 def resident_bytes():
     """Peak resident memory of this process, bytes."""
-    import resource                                   # not on Windows, and only wanted here
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -276,9 +276,8 @@ def launch(main, doc, compare):
         if not full and not e.filename:                   # no path is wrong, but the code is
             raise
         remedy = 'free space or choose another run.folder' if full else 'check path and rights'
-        print(f'error: {e.filename or cfg.run.folder}: {e.strerror}: {remedy}, then run the same '
-              'command again', file=sys.stderr)
-        sys.exit(2)
+        refuse(f'{e.filename or cfg.run.folder}: {e.strerror}: {remedy}, then run the same '
+               'command again')
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, MemoryError) or re.search('out of memory|allocate memory', str(e)):
             refuse(f'memory is too small ({" ".join(str(e).split())[:150]}): choose a smaller '
@@ -288,10 +287,8 @@ def launch(main, doc, compare):
                    'run.compile=false')
         if world() == 1 or not re.search('[Cc]onnection|NCCL|[Tt]imed out|[Tt]imeout', str(e)):
             raise
-        print('error: another process of this run died or hangs '
-              f'({str(e).splitlines()[0][:150]}): see its message; the same command continues '
-              'from the last checkpoint', file=sys.stderr, flush=True)
-        os._exit(2)
+        refuse(f'another process of this run died or hangs ({str(e).splitlines()[0][:150]}): see '
+               'its message; the same command continues from the last checkpoint')
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

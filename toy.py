@@ -1,12 +1,9 @@
 """Toy faces: a face data set for tests and the demo, drawn here, with no real person in it.
 
-    python toy.py OUTFOLDER     # OUTFOLDER/toy_faces.png: 8 identities (rows), 8 images of each
-
 Who somebody is lies in many small measures (WHO); pose, light, expression, background and
 occlusion (SHOT) change the pixels more. Lengths: half image widths, x to the right, y down.
 """
 import shutil
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torchvision
 
 import records
 
@@ -210,11 +206,3 @@ def draw_set(folder, identities, per_identity, test_identities, test_pairs, size
     records.write_bin(part / 'toy.bin', [test[i] for i in where.ravel()], same)
     part.rename(folder)
     print(f'{folder}: {len(labels)} toy faces drawn in {time.time() - started:.1f} s', flush=True)
-
-
-if __name__ == '__main__':
-    if len(sys.argv) != 2:
-        sys.exit(__doc__.split('\n\n')[1])
-    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
-    sheet = torchvision.utils.make_grid(draw(np.arange(64) // 8, np.arange(64) % 8, size=112))
-    torchvision.io.write_png(sheet, f'{sys.argv[1]}/toy_faces.png')

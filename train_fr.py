@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import batches
@@ -30,7 +29,7 @@ import runtime
 from config import as_dict, rows
 from records import InputError
 
-FIXED = ['fr', 'data.size', 'run.precision']     # premises of a checkpoint; callers add their own
+FIXED = ['data.size', 'run.precision']           # premises of a checkpoint; callers add their own
 
 
 def learning_rate(step, total, steps_per_epoch, cfg):
@@ -94,10 +93,7 @@ class NormStatistics:
 
     def finish(self, parts):
         """Set the mean over the parts of all processes."""
-        flat = torch.cat([s.flatten() for s in self.sums]) / parts
-        if runtime.world() > 1:
-            dist.all_reduce(flat)
-            flat /= runtime.world()
+        flat = runtime.mean(torch.cat([s.flatten() for s in self.sums]) / parts)
         for b, piece in zip(self.buffers, flat.split([b.numel() for b in self.buffers])):
             b.copy_(piece.view_as(b))
 
@@ -209,25 +205,23 @@ def train_public(cfg, stage, device):
     role = getattr(cfg, stage)
     if role.checkpoint:
         return runtime.say(f'{stage}.checkpoint = {role.checkpoint} is used: nothing to train')
+    fixed = [stage, *(f'fr.{key}' for key in vars(cfg.fr) if not hasattr(role, key))]
     for fold in data.split(cfg):
         for _ in train(cfg, Path(cfg.run.folder) / f'fold{fold.k}' / f'{stage}.pt', fold.data,
-                       fold.train, role, f'{stage}/fold{fold.k}', [stage], device):
+                       fold.train, role, f'{stage}/fold{fold.k}', fixed, device):
             pass
 
 
 def train_student(row, device):
     """The recogniser of a release."""
     cfg = row.cfg
-    release = Path(cfg.release or row.folder / 'reconstructed')
-    if not release.exists():
-        raise InputError(f'{release} is missing: first run `{runtime.again("reconstruct.py")}`')
+    released = data.load_release(row)
     if not cfg.release:
         data.split(cfg)                 # refuses people or images that are public and private
-    released = data.load(release, cfg)
     stage = f'student/{row.folder.relative_to(cfg.run.folder)}'.removesuffix('/.')
     role = SimpleNamespace(**vars(cfg.fr), seed=cfg.run.seed)
     for _ in train(cfg, row.folder / 'fr.pt', released, np.arange(len(released.labels)), role,
-                   stage, ['run.seed'], device):
+                   stage, ['fr', 'run.seed'], device):
         pass
 
 

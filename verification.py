@@ -61,9 +61,8 @@ def tar_at_far(distance, same, far):
 def auc(distance, same):
     """Area under the ROC: chance that a same pair is closer than a different one (ties half)."""
     others, own = np.sort(distance[~same]), distance[same]
-    closer = len(others) - np.searchsorted(others, own, 'right')
-    ties = np.searchsorted(others, own, 'right') - np.searchsorted(others, own, 'left')
-    return float((closer + ties / 2).mean() / len(others))
+    left, right = (np.searchsorted(others, own, side) for side in ('left', 'right'))
+    return float((len(others) - (left + right) / 2).mean() / len(others))
 
 
 def interval(hits, person, draws=1000):
@@ -183,7 +182,7 @@ def verify(net, sets, cfg, device):
 def component_floor(faces, sets, components=100):
     """Verification by whitened principal components of pixels, which know nothing of identity.
 
-    faces (N, H, W, 3) uint8, of which 5,000 at most are used. Each test set is always centred on
+    faces (N, H, W, 3) uint8. Each test set is always centred on
     its own mean, which alone gains points: one floor for verify()'s plain and centred figures.
     """
     def flat(images):
@@ -191,7 +190,7 @@ def component_floor(faces, sets, components=100):
         x = F.adaptive_avg_pool2d(x + x.flip(3), 24).flatten(1).double()
         return x - x.mean(0)
 
-    x = flat(faces[::len(faces) // 5000 + 1])
+    x = flat(faces)
     values, vectors = torch.linalg.eigh(x.T @ x)
     whiten = vectors[:, -components:] / values[-components:].clamp(min=1e-9).sqrt()
     results = {}
@@ -205,14 +204,12 @@ def component_floor(faces, sets, components=100):
 def floors(cfg, sets, device):
     """What recognisers reach that learnt nothing: an untrained net of each seed.
 
-    Its BatchNorms take the statistics of test images, without which a deep net overflows.
+    Its BatchNorms take the statistics of test images.
     """
     results, some = [], next(iter(sets.values()))[0][:256]
     for seed in cfg.compare_seeds or [cfg.run.seed]:
         torch.manual_seed(seed)
         net = models.iresnet(cfg.fr.depth, cfg.fr.width, cfg.data.size, cfg.fr.dim).to(device)
-        for norm in (m for m in net.modules() if hasattr(m, 'running_mean')):
-            norm.momentum = 1.0
-        embed.embed_batch(net, torch.from_numpy(some).to(device), 'fp32')
+        embed.calibrate(net, torch.from_numpy(some).to(device))
         results.append({'verification': verify(net.eval(), sets, cfg, device)[0]})
     return results

@@ -54,7 +54,8 @@ def test_exponents_without_a_dot_are_numbers():
 
 @pytest.mark.parametrize('text', ['', '3', '- a', 'a: [', '\x00', 'a: !!python/object:os.system x',
                                   'mae: {epochs: {a: 1}}', 'base: nowhere.yaml', 'base: bad.yaml',
-                                  'compare: {x: 3}', 'compare: {x: [mae.lr]}', '1: 2'])
+                                  'compare: {x: 3}', 'compare: {x: [mae.lr]}', '1: 2',
+                                  'compare: {reconstructed: []}', 'compare: {facemae: []}'])
 def test_a_broken_file_is_one_sentence(tmp_path, text):
     (tmp_path / 'bad.yaml').write_text(text)
     with pytest.raises(InputError) as error:

@@ -11,7 +11,9 @@ import torch
 
 import config
 import batches
+import checkpoint
 import data
+import evaluate
 import records
 import reconstruct
 import toy
@@ -147,6 +149,19 @@ def test_people_with_few_images_only_feed_the_mae(tmp_path):
     assert not {6, 7} & set(people[fold.private])
 
 
+def test_people_who_are_excluded_are_in_nothing(tmp_path, monkeypatch):
+    write_faces(tmp_path / 'faces')
+    cfg = make_config(tmp_path, 'data.exclude=[5]', 'reconstruct.method=none', 'toy.identities=0')
+    folds = data.split(cfg)
+    monkeypatch.setattr(evaluate, 'check_release', lambda *_: None)
+    row = next(config.rows(cfg, compare=False))
+    [group] = evaluate.own_groups(row, folds, folds[0].private_data, 'cpu')
+    labels, [f] = folds[0].private_data.labels, folds
+    for rows in (f.private, f.train, f.mae, f.validation, group.outsiders[1]):
+        assert 5 not in labels[rows]
+    assert len(group.outsiders[1])
+
+
 def test_a_picture_that_is_public_and_private_stops_the_run(tmp_path):
     write_faces(tmp_path / 'faces')
     write_faces(tmp_path / 'other', start=7)                 # person 7 is in both sets
@@ -187,6 +202,25 @@ def test_hashes_depend_on_image_epoch_and_seed_alone():
     assert abs(u.mean() - 0.5) < 0.003 and abs(u.var() - 1 / 12) < 0.003
     for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1])):
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.01
+
+
+def test_runs_that_start_together_share_one_secret(tmp_path, monkeypatch):
+    draw = checkpoint.secrets.token_hex
+    monkeypatch.setattr(checkpoint.secrets, 'token_hex', lambda n: (time.sleep(0.1), draw(n))[1])
+    cfg = make_config(tmp_path, 'reconstruct.key=')
+    with ThreadPoolExecutor(3) as pool:
+        found = set(pool.map(lambda _: checkpoint.release_secret(cfg), range(3)))
+    assert len(found) == 1 and len(found.pop()) == 64
+
+
+def test_the_public_secret_of_the_demo_protects_nobody_else(tmp_path):
+    """Who knows it could compute masks, order and labels of the release."""
+    cfg = make_config(tmp_path, f'reconstruct.key={config.CONFIGS / "toy.key"}')
+    write_faces(tmp_path / 'faces')
+    with pytest.raises(InputError, match='known to everybody'):
+        checkpoint.release_secret(cfg)
+    (tmp_path / 'faces' / 'toy.bin').touch()
+    assert len(checkpoint.release_secret(cfg)) == 64
 
 
 def test_release_order_is_secret_and_complete(tmp_path):

@@ -116,6 +116,12 @@ def test_attacks_are_kept_until_something_changes(copied, finished):
     state['net']['fc.bias'] += 1
     torch.save(state, copied / 'run' / 'fold0' / 'judge.pt')
     assert 'are kept' not in run(copied, 'evaluate.py', *few)
+    mae, only = copied / 'run' / 'fold0' / 'mae.pt', 'evaluate.attacks=[membership]'
+    whole, state = mae.read_bytes(), torch.load(mae, weights_only=True)
+    torch.save(state | {'std': state['std'] + 1}, mae)
+    assert 'made with another mae' in run(copied, 'evaluate.py', only, code=2)
+    mae.write_bytes(whole)
+    run(copied, 'evaluate.py', '--compare', only)          # no attack that the plot could show
     (copied / 'run' / 'release.key').write_text('another\n')
     assert 'made with another secret' in run(copied, 'evaluate.py', *few, code=2)
 

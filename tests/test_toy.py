@@ -1,5 +1,4 @@
 """The toy faces: the same in every batch and process, people who differ, files to be read."""
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -98,13 +97,3 @@ def test_a_failed_draw_leaves_no_set(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         toy.draw_set(tmp_path / 'toy', 2, 2, 2, 10, size=16, seed=0)
     assert not (tmp_path / 'toy').exists()
-
-
-def test_contact_sheet(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['toy.py', str(tmp_path / 'out')])
-    runpy.run_path(toy.__file__, run_name='__main__')
-    sheet = records.decode((tmp_path / 'out' / 'toy_faces.png').read_bytes(), 'sheet')
-    assert sheet.shape == (3, 8 * 114 + 2, 8 * 114 + 2)
-    monkeypatch.setattr(sys, 'argv', ['toy.py'])
-    with pytest.raises(SystemExit, match='OUTFOLDER'):
-        runpy.run_path(toy.__file__, run_name='__main__')
