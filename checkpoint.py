@@ -50,8 +50,13 @@ def alone(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + '.lock'), 'w') as lock:
-        with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            runtime.say(f'another run is making {path}: waiting for it')
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:                 # no locks here
+            pass
         yield
 
 

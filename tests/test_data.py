@@ -59,7 +59,7 @@ def test_a_cache_that_was_not_finished_or_was_damaged_is_built_again(tmp_path):
         assert np.array_equal(data.load(tmp_path / 'faces', cfg).images, pixels)
 
 
-def test_runs_that_start_together_decode_a_set_once(tmp_path, monkeypatch):
+def test_runs_that_start_together_decode_a_set_once(tmp_path, monkeypatch, capsys):
     cfg = make_config(tmp_path)
     pixels = write_faces(tmp_path / 'faces').permute(0, 2, 3, 1)
     built, read = [], data.open_source
@@ -73,6 +73,7 @@ def test_runs_that_start_together_decode_a_set_once(tmp_path, monkeypatch):
         found = list(pool.map(lambda _: data.load(tmp_path / 'faces', cfg).images, range(3)))
     assert all(np.array_equal(images, pixels) for images in found)
     assert sorted(built) == list(range(len(pixels)))
+    assert 'waiting for it' in capsys.readouterr().out
 
 
 def test_a_folder_per_person_is_read_like_records(tmp_path):
