@@ -1,4 +1,4 @@
-"""Checkpoints and notes of a run: written whole or not at all, read without running anything."""
+"""Checkpoints, notes and secret of a run: written whole or not at all, read without running anything."""
 import argparse
 import contextlib
 import fcntl
@@ -41,23 +41,24 @@ def at_most(more):
         resource.setrlimit(resource.RLIMIT_AS, old)
 
 
-@contextlib.contextmanager
-def alone(path):
-    """Only one process at a time, of runs that start together, makes what `path` will be.
+def make_once(path, ready, make):
+    """Unless ready(): make() what `path` shall be, in one of the runs that start together.
 
-    A file system without locks, as on some clusters, leaves that to the user.
+    Its rank 0 makes it, all others wait. A file system without locks, as on some clusters, leaves that to the user.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + '.lock'), 'w') as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            runtime.say(f'another run is making {path}: waiting for it')
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:                 # no locks here
-            pass
-        yield
+    if runtime.rank() == 0 and not ready():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(path.name + '.lock'), 'w') as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                runtime.say(f'another run is making {path}: waiting for it')
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:                 # no locks here
+                pass
+            if not ready():
+                make()
+    runtime.barrier()
 
 
 def save(path, state):
@@ -153,11 +154,7 @@ def release_secret(cfg):
     if cfg.reconstruct.key and not path.is_file():
         raise InputError(f'reconstruct.key = {path} does not exist: leave it empty to have a new '
                          'secret drawn')
-    if runtime.rank() == 0 and not path.exists():
-        with alone(path):
-            if not path.exists():
-                draw_secret(path)
-    runtime.barrier()
+    make_once(path, path.exists, lambda: draw_secret(path))
     secret, drawn = path.read_bytes().strip(), (Path(cfg.data.root) / 'toy.bin').exists()
     if not drawn and secret == (CONFIGS / 'toy.key').read_bytes().strip():
         raise InputError(f'reconstruct.key = {path} is known to everybody, and {cfg.data.root} '

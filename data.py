@@ -73,23 +73,17 @@ def load(path, cfg):
     """
     path = Path(path)
     if cfg.toy.identities and path == Path(cfg.data.root):
-        if runtime.rank() == 0 and not path.exists():
-            with checkpoint.alone(path):
-                if not path.exists():
-                    t = cfg.toy
-                    toy.draw_set(path, t.identities, t.images, t.test_identities, t.test_pairs,
-                                 cfg.data.size, t.seed)
-        runtime.barrier()
+        t = cfg.toy
+        checkpoint.make_once(path, path.exists, lambda: toy.draw_set(
+            path, t.identities, t.images, t.test_identities, t.test_pairs, cfg.data.size, t.seed))
     read, name_of, labels, mark = open_source(path)
     size = cfg.data.size
     mark = {'source': mark, 'on_size': cfg.data.on_size, 'on_corrupt': cfg.data.on_corrupt}
     name = f'{path.name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:10]}'
     folder = Path(cfg.data.cache) / f'{name}-{cfg.data.size}'
-    if runtime.rank() == 0 and not is_current(folder, mark):
-        with checkpoint.alone(folder):
-            if not is_current(folder, mark):
-                build_cache(folder, mark, path, read, name_of, len(labels), cfg)
-    runtime.barrier()
+    checkpoint.make_once(
+        folder, lambda: is_current(folder, mark),
+        lambda: build_cache(folder, mark, path, read, name_of, len(labels), cfg))
     skipped = json.loads((folder / 'source.json').read_text())['skipped']
     if skipped:
         runtime.say(f'{path}: {len(skipped)} damaged images are left out (data.on_corrupt=skip)')
@@ -197,6 +191,11 @@ def load_release(row):
 
 # -------------------------------------------------------------------------------- splits
 
+def not_excluded(found, cfg):
+    """Which images of a data set are of nobody in data.exclude: bool (N,)."""
+    return ~np.isin(found.labels, cfg.data.exclude)
+
+
 def renumber(labels):
     """Labels with gaps -> 0 .. C-1, in order of size."""
     return np.unique(labels, return_inverse=True)[1].reshape(-1)
@@ -213,7 +212,7 @@ def split(cfg):
     """
     whole = load(cfg.data.root, cfg)
     public = load(cfg.data.public, cfg) if cfg.data.public else whole
-    kept = ~np.isin(whole.labels, cfg.data.exclude)
+    kept = not_excluded(whole, cfg)
     names, inverse, counts = np.unique(whole.labels, return_inverse=True, return_counts=True)
     many = (counts >= cfg.data.min_images)[inverse] & kept
     if cfg.data.public:

@@ -97,9 +97,8 @@ def own_groups(row, folds, made, device):
             noise = batches.hashed(seed, 0, image[mine], (cfg.data.size // cfg.mae.patch) ** 2)
             hidden = models.random_masking(noise, c.mask_ratio)[2]
         people = f.data.labels[known]
-        outside = np.setdiff1d(np.arange(len(whole.labels)),
+        outside = np.setdiff1d(np.flatnonzero(data.not_excluded(whole, cfg)),
                                np.concatenate([g.private for g in folds]))
-        outside = outside[~np.isin(whole.labels[outside], cfg.data.exclude)]
         return SimpleNamespace(
             released=(made.images, mine), originals=(whole.images, f.private), seen={},
             source=np.searchsorted(f.private, image[mine]), person=whole.labels[f.private],
@@ -282,11 +281,11 @@ def evaluate(row, folds, sets, galleries, device):
 def main(cfg, device, compare):
     if cfg.evaluate.model:                   # a published net sees the pairs at its own size
         cfg.data.size = embed.recogniser(cfg.evaluate.model, device).size
-    sets = {path: load_pairs(path, cfg) for path in
-            (find_set(name, cfg) for name in cfg.evaluate.sets)}
-    if len({Path(path).stem for path in sets}) < len(sets):
+    paths = dict.fromkeys(find_set(name, cfg) for name in cfg.evaluate.sets)
+    if len({Path(path).stem for path in paths}) < len(paths):
         raise InputError(f'evaluate.sets = {cfg.evaluate.sets} has two sets of one name, which '
                          'is all that tells them apart: rename a file')
+    sets = {path: load_pairs(path, cfg) for path in paths}
     folds = [] if cfg.evaluate.model or cfg.release else data.split(cfg)
     if len(folds) == 1 and len(folds[0].validation):
         sets['held back'] = held_back(folds[0])
@@ -294,7 +293,7 @@ def main(cfg, device, compare):
     if compare and sets and folds:
         found['untrained net'] = floors(cfg, sets, device)
         whole = folds[0].private_data
-        used = np.flatnonzero(~np.isin(whole.labels, cfg.data.exclude))
+        used = np.flatnonzero(data.not_excluded(whole, cfg))
         found['pixel components'] = component_floor(
             whole.images[used[::len(used) // 5000 + 1]], sets)
     every = list(rows(cfg, compare))

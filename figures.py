@@ -162,10 +162,7 @@ def tradeoff_plot(found, folder):
     taken = []                        # of names that would overlap, the upper one moves up
     for row, p in sorted(points.items(), key=lambda item: item[1]['strongest attack'][1]):
         x, y = axes.transData.transform(p['strongest attack'])
-        at = y
-        for others_x, others_y in taken:
-            if abs(x - others_x) < 80:
-                at = max(at, others_y + 14)
+        at = max([y, *(other + 14 for beside, other in taken if abs(x - beside) < 80)])
         taken.append((x, at))
         axes.annotate(row, p['strongest attack'], textcoords='offset points',
                       xytext=(6, 4 + (at - y) * 72 / figure.dpi))

@@ -182,8 +182,8 @@ def verify(net, sets, cfg, device):
 def component_floor(faces, sets, components=100):
     """Verification by whitened principal components of pixels, which know nothing of identity.
 
-    faces (N, H, W, 3) uint8. Each test set is always centred on
-    its own mean, which alone gains points: one floor for verify()'s plain and centred figures.
+    faces (N, H, W, 3) uint8. Each test set is always centred on its own mean, which alone gains
+    points: one floor for verify()'s plain and centred figures.
     """
     def flat(images):
         x = torch.as_tensor(np.array(images)).permute(0, 3, 1, 2).float()
