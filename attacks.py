@@ -255,7 +255,7 @@ def linear(eye, group):
 def trained(eye, group, cfg, device):
     """A copy of the recogniser, trained to see a protected image and its original alike.
 
-    Pairs of others, fresh masks, InfoNCE (arXiv 1807.03748, eq. 4) both ways; unscaled, so no fp16.
+    Others' pairs, fresh masks, InfoNCE (arXiv 1807.03748, eq. 4) both ways; unscaled: no fp16.
     """
     torch.manual_seed(0)
     steps = cfg.evaluate.attack_steps

@@ -1,4 +1,4 @@
-"""Checkpoints, notes and secret of a run: written whole or not at all, read without running anything."""
+"""Checkpoints, notes, secret of a run: written whole or not at all, read without running code."""
 import argparse
 import contextlib
 import fcntl
@@ -44,7 +44,8 @@ def at_most(more):
 def make_once(path, ready, make):
     """Unless ready(): make() what `path` shall be, in one of the runs that start together.
 
-    Its rank 0 makes it, all others wait. A file system without locks, as on some clusters, leaves that to the user.
+    Its rank 0 makes it, all others wait. A file system without locks, as on some clusters, leaves
+    that to the user.
     """
     if runtime.rank() == 0 and not ready():
         path.parent.mkdir(parents=True, exist_ok=True)
