@@ -162,13 +162,15 @@ def protect(images, numbers, seed, cfg, mae=None):
 def release(row, folds, device):
     """Write one released data set."""
     cfg, c = row.cfg, row.cfg.reconstruct
-    target = row.folder / 'reconstructed'
+    target, parts = row.folder / 'reconstructed', row.folder / 'reconstructed.parts'
     note = row.folder / 'release.json'          # stays in the run folder: it names the source
     maes = load_maes(row, folds, device)
     secret = release_secret(cfg)
     premises = premises_of(row, folds, secret)
     if (target / 'manifest.json').exists():
         check_release(target, premises, cfg)
+        if runtime.rank() == 0:             # left by a kill between the last two lines of finish
+            shutil.rmtree(parts, ignore_errors=True)
         return runtime.say(f'{target} is finished: nothing to do')
     if STRENGTH.get(c.method) == 'mask_ratio':
         visible_patches(cfg.data.size, cfg.mae.patch, c.mask_ratio)
@@ -179,7 +181,6 @@ def release(row, folds, device):
     seed = secret_seed(secret, f'masks {cfg.run.seed}')
     whole = folds[0].private_data
     source = batches.Store(whole.images, range(len(whole.labels)), device)
-    parts = row.folder / 'reconstructed.parts'
     if runtime.rank() == 0:
         if not note.exists() or checkpoint.read_json(note) != premises:
             shutil.rmtree(parts, ignore_errors=True)
