@@ -317,8 +317,9 @@ def main(cfg, device, compare):
     if compare:
         method, ahead = every[0].name, {}
         for name, (same, of_rows) in distances.items():
-            for row in of_rows:
-                if gain := paired_difference(of_rows.get(method, {}), of_rows[row], same):
+            ours = of_rows.pop(method, {})
+            for row, theirs in of_rows.items():
+                if gain := paired_difference(ours, theirs, same):
                     ahead.setdefault(row, {})[name] = gain
         gains = figures.differences(ahead, method)
         shown[len(gains):len(gains)] = gains             # after as many tables of utility

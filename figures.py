@@ -199,9 +199,8 @@ def differences(ahead, method):
                                  for m in ('acc.', 'TAR@FAR 1%')), title_justify='left',
             title='points [95 % interval over pairs and seeds]'))
         for row, sets in ahead.items():
-            if row != method:
-                tables[-1].add_row(row, *('{:+.1f} [{:+.1f}, {:+.1f}]'.format(*(100 * np.array(x)))
-                                          for n in names for x in sets[n].values()))
+            tables[-1].add_row(row, *('{:+.1f} [{:+.1f}, {:+.1f}]'.format(*(100 * np.array(x)))
+                                      for n in names for x in sets[n].values()))
     return tables
 
 
