@@ -11,7 +11,7 @@ test: .venv/ready
 	.venv/bin/python -m pytest -q
 
 bench: .venv/ready
-	.venv/bin/python bench.py
+	.venv/bin/python tools/bench.py
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -c "$(VERSION_CHECK)"

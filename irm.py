@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Instance relation matching, the loss of FaceMAE (arXiv 2205.11090). May be copied alone.
 
 The relations between the faces of a batch, as a frozen recogniser sees them, are to be the same
@@ -71,11 +72,13 @@ def irm_loss(z, z_rec, kind='cosine'):
     return difference.square().triu(1).sum() / (count * (count - 1) / 2)
 
 
-def relation_correlation(z, z_rec):
-    """Pearson correlation, a scalar in [-1, 1], of the cosines i != j of z and z_rec, both (N, d).
+def relation_correlation(z, z_rec, kind='cosine'):
+    """Pearson correlation, a scalar in [-1, 1], of the relations i != j of z and z_rec (N, d).
 
-    A diagnostic of one process: no rows are gathered. NaN if one side's cosines are all equal.
+    kind as in relations(); 'direct' means cosines. A diagnostic of one process: no rows are
+    gathered. NaN if one side's relations are all equal.
     """
+    kind = 'cosine' if kind == 'direct' else kind
     i, j = torch.triu_indices(len(z), len(z), offset=1, device=z.device)
-    pairs = torch.stack([relations(z)[i, j], relations(z_rec)[i, j]])  # (2, N*(N-1)/2)
+    pairs = torch.stack([relations(z, kind)[i, j], relations(z_rec, kind)[i, j]])  # (2, pairs)
     return torch.corrcoef(pairs)[0, 1]

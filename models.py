@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The networks of FaceMAE. Needs only torch and einops: this file may be copied alone.
 
 MAE         ViT masked autoencoder (arXiv 2111.06377), state_dict keys of facebookresearch/mae

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Stages 0 and 3 of FaceMAE: train a face recogniser, IResNet with ArcFace or CosFace.
 
     python train_fr.py stage=teacher     # on public faces; judge: the same with other seed, depth
@@ -6,30 +7,44 @@
     python train_fr.py release=PATH run.folder=runs/mine     # on anybody's records or folders
 
 Reads   teacher, judge: data.root (or data.public); student: <run>/<row>/reconstructed
-Writes  <run>/fold<k>/teacher.pt, <run>/fold<k>/judge.pt, <run>/<row>/fr.pt, <run>/log.jsonl
+Writes  <run>/fold<k>/teacher.pt, <run>/fold<k>/judge.pt, <run>/<row>/fr.pt, <run>/log/
 
 BatchNorm sees fr.norm_batch images at a time and its running statistics take one step for the
 mean of all of them, so that a run does not depend on the number of processes. The same command
 continues an interrupted run exactly.
 """
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import batches
-import checkpoint
-import data
-import embed
 import models
-import runtime
-from config import as_dict, rows
-from records import InputError
+from facekit import batches, embed, faces, files, run
+from facekit.config import variants
+from facekit.errors import InputError
+from facekit.faces import FaceSet
+from facekit.split import split
+from facekit.training import Training, load_unfinished
 
-FIXED = ['data.size', 'run.precision']           # premises of a checkpoint; callers add their own
+FIXED = ['data.size', 'run.precision']     # refuse to resume if one changed; roles add their own
+
+
+@dataclass
+class Recogniser:
+    """Which recogniser is trained, and on what."""
+    stage: str                # name of its log
+    path: Path                # of its checkpoint
+    faces: FaceSet
+    rows: np.ndarray          # of `faces` that it learns from
+    depth: int                # IResNet
+    width: int                # channels of the first stage
+    epochs: float
+    seed: int                 # of initialisation and data order
+    fixed: list               # sections and keys of the config that must not change
+    key: str                  # section that names depth, width and epochs, for sentences
 
 
 def learning_rate(step, total, steps_per_epoch, cfg):
@@ -83,6 +98,7 @@ class NormStatistics:
         self.buffers = [b for name, b in net.named_buffers() if b.is_floating_point()]
 
     def begin(self):
+        """Before the first part: keep the statistics."""
         self.old = [b.clone() for b in self.buffers]
         self.sums = [torch.zeros_like(b) for b in self.buffers]
 
@@ -93,144 +109,124 @@ class NormStatistics:
 
     def finish(self, parts):
         """Set the mean over the parts of all processes."""
-        flat = runtime.mean(torch.cat([s.flatten() for s in self.sums]) / parts)
+        flat = run.mean(torch.cat([s.flatten() for s in self.sums]) / parts)
         for b, piece in zip(self.buffers, flat.split([b.numel() for b in self.buffers])):
             b.copy_(piece.view_as(b))
 
 
-def train(cfg, path, faces, chosen, role, stage, fixed, device):
-    """Train one recogniser on the images faces[chosen] and save it at `path`.
-
-    A generator, which yields after each step. `role` says which recogniser: depth, width, epochs,
-    seed; all else is in the config's section fr.
-    """
-    runtime.barrier()
-    saved = checkpoint.load(path) if path.exists() else None
-    digest = data.digest(faces, chosen)
-    if saved:
-        checkpoint.same_premises(saved, cfg, FIXED + fixed, path, digest)
-    c, seed = cfg.fr, role.seed
-    store = batches.Store(faces.images, chosen, device)
-    labels = data.renumber(faces.labels[chosen])
-    order = batches.Order(len(store), c.batch, seed)
-    total = max(1, round(role.epochs * order.steps_per_epoch))
-    if saved and saved['step'] >= total:
-        return runtime.say(f'{path} is finished ({total} steps): nothing to do')
-    mine = runtime.share(c.batch, 'fr.batch')
-    own, part = mine.stop - mine.start, min(c.norm_batch, c.batch)
+def norm_batch(share, cfg):
+    """How many images BatchNorm sees at a time; InputError if they do not divide a process's."""
+    own, part = share.stop - share.start, min(cfg.norm_batch, cfg.batch)
     if own % part or part < 2:
         raise InputError(f'fr.norm_batch = {part} does not divide the {own} images of a process: '
                          f'use fewer processes, or fr.norm_batch={own} in every run to compare')
-    classes = int(labels.max()) + 1
-    runtime.say(f'training {path} on {len(store)} images of {classes} people, {total} steps')
+    return part
 
-    torch.manual_seed(seed)
+
+def train(cfg, what, device):
+    """Train one Recogniser; a generator, which yields after each step, so that tools/bench.py can
+    time the very steps."""
+    c, path = cfg.fr, what.path
+    share = run.own_share(c.batch, 'fr.batch')
+    part = norm_batch(share, c)
+    order = batches.Order(len(what.rows), c.batch, what.seed, 'fr.batch')
+    steps = max(1, round(what.epochs * order.steps_per_epoch))
+    premises = {'set of images': what.faces.digest(what.rows)}
+    saved = load_unfinished(path, cfg, FIXED + what.fixed, premises, ['net', 'head'])
+    if saved and saved['step'] >= steps:
+        return run.say(f'{path} is finished ({steps} steps): nothing to do')
+    people, labels = np.unique(what.faces.labels[what.rows], return_inverse=True)
+    run.say(f'training {path} on {len(what.rows)} images of {len(people)} people, {steps} steps')
+
+    torch.manual_seed(what.seed)
     try:
-        net = models.iresnet(role.depth, role.width, cfg.data.size, c.dim)
-    except ValueError as e:
-        raise InputError(f'{stage}: {e}') from None
-    head = models.MarginHead(c.dim, classes, c.loss, c.scale, c.margin_gradient).to(device)
+        net = models.iresnet(what.depth, what.width, cfg.data.size, c.dim)
+    except ValueError as error:
+        raise InputError(f'{what.key}.depth: {error}') from None
+    head = models.MarginHead(c.dim, len(people), c.loss, c.scale, c.margin_gradient).to(device)
     net = net.to(device, memory_format=torch.channels_last)
-    parameters = [p for p in [*net.parameters(), *head.parameters()] if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, momentum=c.momentum, weight_decay=c.weight_decay,
-                                fused=device.type == 'cuda')
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == 'fp16')
-    step, logged, sums = 0, 0, torch.zeros(2, device=device)
-    if saved:
-        embed.fill(net, saved['net'], path)
-        embed.fill(head, saved['head'], path)
-        optimizer.load_state_dict(saved['optimizer'])
-        scaler.load_state_dict(saved['scaler'])
-        step, logged, sums = saved['step'], saved['logged'], saved['sums'].to(device)
-        runtime.say(f'continuing at step {step}')
-
+    optimizer = torch.optim.SGD(
+        [p for p in [*net.parameters(), *head.parameters()] if p.requires_grad],
+        momentum=c.momentum, weight_decay=c.weight_decay, fused=device.type == 'cuda')
+    training = Training(cfg, path, what.stage, {'net': net, 'head': head}, optimizer, steps,
+                        c.batch, ('loss', 'accuracy'), device, {'premises': premises})
+    training.resume(saved)
     if cfg.run.compile:
         net.compile()
-    labels = torch.as_tensor(labels, device=device)
-    statistics = NormStatistics(net)
-    log = runtime.Log(cfg.run.folder, stage, total, step)
-    stop, taken, saved_at = runtime.Stop(), 0, 0
-    while step < total:
-        chosen, epoch = order(step)
-        numbers = torch.from_numpy(chosen[mine]).to(device)
-        flip = batches.hashed(seed + 1, epoch, numbers, 1)[:, 0] > 0
+    store = batches.Store(what.faces.select(what.rows), device)
+    labels, statistics = torch.as_tensor(labels, device=device), NormStatistics(net)
+
+    while training.step < steps:
+        chosen, epoch = order(training.step)
+        numbers = torch.from_numpy(chosen[share]).to(device)
+        flip = batches.hashed(what.seed + 1, epoch, numbers, 1)[:, 0] > 0
+        u = batches.uniform(batches.hashed(what.seed + 2, epoch, numbers, 10))
         images, target = batches.flipped(store(numbers), flip), labels[numbers]
+        parts = list(zip(images.split(part), target.split(part), u.split(part)))
+        now = margin(training.step, steps, c)
+        losses = torch.zeros(2, device=device)
         statistics.begin()
-        chances = batches.uniform(batches.hashed(seed + 2, epoch, numbers, 10))
-        parts = list(zip(images.split(part), target.split(part), chances.split(part)))
-        for x, y, chance in parts:
+        for x, y, chances in parts:
             x = embed.for_recogniser(x, net)
             if c.augment:
-                x = augmented(x, chance, c.augment)
-            with runtime.autocast(device, cfg.run.precision):
+                x = augmented(x, chances, c.augment)
+            with run.autocast(device, cfg.run.precision):
                 z = net(x)
-            logits = head(z, y, margin(step, total, c))
+            logits = head(z, y, now)
             loss = F.cross_entropy(logits, y)
-            scaler.scale(loss / len(parts)).backward()
+            training.backward(loss / len(parts))
             statistics.collect()
             hits = (logits.detach().argmax(1) == y).float().mean()
-            sums += torch.stack([loss.detach(), hits]) / len(parts)
+            losses += torch.stack([loss.detach(), hits]) / len(parts)
         statistics.finish(len(parts))
-        runtime.average_gradients(parameters)
-        for group in optimizer.param_groups:
-            group['lr'] = learning_rate(step, total, order.steps_per_epoch, c)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step, taken = step + 1, taken + c.batch
+        training.update(losses, learning_rate(training.step, steps, order.steps_per_epoch, c))
 
-        due = stop.checkpoint_due(step == total or
-                                  log.seconds() - saved_at >= 60 * cfg.run.save_minutes)
-        if step % cfg.run.log_every == 0 or step == total:
-            loss, hits = (runtime.mean(sums) / (step - logged)).tolist()
-            runtime.check_finite({'loss': loss}, step, path)
-            log(step, taken, loss=loss, accuracy=hits, margin=margin(step - 1, total, c),
-                lr=learning_rate(step - 1, total, order.steps_per_epoch, c))
-            sums.zero_()
-            logged = step
-        if due:
-            saved_at, sums = log.seconds(), runtime.mean(sums)
-            runtime.check_finite({'loss': sums[0].item()}, step, path)
-            checkpoint.save(path, {
-                'net': net.state_dict(), 'head': head.state_dict(), 'step': step, 'steps': total,
-                'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                'logged': logged, 'sums': sums, 'images': digest, 'config': as_dict(cfg)})
-        stop.leave()
+        save_due = training.save_due()
+        if training.log_due():
+            training.write_log(margin=now)
+        if save_due:
+            training.save()
         yield
-    stop.end()
+    training.end()
 
 
-def train_public(cfg, stage, device):
-    """Teacher or judge of every fold, on public identities."""
-    role = getattr(cfg, stage)
-    if role.checkpoint:
-        return runtime.say(f'{stage}.checkpoint = {role.checkpoint} is used: nothing to train')
-    fixed = [stage, *(f'fr.{key}' for key in vars(cfg.fr) if not hasattr(role, key))]
-    for fold in data.split(cfg):
-        for _ in train(cfg, Path(cfg.run.folder) / f'fold{fold.k}' / f'{stage}.pt', fold.data,
-                       fold.train, role, f'{stage}/fold{fold.k}', fixed, device):
-            pass
+def train_public(cfg, role, device):
+    """The teacher or judge of every fold, on public identities."""
+    c = getattr(cfg, role)
+    if c.checkpoint:
+        return run.say(f'{role}.checkpoint = {c.checkpoint} is used: nothing to train')
+    fixed = [role, *(f'fr.{key}' for key in vars(cfg.fr) if not hasattr(c, key))]
+    for fold in split(cfg):
+        run_training(cfg, Recogniser(
+            f'{role}/fold{fold.k}', Path(cfg.run.folder, f'fold{fold.k}', f'{role}.pt'),
+            fold.public, fold.train, c.depth, c.width, c.epochs, c.seed, fixed, role), device)
 
 
-def train_student(row, device):
+def train_student(variant, device):
     """The recogniser of a release."""
-    cfg = row.cfg
-    released = data.load_release(row)
+    cfg = variant.cfg
+    released = faces.load_release(variant)
     if not cfg.release:
-        data.split(cfg)                 # refuses people or images that are public and private
-    stage = f'student/{row.folder.relative_to(cfg.run.folder)}'.removesuffix('/.')
-    role = SimpleNamespace(**vars(cfg.fr), seed=cfg.run.seed)
-    for _ in train(cfg, row.folder / 'fr.pt', released, np.arange(len(released.labels)), role,
-                   stage, ['fr', 'run.seed'], device):
-        pass
+        split(cfg)                      # refuses people or images that are public and private
+    run_training(cfg, Recogniser(
+        f'student/{variant.label}'.rstrip('/'), variant.student, released,
+        np.arange(len(released)), cfg.fr.depth, cfg.fr.width, cfg.fr.epochs, cfg.run.seed,
+        ['fr', 'run.seed'], 'fr'), device)
+
+
+def run_training(cfg, what, device):
+    """All steps of a Recogniser, while no other run writes its checkpoint."""
+    with files.only_writer(what.path):
+        for _ in train(cfg, what, device):
+            pass
 
 
 def main(cfg, device, compare):
     if cfg.stage != 'student':
         return train_public(cfg, cfg.stage, device)
-    for row in rows(cfg, compare):
-        train_student(row, device)
+    for variant in variants(cfg, compare):
+        train_student(variant, device)
 
 
 if __name__ == '__main__':
-    runtime.launch(main, __doc__, 'train the students of all rows of compare')
+    run.launch(main, __doc__, 'train the students of all rows of compare')

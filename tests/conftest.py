@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / 'tests' / 'tiny.yaml'
-sys.path.insert(0, str(ROOT))                 # tests run from anywhere and find the flat modules
+sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]       # tests run from anywhere and find the kit
 # Without GIT_DIR a commit during the tests would change what a release says about its maker
 ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'GIT_DIR': os.devnull}
 FORKS = multiprocessing.get_context('forkserver')
@@ -37,14 +37,14 @@ def become(folder, arguments, environment, largest, out, err, begun):
     os.chdir(folder)
     sys.argv = arguments
     sys.path.insert(0, str(ROOT))
-    import runtime
-    start = runtime.start_processes
+    from facekit import run
+    start = run.start_processes
 
     def announced(cfg):
         begun.send_bytes(b'.')
         return start(cfg)
 
-    runtime.start_processes = announced
+    run.start_processes = announced
     if largest is not None:         # bytes of a file: as on a full disk, the rest is not written
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     try:
@@ -126,9 +126,10 @@ def finished(tmp_path_factory):
 def copied(finished, tmp_path):
     """The same folder to work on, without what stages 1 to 4 made of it."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-    for name in ('fold0/mae.pt', 'fr.pt', 'results.json', 'log.jsonl'):
+    for name in ('fold0/mae.pt', 'fr.pt', 'results.json'):
         (tmp_path / 'run' / name).unlink()
-    shutil.rmtree(tmp_path / 'run' / 'reconstructed')
+    for name in ('reconstructed', 'log'):
+        shutil.rmtree(tmp_path / 'run' / name)
     return tmp_path
 
 
@@ -143,5 +144,7 @@ def tensors(state):
 
 
 def log_lines(folder, stage, drop=('images_per_second', 'seconds', 'memory_gib')):
-    lines = [json.loads(x) for x in (folder / 'run' / 'log.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k not in drop} for x in lines if x['stage'] == stage]
+    path = folder / 'run' / 'log' / f'{stage}.jsonl'
+    lines = [json.loads(x) for x in path.read_text().splitlines()]
+    assert {x['stage'] for x in lines} <= {stage}
+    return [{k: v for k, v in x.items() if k not in drop} for x in lines]

@@ -17,12 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import config
-import data
-import embed
 import models
-import records
-import toy
+from facekit import config, embed, images, records, toy
+from facekit import faces as facesets
 
 ROOT = Path(__file__).parent.parent
 MANY = 10 ** 5
@@ -80,14 +77,14 @@ def mutated(content, chance):
 
 
 def faces(count, form='jpeg'):
-    return [records.encode(x, form) for x in toy.draw(np.arange(count), np.arange(count), 16)]
+    return [images.encode(x, form) for x in toy.draw(np.arange(count), np.arange(count), 16)]
 
 
 def record_files(folder, evil):
     # A comment with the magic at every offset of a word makes a record of several parts
     comment = b'\xff\xfe' + struct.pack('>H', 42) + (MAGIC + b'\0') * 8
-    images = [x[:2] + comment + x[2:] for x in faces(4)] + faces(4, 'png')
-    records.write_records(folder, images, [0, 0, 0, 1, 1, 2, 2, 2], 16)
+    files = [x[:2] + comment + x[2:] for x in faces(4)] + faces(4, 'png')
+    records.write_records(folder, files, [0, 0, 0, 1, 1, 2, 2, 2], 16)
     rec, index = folder / 'train.rec', folder / 'train.idx'
     lines = [b'0\t-4', b'0\t' + b'9' * MANY, b'9' * MANY + b'\t0', b'1\r2\t3\n\t4', b'\t\n',
              b'0\t0\n' * MANY, b'\0' * MANY, b'0\t0' + b'\r' * MANY]
@@ -95,23 +92,23 @@ def record_files(folder, evil):
     def read():
         found = records.Records(rec)
         for i in range(len(found)):
-            records.decode(found[i], f'{rec} record {i}')
+            images.decode(found[i], f'{rec} record {i}')
     return ([(path, path.read_bytes(), None) for path in (rec, rec, index)],
             [(index, x) for x in lines + SPECIAL] + [(rec, x) for x in SPECIAL], read)
 
 
 def bin_files(folder, evil):
-    path, images = folder / 'pairs.bin', faces(4)
-    sound = [pickle.dumps((images, same), protocol) for protocol in range(5)
+    path, pair = folder / 'pairs.bin', faces(4)
+    sound = [pickle.dumps((pair, same), protocol) for protocol in range(5)
              for same in ([True, False], [np.bool_(True), np.bool_(False)])]
     hostile = [pickle.dumps(x, protocol) for protocol in range(5) for x in (
-        evil, (images, [True, evil]), (images, []), Call(bytearray, 1 << 40), {'a': 1})]
+        evil, (pair, [True, evil]), (pair, []), Call(bytearray, 1 << 40), {'a': 1})]
     hostile += [b']' * MANY + b'a' * MANY + b'.', b'(' * MANY + b'.', b'L' + b'9' * MANY,
                 b'N' + b'q\0h\0' * MANY + b'.', b'Np%d\n.' % 10 ** 12, *SPECIAL]
 
     def read():
         for i, image in enumerate(records.read_bin(path)[0]):
-            records.decode(image, f'{path} image {i}')
+            images.decode(image, f'{path} image {i}')
     return [(path, x, None) for x in sound], [(path, x) for x in hostile], read
 
 
@@ -157,7 +154,7 @@ def image_files(folder, evil):
         at = re.search(rb'\xff[\xc0-\xc2]', x).start() + 5
         hostile.append(x[:at] + struct.pack('>HH', 60000, 60000) + x[at + 4:])
     return ([(path, x, None) for x in jpegs + pngs] + [(path, x, with_sums) for x in pngs],
-            [(path, x) for x in hostile], lambda: records.decode(path.read_bytes(), path))
+            [(path, x) for x in hostile], lambda: images.decode(path.read_bytes(), path))
 
 
 def yaml_files(folder, evil):
@@ -177,7 +174,7 @@ def yaml_files(folder, evil):
                *(f'run: {{seed: {word.decode("latin1")}}}' for word in WORDS)]
 
     def read():
-        list(config.rows(config.namespace(config.resolve(path)), compare=True))
+        list(config.variants(config.namespace(config.resolve(path)), compare=True))
     return ([(path, sound, None)],
             [(path, x.encode()) for x in hostile] + [(path, x) for x in SPECIAL], read)
 
@@ -239,4 +236,4 @@ def folder_files(folder, evil):
     return ([(photo, photo.read_bytes(), None)],
             [(path, x) for path in (photo, root / '0' / 'new\n.png', root / 'new.jpg',
                                     root / 'train.rec', root / 'train.idx') for x in SPECIAL],
-            lambda: data.load(root, cfg))
+            lambda: facesets.load(root, cfg))

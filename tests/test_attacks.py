@@ -7,13 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import attacks
-import evaluate
 import models
-import reconstruct
-import toy
-import verification
-from records import InputError
+from facekit import attacks, protect, retrieval, toy, verification
+from facekit.attack_data import AttackGroup
+from facekit.embed import Embedder
+from facekit.errors import InputError
+from facekit.faces import ImageRows
 
 
 def brute_force(probes, gallery, probe_ids, gallery_ids, exclude):
@@ -41,7 +40,8 @@ def test_search_equals_a_full_sort(block):
     probes = F.normalize(gallery[source] + 0.5 * torch.randn(200, 8))
     numbers = torch.arange(60)
     for ids, gallery_ids, exclude in ((source, numbers, None), (people[source], people, source)):
-        got = attacks.search(probes, gallery, ids, gallery_ids, exclude, block).numpy()
+        got = retrieval.search(probes, gallery, ids, gallery_ids, exclude, block)
+        got = np.stack([got.rank, got.precision, got.chance, got.probe], 1)
         expected = brute_force(probes.numpy(), gallery.numpy(), ids.numpy(), gallery_ids.numpy(),
                                None if exclude is None else exclude.numpy())
         np.testing.assert_allclose(got, expected, rtol=1e-5)
@@ -51,11 +51,10 @@ def test_search_gives_chance_for_noise_and_for_collapse():
     torch.manual_seed(0)
     gallery, probes = F.normalize(torch.randn(500, 16)), F.normalize(torch.randn(2000, 16))
     source = torch.randint(500, (2000,))
-    rank1 = (attacks.search(probes, gallery, source, torch.arange(500))[:, 0] <= 1).float().mean()
+    rank1 = retrieval.rank1([retrieval.search(probes, gallery, source, torch.arange(500))])
     assert rank1 < 0.008                       # chance 0.002, four standard errors
     same = F.normalize(torch.ones(500, 16))    # one embedding for everybody is no hit
-    best = attacks.search(same[source], same, source, torch.arange(500))[:, 0]
-    assert (best > 200).all()
+    assert (retrieval.search(same[source], same, source, torch.arange(500)).rank > 200).all()
 
 
 def people(count, images, dim, seed):
@@ -66,20 +65,36 @@ def people(count, images, dim, seed):
     return F.normalize(z), person
 
 
+class Plain(Embedder):
+    """An embedder whose images are embeddings already."""
+
+    def __init__(self, threshold=np.inf):
+        super().__init__('plain', None, None, None, threshold)
+
+    def embed(self, chosen):
+        return F.normalize(torch.as_tensor(chosen.images)[chosen.rows])
+
+
+class Group(AttackGroup):
+    """A group whose pairs and second releases `protect(images, seed)` makes."""
+
+    def protected(self, chosen, seed):
+        return self.protect(chosen.images, seed)[chosen.rows]
+
+    def can_be_released_again(self):
+        return self.again
+
+
 def group_of(protect, count=60, images=4, dim=32):
-    """A group whose images are embeddings, and an eye that sees them as they are."""
+    """A group whose images are embeddings, and an embedder that takes them as they are."""
     z, person = people(count, images, dim, 0)
     known, others = people(3 * count, images, dim, 1)
     shuffled = torch.randperm(len(known))
-    known, others, n = known[shuffled], others[shuffled], range(len(z))
-    group = SimpleNamespace(
-        released=(protect(z, 0), n), originals=(z, n), source=np.arange(len(z)), seen={},
-        person=person.numpy(), pair_people=-1 - others.numpy(), hidden=None,
-        pairs=lambda some, seed: (protect(known, seed)[some], known[some]),
-        again=lambda seed: protect(z, seed))
-    eye = SimpleNamespace(key='eye', seen={}, threshold=np.inf,
-                          embed=lambda images, rows: F.normalize(torch.as_tensor(images)[rows]))
-    return group, eye
+    known, others, n = known[shuffled], others[shuffled], np.arange(len(z))
+    group = Group(ImageRows(protect(z, 0), n), ImageRows(z, n), n, person.numpy(),
+                  ImageRows(known, np.arange(len(known))), -1 - others.numpy())
+    group.protect, group.again = protect, True
+    return group, Plain()
 
 
 def noisy(z, seed, size):
@@ -88,13 +103,14 @@ def noisy(z, seed, size):
 
 
 def tried(attack, group, **changes):
-    return attacks.leakage([group], {'x': [attack]}, 'cpu')[0]
+    found = attack(group)
+    return found and {f'x_{k}': v for k, v in retrieval.figures_of([found]).items()}
 
 
 def test_a_hidden_rotation_is_found_by_the_linear_attacker_and_not_by_the_stock_judge():
     turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(3)))[0]
     group, eye = group_of(lambda z, seed: noisy(z @ turn, seed, 0.05))
-    blind = tried(partial(attacks.stock, eye), group)['x_same_image']
+    blind = tried(partial(attacks.nearest, eye), group)['x_same_image']
     assert blind['rank1'] < 0.03 and blind['ceiling'] == 1
     found = tried(partial(attacks.linear, eye), group)['x_same_image']
     assert found['rank1'] > 0.9
@@ -105,37 +121,38 @@ def test_a_hidden_rotation_is_found_by_the_linear_attacker_and_not_by_the_stock_
 
 def test_independent_noise_gives_chance_to_every_attacker():
     group, eye = group_of(lambda z, seed: noisy(0 * z, seed, 1))
-    for attack in (attacks.stock, attacks.linear):
+    for attack in (attacks.nearest, attacks.linear):
         found = tried(partial(attack, eye), group)
         for kind in ('same_image', 'same_person'):
             low, high = found[f'x_{kind}']['rank1_ci']
             assert low <= found[f'x_{kind}']['chance'] <= high + 0.01
-    found = tried(partial(attacks.by_class, (eye, eye)), group)['x_same_person']
+    found = tried(partial(attacks.by_class, eye, eye), group)['x_same_person']
     assert found['rank1'] < 0.12 and found['chance'] == pytest.approx(1 / 60)
 
 
 def test_an_unprotected_release_gives_the_ceiling():
     group, eye = group_of(lambda z, seed: z)
     eye.threshold = 0.9
-    found = tried(partial(attacks.stock, eye), group)
-    assert found['x_same_image']['rank1'] == found['x_same_image']['tar@far=1e-3'] == 1
+    found = tried(partial(attacks.nearest, eye), group)
+    assert found['x_same_image']['rank1'] == retrieval.accepted_share(
+        [attacks.nearest(eye, group)]) == 1
     person = found['x_same_person']
     assert person['rank1'] == person['ceiling'] and 0.3 < person['rank1'] < 1
     assert tried(partial(attacks.linear, eye), group)['x_same_image']['rank1'] > 0.95
-    assert tried(partial(attacks.patchwork, device='cpu', original=True), group) == {}
+    assert tried(partial(attacks.patchwork, device='cpu', original=True), group) is None
 
 
 def test_labels_and_repeated_releases_average_the_protection_away():
     group, eye = group_of(lambda z, seed: noisy(z, seed, 0.45))
-    single = tried(partial(attacks.stock, eye), group)
-    assert tried(partial(attacks.by_class, (eye, eye)), group)['x_same_person'][
+    single = tried(partial(attacks.nearest, eye), group)
+    assert tried(partial(attacks.by_class, eye, eye), group)['x_same_person'][
         'rank1'] > single['x_same_person']['rank1'] + 0.2
-    curve = tried(partial(attacks.repeated, (eye, eye)), group)['x_same_image']['curve']
+    curve = tried(partial(attacks.repeated, eye, eye), group)['x_same_image']['curve']
     rising = [curve['recogniser'][k] for k in '1248']
     assert rising[0] == single['x_same_image']['rank1']
     assert rising == sorted(rising) and rising[3] > rising[0] + 0.4
-    group.again = None                       # blurring twice tells nothing new
-    assert tried(partial(attacks.repeated, (eye, eye)), group) == {}
+    group.again = False                      # blurring twice tells nothing new
+    assert tried(partial(attacks.repeated, eye, eye), group) is None
 
 
 def test_who_knows_the_mask_sees_through_it():
@@ -144,10 +161,10 @@ def test_who_knows_the_mask_sees_through_it():
     noise = torch.rand(80, 16, generator=torch.Generator().manual_seed(0))
     hidden = models.random_masking(noise, 0.75)[2]
     x = torch.as_tensor(images).permute(0, 3, 1, 2) / 255
-    made = (reconstruct.masked(x, noise, 0.75, 8).permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    made = (protect.masked(x, noise, 0.75, 8).permute(0, 2, 3, 1) * 255).round().byte().numpy()
     n = np.arange(80)
-    group = SimpleNamespace(released=(made, n), originals=(images, n), source=n, hidden=hidden,
-                            person=n // 2)
+    group = AttackGroup(ImageRows(made, n), ImageRows(images, n), n, n // 2,
+                        ImageRows(images, n), n + 100, hidden=hidden)
     found = tried(partial(attacks.patchwork, device='cpu'), group)['x_same_image']
     assert found['rank1'] == found['ceiling'] == 1
     assert found['curve']['mask']['estimated'] > 0.9    # a flat patch gives itself away
@@ -169,14 +186,12 @@ def test_an_attacker_trained_on_other_peoples_pairs_undoes_a_fixed_change():
     cfg = SimpleNamespace(evaluate=SimpleNamespace(attack_steps=40, batch=96),
                           run=SimpleNamespace(precision='fp32'))
     device = torch.device('cpu')
-    eye = SimpleNamespace(
-        key='eye', seen={}, threshold=np.inf, net=net.eval(), embed=lambda images, rows:
-        verification.unit_embeddings(net, images, rows, cfg, device))
-    group = SimpleNamespace(
-        released=(255 - private.flip(3), n), originals=(private, n), source=n, person=n, seen={},
-        pair_people=n + 500, pairs=lambda some, seed: (255 - public[some].flip(3), public[some]))
+    eye = Embedder('eye', net.eval(), cfg, device)
+    group = AttackGroup(
+        ImageRows(255 - private.flip(3), n), ImageRows(private, n), n, n,
+        ImageRows(public, n), n + 500, pair_released=ImageRows(255 - public.flip(3), n))
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    stock = tried(partial(attacks.stock, eye), group)['x_same_image']['rank1']
+    stock = tried(partial(attacks.nearest, eye), group)['x_same_image']['rank1']
     found = tried(partial(attacks.trained, eye, cfg=cfg, device=device), group)
     assert found['x_same_image']['rank1'] > stock + 0.3
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())   # a copy learnt
@@ -198,21 +213,20 @@ def test_membership_tells_a_model_that_memorised_from_one_that_did_not():
     assert same['auc'] == pytest.approx(0.5, abs=0.03) and same['tpr@fpr=1e-2'] < 0.03
     faces = rng.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
     blurred = np.broadcast_to(faces.mean((1, 2), keepdims=True), faces.shape)
-    group = SimpleNamespace(originals=(faces, np.arange(30)), source=np.arange(30),
-                            pair_people=np.arange(30), again=lambda seed: blurred[:30],
-                            pairs=lambda some, seed: (faces[30:][some], faces[30:][some]))
+    n = np.arange(30)
+    group = Group(ImageRows(blurred, n), ImageRows(faces, n), n, n, ImageRows(faces, n + 30),
+                  n + 30, pair_released=ImageRows(faces, n + 30))
+    group.protect = lambda images, seed: blurred
     assert attacks.reconstruction_membership([group])['auc'] == 1
-    group.pairs = lambda some, seed: (blurred[30:][some], faces[30:][some])
+    group.pair_released = ImageRows(blurred, n + 30)
     assert attacks.reconstruction_membership([group])['auc'] < 0.7
-    group.outsiders = faces, np.arange(30, 60)
-    assert attacks.recogniser_membership(
-        lambda images, rows: torch.as_tensor(np.asarray(rows) < 30).float()[:, None],
-        [group])['auc'] == 1
+    group.outsiders = ImageRows(faces, np.arange(30, 60))
+    embedder = SimpleNamespace(
+        embed=lambda chosen: torch.as_tensor(chosen.rows < 30).float()[:, None])
+    assert attacks.recogniser_membership(embedder, torch.ones(1, 1), [group])['auc'] == 1
 
 
-def test_an_attacker_who_learnt_from_the_victims_is_refused(monkeypatch):
-    group = SimpleNamespace(pair_people=np.array([3, 5]), person=np.array([5, 5, 9]))
-    monkeypatch.setattr(evaluate, 'own_groups', lambda *_: [group])
-    row = SimpleNamespace(cfg=SimpleNamespace(release='', evaluate=SimpleNamespace(attacks=[])))
+def test_an_attacker_who_learnt_from_the_victims_is_refused():
+    n = ImageRows(np.zeros((3, 8, 8, 3), np.uint8), np.arange(3))
     with pytest.raises(InputError, match='person 5 is attacked'):
-        evaluate.privacy(row, [], None, None, {}, {}, 'cpu')
+        AttackGroup(n, n, n.rows, np.array([5, 5, 9]), n, np.array([3, 5]))

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import bench
-import runtime
-import verification
-from config import namespace, resolve
 from conftest import TINY
+from facekit import run, verification
+from facekit.config import namespace, resolve
 
 
 @pytest.mark.parametrize('pairs', [600, 205])              # 205 do not divide into ten folds
@@ -29,7 +28,7 @@ def test_every_stage_is_measured_and_missing_peers_are_named(tmp_path, monkeypat
         monkeypatch.setattr(bench, name, small)
     cfg = namespace(resolve(TINY, ['run.device=cpu']))
     threads = torch.get_num_threads()
-    bench.main(str(tmp_path / 'nothing'), cfg, runtime.start_processes(cfg), False)
+    bench.main(str(tmp_path / 'nothing'), cfg, run.start_processes(cfg), False)
     torch.set_num_threads(threads)
 
     [path] = tmp_path.glob('results/speed/cpu-*-tiny.json')

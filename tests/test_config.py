@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import config
-from records import InputError
+from facekit import config
+from facekit.errors import InputError
 
 ALL = sorted(config.CONFIGS.glob('*.yaml'))
 
@@ -14,7 +14,7 @@ ALL = sorted(config.CONFIGS.glob('*.yaml'))
 def test_every_config_resolves_and_changes_only_what_it_names(path):
     resolved = config.resolve(path)
     assert resolved['run']['folder'] == f'runs/{path.stem}'
-    names = list(config.rows(config.namespace(resolved), compare=True))
+    names = list(config.variants(config.namespace(resolved), compare=True))
     assert names[0].folder == Path(resolved['run']['folder'])
 
 
@@ -60,7 +60,7 @@ def test_a_broken_file_is_one_sentence(tmp_path, text):
     (tmp_path / 'bad.yaml').write_text(text)
     with pytest.raises(InputError) as error:
         resolved = config.resolve(tmp_path / 'bad.yaml')
-        list(config.rows(config.namespace(resolved), compare=True))
+        list(config.variants(config.namespace(resolved), compare=True))
     assert '\n' not in str(error.value)
 
 
@@ -74,7 +74,7 @@ def test_a_config_builds_on_its_base(tmp_path):
 def test_rows_share_the_run_folder_and_have_their_own():
     resolved = config.resolve(config.CONFIGS / 'toy.yaml', [
         'compare_seeds=[0,1]', 'compare={mse: [irm.weight=0, mae.name=mse]}'])
-    found = {(r.name, r.cfg.run.seed): r for r in config.rows(config.namespace(resolved), True)}
+    found = {(r.name, r.cfg.run.seed): r for r in config.variants(config.namespace(resolved), True)}
     assert {k: str(r.folder) for k, r in found.items()} == {
         ('facemae', 0): 'runs/toy', ('mse', 0): 'runs/toy/mse',
         ('facemae', 1): 'runs/toy/seed1', ('mse', 1): 'runs/toy/mse/seed1'}

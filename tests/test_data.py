@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import config
-import batches
-import checkpoint
-import data
-import evaluate
-import records
-import reconstruct
-import toy
-from records import InputError
+from facekit import attack_data, batches, config, faces, files, images, protect, records, split
+from facekit import toy
+from facekit.errors import InputError
+from facekit.protect import FaceMAE, Protection
 
 TINY = Path(__file__).parent / 'tiny.yaml'
 
@@ -28,10 +23,10 @@ def make_config(folder, *assignments):
         *assignments]))
 
 
-def write_faces(folder, people=8, images=3, form='png', start=0):
-    numbers = np.arange(people).repeat(images) + start, np.tile(np.arange(images), people)
+def write_faces(folder, people=8, each=3, form='png', start=0):
+    numbers = np.arange(people).repeat(each) + start, np.tile(np.arange(each), people)
     pixels = toy.draw(*numbers, size=32)
-    encoded = [records.encode(x, form) for x in pixels]
+    encoded = [images.encode(x, form) for x in pixels]
     records.write_records(folder, encoded, numbers[0] - start, 32)
     return pixels
 
@@ -39,38 +34,39 @@ def write_faces(folder, people=8, images=3, form='png', start=0):
 def test_cache_holds_the_decoded_images_and_follows_its_source(tmp_path):
     cfg = make_config(tmp_path)
     pixels = write_faces(tmp_path / 'faces')
-    found = data.load(tmp_path / 'faces', cfg)
+    found = faces.load(tmp_path / 'faces', cfg)
     assert np.array_equal(found.images, pixels.permute(0, 2, 3, 1))
     built = (tmp_path / 'cache').rglob('images.u8')
     first = next(built).stat().st_ino
-    data.load(tmp_path / 'faces', cfg)
+    faces.load(tmp_path / 'faces', cfg)
     assert next((tmp_path / 'cache').rglob('images.u8')).stat().st_ino == first   # not rebuilt
     pixels = write_faces(tmp_path / 'faces', start=50)
-    assert np.array_equal(data.load(tmp_path / 'faces', cfg).images, pixels.permute(0, 2, 3, 1))
+    assert np.array_equal(faces.load(tmp_path / 'faces', cfg).images, pixels.permute(0, 2, 3, 1))
 
 
 def test_a_cache_that_was_not_finished_or_was_damaged_is_built_again(tmp_path):
     cfg = make_config(tmp_path)
     pixels = write_faces(tmp_path / 'faces').permute(0, 2, 3, 1)
-    data.load(tmp_path / 'faces', cfg)
+    faces.load(tmp_path / 'faces', cfg)
     folder = next((tmp_path / 'cache').glob('*/'))
     for damage in ('source.json', 'hashes.npy', 'images.u8'):
         os.truncate(folder / damage, (folder / damage).stat().st_size // 2)
-        assert np.array_equal(data.load(tmp_path / 'faces', cfg).images, pixels)
+        assert np.array_equal(faces.load(tmp_path / 'faces', cfg).images, pixels)
 
 
 def test_runs_that_start_together_decode_a_set_once(tmp_path, monkeypatch, capsys):
     cfg = make_config(tmp_path)
     pixels = write_faces(tmp_path / 'faces').permute(0, 2, 3, 1)
-    built, read = [], data.open_source
+    built, read = [], faces.RecordSource.read
 
-    def slow(path):
-        get, *rest = read(path)
-        return lambda i: (time.sleep(0.05), built.append(i), get(i))[2], *rest
+    def slow(source, i):
+        time.sleep(0.05)
+        built.append(i)
+        return read(source, i)
 
-    monkeypatch.setattr(data, 'open_source', slow)
+    monkeypatch.setattr(faces.RecordSource, 'read', slow)
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda _: data.load(tmp_path / 'faces', cfg).images, range(3)))
+        found = list(pool.map(lambda _: faces.load(tmp_path / 'faces', cfg).images, range(3)))
     assert all(np.array_equal(images, pixels) for images in found)
     assert sorted(built) == list(range(len(pixels)))
     assert 'waiting for it' in capsys.readouterr().out
@@ -82,8 +78,8 @@ def test_a_folder_per_person_is_read_like_records(tmp_path):
     for i, x in enumerate(pixels):
         person = tmp_path / 'faces' / f'person {i // 2}'
         person.mkdir(parents=True, exist_ok=True)
-        (person / f'{i}.png').write_bytes(records.encode(x, 'png'))
-    found = data.load(tmp_path / 'faces', cfg)
+        (person / f'{i}.png').write_bytes(images.encode(x, 'png'))
+    found = faces.load(tmp_path / 'faces', cfg)
     assert np.array_equal(found.images, pixels.permute(0, 2, 3, 1))
     assert found.labels.tolist() == [0, 0, 1, 1]
 
@@ -94,73 +90,73 @@ def test_a_folder_per_person_is_read_like_records(tmp_path):
     (lambda f: records.write_records(f, [b'no image'], [0], 32),
      ['train.rec record 1', 'data.on_corrupt=skip']),
     (lambda f: records.write_records(
-        f, [records.encode(torch.zeros(3, 40, 32, dtype=torch.uint8))], [0], 32),
+        f, [images.encode(torch.zeros(3, 40, 32, dtype=torch.uint8))], [0], 32),
      ['32x40', 'data.on_size=resize'])])
 def test_a_wrong_data_set_is_one_sentence(tmp_path, make, words):
     make(tmp_path / 'faces')
     with pytest.raises(InputError) as error:
-        data.split(make_config(tmp_path, 'toy.identities=0'))
+        split.split(make_config(tmp_path, 'toy.identities=0'))
     assert all(word in str(error.value) for word in words), error.value
 
 
 def test_damaged_images_are_named_and_left_out_where_the_config_says_so(tmp_path, capsys):
     cfg = make_config(tmp_path, 'data.on_corrupt=skip')
     pixels = toy.draw(np.arange(6) // 2, np.arange(6), size=32)
-    files = [records.encode(x, 'png') for x in pixels]
-    files[1], files[4] = files[1][:90], b'no image'
-    records.write_records(tmp_path / 'faces', files, [0, 0, 1, 1, 2, 2], 32)
+    encoded = [images.encode(x, 'png') for x in pixels]
+    encoded[1], encoded[4] = encoded[1][:90], b'no image'
+    records.write_records(tmp_path / 'faces', encoded, [0, 0, 1, 1, 2, 2], 32)
     for _ in range(2):                                     # when the cache is built, and from it
-        found = data.load(tmp_path / 'faces', cfg)
+        found = faces.load(tmp_path / 'faces', cfg)
         kept = [0, 2, 3, 5]
         assert np.array_equal(found.images, pixels[kept].permute(0, 2, 3, 1))
         assert found.labels.tolist() == [0, 1, 1, 2] and found.skipped == [1, 4]
         printed = capsys.readouterr().out
         assert '2 damaged images are left out' in printed
         assert len(set(found.hashes.tolist())) == 4
-    log = json.loads((tmp_path / 'run' / 'log.jsonl').read_text())
+    [path] = (tmp_path / 'run' / 'log' / 'cache').iterdir()
+    log = json.loads(path.read_text())
     assert log['skipped'] == 2 and log['stage'].startswith('cache/faces')
     with pytest.raises(InputError, match='train.rec record 2: .*data.on_corrupt=skip'):
-        data.load(tmp_path / 'faces', make_config(tmp_path))
+        faces.load(tmp_path / 'faces', make_config(tmp_path))
 
 
 def test_folds_release_everybody_once_and_share_nobody(tmp_path):
     pixels = write_faces(tmp_path / 'faces', people=12)
     cfg = make_config(tmp_path, 'data.folds=3', 'data.release_folds=[]', 'data.validation=0.2',
                       'toy.identities=0', 'data.exclude=[5]')
-    folds = data.split(cfg)
-    labels = folds[0].data.labels
-    assert sorted(np.concatenate([f.private for f in folds])) == [
+    folds = split.split(cfg)
+    labels = folds[0].public.labels
+    assert sorted(np.concatenate([f.released for f in folds])) == [
         i for i in range(len(pixels)) if labels[i] != 5]
     for f in folds:
-        groups = [set(labels[part]) for part in (f.private, f.train, f.validation)]
+        groups = [set(labels[part]) for part in (f.released, f.train, f.validation)]
         assert set.union(*groups) == set(range(12)) - {5}
         assert sum(map(len, groups)) == 11 and all(groups)
-    again = data.split(make_config(tmp_path, 'data.folds=3', 'data.release_folds=[]',
+    again = split.split(make_config(tmp_path, 'data.folds=3', 'data.release_folds=[]',
                                    'toy.identities=0', 'data.split_seed=1'))
-    assert any(set(a.private) != set(b.private) for a, b in zip(folds, again))
+    assert any(set(a.released) != set(b.released) for a, b in zip(folds, again))
 
 
 def test_people_with_few_images_only_feed_the_mae(tmp_path):
     pixels = toy.draw(np.arange(20), np.arange(20), size=32)
     people = np.r_[np.arange(6).repeat(3), 6, 7]
-    encoded = [records.encode(x, 'png') for x in pixels]
+    encoded = [images.encode(x, 'png') for x in pixels]
     records.write_records(tmp_path / 'faces', encoded, people, 32)
-    fold = data.split(make_config(tmp_path, 'data.min_images=3', 'toy.identities=0'))[0]
+    fold = split.split(make_config(tmp_path, 'data.min_images=3', 'toy.identities=0'))[0]
     assert set(people[fold.mae]) - set(people[fold.train]) == {6, 7}
-    assert not {6, 7} & set(people[fold.private])
+    assert not {6, 7} & set(people[fold.released])
 
 
-def test_people_who_are_excluded_are_in_nothing(tmp_path, monkeypatch):
+def test_people_who_are_excluded_are_in_nothing(tmp_path):
     write_faces(tmp_path / 'faces')
     cfg = make_config(tmp_path, 'data.exclude=[5]', 'reconstruct.method=none', 'toy.identities=0')
-    folds = data.split(cfg)
-    monkeypatch.setattr(evaluate, 'check_release', lambda *_: None)
-    row = next(config.rows(cfg, compare=False))
-    [group] = evaluate.own_groups(row, folds, folds[0].private_data, 'cpu')
-    labels, [f] = folds[0].private_data.labels, folds
-    for rows in (f.private, f.train, f.mae, f.validation, group.outsiders[1]):
+    folds = split.split(cfg)
+    variant = next(config.variants(cfg, compare=False))
+    [group] = attack_data.own_groups(variant, folds, [None], folds[0].private, 'cpu')
+    labels, [f] = folds[0].private.labels, folds
+    for rows in (f.released, f.train, f.mae, f.validation, group.outsiders.rows):
         assert 5 not in labels[rows]
-    assert len(group.outsiders[1])
+    assert len(group.outsiders)
 
 
 def test_a_picture_that_is_public_and_private_stops_the_run(tmp_path):
@@ -168,24 +164,24 @@ def test_a_picture_that_is_public_and_private_stops_the_run(tmp_path):
     write_faces(tmp_path / 'other', start=7)                 # person 7 is in both sets
     cfg = make_config(tmp_path, f'data.public={tmp_path}/other', 'toy.identities=0')
     with pytest.raises(InputError, match=r'same picture.*identity 7.*3 such'):
-        data.split(cfg)
-    fold = data.split(make_config(tmp_path, f'data.public={tmp_path}/other', 'toy.identities=0',
+        split.split(cfg)
+    fold = split.split(make_config(tmp_path, f'data.public={tmp_path}/other', 'toy.identities=0',
                                   'data.exclude=[7]'))[0]
-    assert len(fold.private) == 21 and len(fold.train) == 24
+    assert len(fold.released) == 21 and len(fold.train) == 24
 
 
 def test_order_visits_every_image_once_an_epoch():
-    order = batches.Order(50, 10, seed=3)
+    order = batches.Order(50, 10, 3, 'mae.batch')
     epochs = [np.concatenate([order(5 * e + i)[0] for i in range(5)]) for e in range(2)]
     assert all(sorted(e) == list(range(50)) for e in epochs) and any(epochs[0] != epochs[1])
-    assert np.array_equal(batches.Order(50, 10, seed=3)(7)[0], order(7)[0])     # a pure function
+    assert np.array_equal(batches.Order(50, 10, 3, 'mae.batch')(7)[0], order(7)[0])     # a pure function
     with pytest.raises(InputError, match='larger than'):
-        batches.Order(5, 10, seed=3)
+        batches.Order(5, 10, 3, 'mae.batch')
 
 
 def test_balanced_batches_hold_k_images_of_each_person():
     labels = np.repeat(np.arange(6), [1, 2, 3, 4, 9, 12])
-    order = batches.Order(len(labels), 8, 0, labels, per_identity=4)
+    order = batches.Order(len(labels), 8, 0, 'mae.batch', labels, per_identity=4)
     for step in range(6):
         people, counts = np.unique(labels[order(step)[0]], return_counts=True)
         assert (counts % 4 == 0).all()
@@ -206,11 +202,11 @@ def test_hashes_depend_on_image_epoch_and_seed_alone():
 
 
 def test_runs_that_start_together_share_one_secret(tmp_path, monkeypatch):
-    draw = checkpoint.secrets.token_hex
-    monkeypatch.setattr(checkpoint.secrets, 'token_hex', lambda n: (time.sleep(0.1), draw(n))[1])
+    draw = protect.secrets.token_hex
+    monkeypatch.setattr(protect.secrets, 'token_hex', lambda n: (time.sleep(0.1), draw(n))[1])
     cfg = make_config(tmp_path, 'reconstruct.key=')
     with ThreadPoolExecutor(3) as pool:
-        found = set(pool.map(lambda _: checkpoint.release_secret(cfg), range(3)))
+        found = set(pool.map(lambda _: protect.release_secret(cfg), range(3)))
     assert len(found) == 1 and len(found.pop()) == 64
 
 
@@ -219,63 +215,61 @@ def test_the_public_secret_of_the_demo_protects_nobody_else(tmp_path):
     cfg = make_config(tmp_path, f'reconstruct.key={config.CONFIGS / "toy.key"}')
     write_faces(tmp_path / 'faces')
     with pytest.raises(InputError, match='known to everybody'):
-        checkpoint.release_secret(cfg)
+        protect.release_secret(cfg)
     (tmp_path / 'faces' / 'toy.bin').touch()
-    assert len(checkpoint.release_secret(cfg)) == 64
+    assert len(protect.release_secret(cfg)) == 64
 
 
 def test_release_order_is_secret_and_complete(tmp_path):
     write_faces(tmp_path / 'faces')
-    folds = data.split(make_config(tmp_path, 'data.release_folds=[]', 'toy.identities=0'))
-    source = folds[0].data.labels
-    fold, image, label = reconstruct.release_order(folds, b'secret')
-    assert sorted(image) == list(range(24)) and (np.diff(label) >= 0).all()
-    assert len({(a, b) for a, b in zip(source[image], label)}) == 8      # one new label a person
-    assert (source[image] != np.sort(source)).any()
-    assert all(i in folds[k].private for k, i in zip(fold, image))
-    other = reconstruct.release_order(folds, b'another')
-    assert (other[1] != image).any()
-    capped = reconstruct.release_order(folds, b'secret', 2)
-    assert np.bincount(capped[2]).tolist() == [2] * 8
+    cfg = make_config(tmp_path, 'data.release_folds=[]', 'toy.identities=0')
+    folds = split.split(cfg)
+    source = folds[0].public.labels
+    plan = protect.plan_release(folds, b'secret', cfg)
+    assert sorted(plan.image) == list(range(24)) and (np.diff(plan.label) >= 0).all()
+    # One new label a person
+    assert len({(a, b) for a, b in zip(source[plan.image], plan.label)}) == plan.people == 8
+    assert (source[plan.image] != np.sort(source)).any()
+    assert all(i in folds[k].released for k, i in zip(plan.fold, plan.image))
+    other = protect.plan_release(folds, b'another', cfg)
+    assert (other.image != plan.image).any()
+    cfg.reconstruct.images_per_person = 2
+    capped = protect.plan_release(folds, b'secret', cfg)
+    assert np.bincount(capped.label).tolist() == [2] * 8
 
 
 @pytest.mark.parametrize('paste', ['true', 'false'])
 @pytest.mark.parametrize('method', ['facemae', 'mask'])
 def test_hidden_pixels_do_not_reach_the_release(tmp_path, method, paste):
-    from types import SimpleNamespace
-
-    from train_mae import make_model
     cfg = make_config(tmp_path, f'reconstruct.method={method}',
                       f'reconstruct.paste_visible={paste}')
     torch.manual_seed(0)
-    mae = SimpleNamespace(model=make_model(cfg, 32).eval(), mean=torch.rand(3, 32, 32), std=0.25)
-    images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
-    numbers = torch.arange(5)
-    noise = batches.hashed(9, 0, numbers, 16)
-    seen = reconstruct.masked(torch.zeros(5, 3, 32, 32), noise, 0.75, 8)
-    hidden = (seen > 0).permute(0, 2, 3, 1)
-    changed = torch.where(hidden, 255 - images, images)
-    assert (changed != images).float().mean() > 0.7
-    made = [reconstruct.protect(x, numbers, 9, cfg, mae) for x in (images, changed)]
-    assert torch.equal(*made)
+    model = protect.build_mae(cfg.mae, 32).eval()
+    protection = Protection(cfg, FaceMAE(model, torch.rand(3, 32, 32), 0.25))
+    originals = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
+    seeds = batches.image_seeds(9, 0, torch.arange(5))
+    noise = protection.patch_noise(seeds, 32)
+    grey = protect.masked(torch.zeros(5, 3, 32, 32), noise, 0.75, 8)
+    hidden = (grey > 0).permute(0, 2, 3, 1)
+    changed = torch.where(hidden, 255 - originals, originals)
+    assert (changed != originals).float().mean() > 0.7
+    released = [protection(x, seeds) for x in (originals, changed)]
+    assert torch.equal(*released)
     if method == 'mask' or paste == 'true':                      # what is visible is there
-        assert torch.equal(made[0][~hidden], images[~hidden])
+        assert torch.equal(released[0][~hidden], originals[~hidden])
 
 
 @pytest.mark.parametrize('method', ['facemae', 'mask', 'blur', 'pixelate', 'noise', 'none'])
 def test_methods_treat_an_image_alike_in_every_batch(tmp_path, method):
-    from types import SimpleNamespace
-
-    from train_mae import make_model
     cfg = make_config(tmp_path, f'reconstruct.method={method}', 'reconstruct.pixelate_block=5')
-    mae = SimpleNamespace(model=make_model(cfg, 32).eval(), mean=torch.rand(3, 32, 32), std=0.25)
-    images = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
-    numbers = torch.tensor([5, 9, 2, 7, 1, 3])
-    whole = reconstruct.protect(images, numbers, 4, cfg, mae)
-    alone = torch.cat([reconstruct.protect(images[i:i + 1], numbers[i:i + 1], 4, cfg, mae)
-                       for i in range(6)])
+    model = protect.build_mae(cfg.mae, 32).eval()
+    protection = Protection(cfg, FaceMAE(model, torch.rand(3, 32, 32), 0.25))
+    originals = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
+    seeds = batches.image_seeds(4, 0, torch.tensor([5, 9, 2, 7, 1, 3]))
+    whole = protection(originals, seeds)
+    alone = torch.cat([protection(originals[i:i + 1], seeds[i:i + 1]) for i in range(6)])
     assert (whole.int() - alone.int()).abs().max() <= 1
-    assert torch.equal(whole, images) == (method == 'none')
+    assert torch.equal(whole, originals) == (method == 'none')
 
 
 def test_normalised_targets_are_refused(tmp_path):
@@ -283,18 +277,19 @@ def test_normalised_targets_are_refused(tmp_path):
     cfg = make_config(tmp_path)
     config_dict = config.as_dict(cfg)
     config_dict['mae']['norm_pix_loss'] = True
-    torch.save({'step': 1, 'steps': 1, 'config': config_dict}, path)
+    torch.save({'step': 1, 'steps': 1, 'config': config_dict, 'model': {}, 'std': 0.25,
+                'mean': torch.zeros(3, 1, 1)}, path)
     with pytest.raises(InputError, match='leak'):
-        reconstruct.load_mae(path, 32, 'cpu', '')
+        protect.load_mae(path, 32, 'cpu', '')
 
 
 def test_faces_off_the_template_are_noticed(capsys):
     rng = np.random.default_rng(0)
-    faces = np.full((8, 112, 112, 3), 170.0) + rng.normal(0, 5, (8, 112, 112, 3))
-    faces[:, :20], faces[:, :, :12], faces[:, 105:] = 60, 90, 90
+    photos = np.full((8, 112, 112, 3), 170.0) + rng.normal(0, 5, (8, 112, 112, 3))
+    photos[:, :20], photos[:, :, :12], photos[:, 105:] = 60, 90, 90
     for x in (38, 74):
-        faces[:, 47:57, x - 7:x + 8] = 40                    # dark where the template has eyes
-    data.warn_if_unaligned(faces.astype(np.uint8), 'here')
+        photos[:, 47:57, x - 7:x + 8] = 40                    # dark where the template has eyes
+    faces.warn_if_unaligned(photos.astype(np.uint8), 'here')
     assert not capsys.readouterr().out
-    data.warn_if_unaligned(np.roll(faces, 15, 1).astype(np.uint8), 'there')
+    faces.warn_if_unaligned(np.roll(photos, 15, 1).astype(np.uint8), 'there')
     assert 'there do not look aligned' in capsys.readouterr().out

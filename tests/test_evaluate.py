@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
-import toy
-import verification
+from facekit import files, images, toy, verification
+from facekit.errors import InputError
+from facekit.faces import FaceSet
+from facekit.verification import PairSet
 
 GOLDEN = json.loads((Path(__file__).parent / 'fixtures' / 'verification.json').read_text())
 
@@ -78,13 +79,14 @@ def test_a_paired_difference_is_of_the_same_pairs_and_over_seeds():
 
 def test_pairs_of_held_back_people_are_what_they_say():
     labels = np.r_[np.repeat(np.arange(9), 4), 50, 51, 51]
-    faces = SimpleNamespace(labels=labels, images=np.arange(len(labels)))
-    fold = SimpleNamespace(data=faces, validation=np.flatnonzero(labels % 2 == 1))
-    images, pairs, same = verification.held_back(fold, 500)
-    a, b = labels[images[pairs]].T
-    assert (labels[images] % 2 == 1).all() and same.mean() == 0.5 and len(same) == 1000
-    np.testing.assert_array_equal(a == b, same)
-    assert (pairs[:, 0] != pairs[:, 1]).all() and len(set(b[~same])) == 5
+    people = FaceSet('', np.arange(len(labels)), labels, None, None, [])
+    fold = SimpleNamespace(public=people, validation=np.flatnonzero(labels % 2 == 1))
+    held = verification.held_back(fold, 500)
+    a, b = labels[held.images[held.pairs]].T
+    assert (labels[held.images] % 2 == 1).all() and held.same.mean() == 0.5
+    assert len(held.same) == 1000
+    np.testing.assert_array_equal(a == b, held.same)
+    assert (held.pairs[:, 0] != held.pairs[:, 1]).all() and len(set(b[~held.same])) == 5
 
 
 def test_the_floor_of_pixel_components_sees_pixels_and_ignores_the_common_light():
@@ -93,12 +95,12 @@ def test_the_floor_of_pixel_components_sees_pixels_and_ignores_the_common_light(
     pairs[20:, 1] = np.arange(40, 60)
     same = np.arange(40) < 20
     results = []
-    for images in (faces, (faces // 2 + 90).astype(np.uint8)):
-        both = np.concatenate([images, images // 16 * 16])       # the second photo: coarse grey
-        sets = {__file__: (both, pairs + [0, 80], same)}
+    for photos in (faces, (faces // 2 + 90).astype(np.uint8)):
+        both = np.concatenate([photos, photos // 16 * 16])       # the second photo: coarse grey
+        sets = [PairSet('test', both, pairs + [0, 80], same, None)]
         results.append(verification.component_floor(faces, sets, 30)[0]['verification'])
     for found in results:
-        assert found['test_evaluate']['auc'] > 0.95
+        assert found['test']['auc'] > 0.95
 
 
 def test_a_centred_set_forgives_a_direction_common_to_all_its_pictures(monkeypatch):
@@ -111,25 +113,25 @@ def test_a_centred_set_forgives_a_direction_common_to_all_its_pictures(monkeypat
     # Poor pictures keep less of their person, so in the common direction they seem alike
     own = (people[person] + 0.8 * rng.normal(size=(600, 16))) * rng.uniform(0.3, 1, (600, 1))
     seen = torch.nn.functional.normalize(torch.from_numpy(own + 6))
-    monkeypatch.setattr(verification, 'unit_embeddings', lambda *a: seen)
-    sets = {__file__: (np.zeros(600), pairs, same)}
+    monkeypatch.setattr(verification, 'embed_set', lambda *a: seen)
+    sets = [PairSet('test', np.zeros(600), pairs, same, None)]
     plain, _ = verification.verify(None, sets, SimpleNamespace(
         evaluate=SimpleNamespace(centred=False)), 'cpu')
     both, curves = verification.verify(None, sets, SimpleNamespace(
         evaluate=SimpleNamespace(centred=True)), 'cpu')
-    assert plain == {'test_evaluate': both['test_evaluate']} and len(both) == len(curves) == 2
-    assert both['test_evaluate centred']['auc'] > both['test_evaluate']['auc'] + 0.05
+    assert plain == {'test': both['test']} and len(both) == len(curves) == 2
+    assert both['test centred']['auc'] > both['test']['auc'] + 0.05
 
 
 def test_image_quality_of_known_images():
     rng = np.random.default_rng(0)
-    images = rng.integers(10, 246, (3, 32, 32, 3), dtype=np.uint8)
-    equal = evaluate.image_quality(images, images, 'cpu')
+    photos = rng.integers(10, 246, (3, 32, 32, 3), dtype=np.uint8)
+    equal = images.psnr_and_ssim(photos, photos, 'cpu')
     assert equal['ssim'] == pytest.approx(1) and equal['psnr'] > 100
-    shifted = evaluate.image_quality(images + 10, images, 'cpu')
+    shifted = images.psnr_and_ssim(photos + 10, photos, 'cpu')
     assert shifted['psnr'] == pytest.approx(20 * np.log10(255 / 10))
-    noise = rng.integers(0, 256, images.shape, dtype=np.uint8)
-    assert evaluate.image_quality(noise, images, 'cpu')['ssim'] < 0.1
+    noise = rng.integers(0, 256, photos.shape, dtype=np.uint8)
+    assert images.psnr_and_ssim(noise, photos, 'cpu')['ssim'] < 0.1
 
 
 def test_an_external_checkpoint_may_hold_an_argparse_namespace_but_no_code(tmp_path):
@@ -137,11 +139,9 @@ def test_an_external_checkpoint_may_hold_an_argparse_namespace_but_no_code(tmp_p
     import argparse
     import os
 
-    import checkpoint
-    from records import InputError
     published = {'model': {'a': torch.ones(2)}, 'args': argparse.Namespace(lr=1)}
     torch.save(published, tmp_path / 'a.pth')
-    assert checkpoint.load(tmp_path / 'a.pth')['args'].lr == 1
+    assert files.load_checkpoint(tmp_path / 'a.pth')['args'].lr == 1
 
     class Hostile:
         def __reduce__(self):
@@ -151,5 +151,5 @@ def test_an_external_checkpoint_may_hold_an_argparse_namespace_but_no_code(tmp_p
     (tmp_path / 'c.pth').write_bytes((tmp_path / 'a.pth').read_bytes()[:300])
     for name in ('b.pth', 'c.pth'):
         with pytest.raises(InputError, match='safely'):
-            checkpoint.load(tmp_path / name)
+            files.load_checkpoint(tmp_path / name)
     assert not (tmp_path / 'executed').exists()

@@ -223,14 +223,14 @@ def reach(path, step):
     (['train_fr.py', 'run.row=mask', 'fr.epochs=9'], 'student/mask', 'mask/fr.pt')])
 def test_steps_in_pieces_are_the_same_steps(copied, arguments, line, result):
     """Bit for bit; and who is asked to stop saves, even if a checkpoint is not yet due."""
-    path, log = copied / 'run' / result, copied / 'run' / 'log.jsonl'
+    path, log = copied / 'run' / result, copied / 'run' / 'log' / f'{line}.jsonl'
     path.unlink(missing_ok=True)
     run(copied, *arguments)
     undisturbed = content(path), log_lines(copied, line)
     path.unlink()
     log.unlink()
     script = Script(copied, *arguments)
-    while not log.exists() or line not in log.read_text():
+    while not log.exists() or not log.read_text():
         time.sleep(0.005)
     script.send(signal.SIGTERM)
     assert script.wait(30) == 130 and 'the same command continues' in script.out
@@ -279,7 +279,9 @@ def test_processes_may_be_more_or_less_after_an_interruption(copied, arguments, 
     for name in undisturbed[0].keys() - {'stage'}:
         a, b = ([x[name] for x in lines] for lines in (undisturbed, log_lines(copied, line)))
         rounding = 1e-4 if name in ('mse', 'irm', 'relations', 'loss', 'accuracy') else 0
-        np.testing.assert_allclose(a, b, rtol=rounding, err_msg=name)
+        # A correlation is near 0 in some batches, where a share of it says nothing
+        atol = 1e-5 if name == 'relations' else 0
+        np.testing.assert_allclose(a, b, rtol=rounding, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize('dies, cause', [(0, 'killed'), (1, 'killed'), (0, 'full disk')])

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import batches
-import embed
 import models
+from facekit import batches, embed
+from facekit.faces import ImageRows
 
 GOLDEN = json.loads((Path(__file__).parent / 'fixtures' / 'interchange.json').read_text())
 
@@ -245,8 +245,8 @@ def test_embeddings_kept_of_both_sides_are_those_of_the_batch():
     """The plain twin of what stage 1 keeps of the originals: unfolded, batch by batch."""
     torch.manual_seed(0)
     net = models.iresnet(10, 8, 32, 16).eval()
-    store = batches.Store(np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8),
-                          [*range(1, 20), 0], torch.device('cpu'))
+    faces = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    store = batches.Store(ImageRows(faces, np.array([*range(1, 20), 0])), torch.device('cpu'))
     kept = torch.stack(embed.embed_all(models.folded(net), store, 7, 'fp32'))
     numbers, flip = torch.tensor([3, 19, 4, 0]), torch.tensor([True, False, False, True])
     z = embed.embed_batch(net, batches.flipped(store(numbers), flip), 'fp32')

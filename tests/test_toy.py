@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import records
-import toy
+from facekit import images, records, toy
 
 
 def test_an_image_does_not_depend_on_its_batch_or_on_threads():
@@ -27,8 +26,8 @@ def test_an_image_does_not_depend_on_its_batch_or_on_threads():
 
 
 def test_another_process_draws_the_same():
-    code = 'import toy; print(toy.draw([3, 5], [0, 9], 32, seed=4).flatten().tolist())'
-    run = subprocess.run([sys.executable, '-c', code], cwd=Path(toy.__file__).parent,
+    code = 'from facekit import toy; print(toy.draw([3, 5], [0, 9], 32, seed=4).flatten().tolist())'
+    run = subprocess.run([sys.executable, '-c', code], cwd=Path(toy.__file__).parent.parent,
                          capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(toy.draw([3, 5], [0, 9], 32, seed=4).flatten().tolist())
 
@@ -68,7 +67,7 @@ def test_parameters_of_many_images_are_uniform():
 
 def test_draw_set(tmp_path, capsys):
     folder = tmp_path / 'new' / 'toy'
-    leftover = tmp_path / 'new' / 'toy.part'
+    leftover = tmp_path / 'new' / 'toy.tmp'
     leftover.mkdir(parents=True)
     (leftover / 'stale').write_text('of a killed draw')
     toy.draw_set(folder, 5, 3, 6, 44, size=32, seed=2)
@@ -79,21 +78,21 @@ def test_draw_set(tmp_path, capsys):
     read = records.Records(folder)
     assert read.labels.tolist() == [i for i in range(5) for _ in range(3)]
     drawn = toy.draw(np.repeat(np.arange(5), 3), np.tile(np.arange(3), 5), 32, seed=2)
-    assert [bytes(read[i]) for i in range(15)] == [records.encode(x, 'jpeg', 95) for x in drawn]
-    images, same = records.read_bin(folder / 'toy.bin')
+    assert [bytes(read[i]) for i in range(15)] == [images.encode(x, 'jpeg', 95) for x in drawn]
+    pairs_of_files, same = records.read_bin(folder / 'toy.bin')
     folds = np.array_split(same, 10)
     assert all((f == (np.arange(len(f)) < len(f) / 2)).all() for f in folds)
     # Whose image it is can be read off by drawing all it may be: people 5 to 10, 8 images each
     people, poses = np.repeat(np.arange(5, 11), 8), np.tile(np.arange(8), 6)
-    source = {records.encode(x): key
+    source = {images.encode(x): key
               for x, key in zip(toy.draw(people, poses, 32, seed=2), zip(people, poses))}
-    pairs = [(source[a], source[b]) for a, b in zip(images[::2], images[1::2])]
+    pairs = [(source[a], source[b]) for a, b in zip(pairs_of_files[::2], pairs_of_files[1::2])]
     assert [a[0] == b[0] for a, b in pairs] == same.tolist()
     assert all(a != b for a, b in pairs)
 
 
 def test_a_failed_draw_leaves_no_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, 'write_bin', lambda *_: 1 / 0)
+    monkeypatch.setattr(toy, 'write_bin', lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         toy.draw_set(tmp_path / 'toy', 2, 2, 2, 10, size=16, seed=0)
     assert not (tmp_path / 'toy').exists()

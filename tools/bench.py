@@ -1,9 +1,9 @@
 """Speed of every stage: the kit's own steps on drawn data in a config's shapes, beside its peers.
 
-    python bench.py                                  # the toy's shapes, minutes on any machine
-    python bench.py --config configs/casia.yaml      # a GPU; on the CPU with run.precision=fp32
-                                                     # and small batches (mae.batch=16 ...)
-    python bench.py --peers FOLDER                   # beside other people's code, see peers.py
+    python tools/bench.py                              # the toy's shapes, minutes on any machine
+    python tools/bench.py --config configs/casia.yaml  # a GPU; on the CPU with run.precision=fp32
+                                                       # and small batches (mae.batch=16 ...)
+    python tools/bench.py --peers FOLDER               # beside other people's code, see peers.py
 
 Writes  results/speed/<device>-<config>.json
 
@@ -29,7 +29,6 @@ import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch
@@ -38,20 +37,18 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch.utils.flop_counter import FlopCounterMode
 
-import attacks
-import batches
-import data
-import embed
-import models
-import reconstruct
-import records
-import runtime
-import toy
-import train_fr
-import train_mae
-import verification
-from config import as_dict, rows
-from records import InputError
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import models  # noqa: E402
+import train_fr  # noqa: E402
+import train_mae  # noqa: E402
+from facekit import batches, embed, faces, images, protect, records, retrieval, run  # noqa: E402
+from facekit import toy, verification  # noqa: E402
+from facekit.config import as_dict, variants  # noqa: E402
+from facekit.errors import InputError  # noqa: E402
+from facekit.faces import FaceSet, ImageRows  # noqa: E402
+from facekit.progress import peak_memory  # noqa: E402
+from facekit.split import Fold  # noqa: E402
 
 COMMAND = ' '.join(['python', *sys.argv])
 RUNS, SECONDS = 5, 0.5                     # timed blocks of each row, and how long each shall take
@@ -101,9 +98,10 @@ class Bench:
         self.classes, size = cfg.toy.identities or CLASSES, cfg.data.size
         count = max(2 * cfg.mae.batch, 2 * cfg.fr.batch, self.classes)
         self.images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
-        self.store = batches.Store(self.images, range(count), device)
-        self.faces = SimpleNamespace(images=self.images, labels=np.arange(count) % self.classes,
-                                     hashes=np.arange(count, dtype=np.uint64))
+        self.store = batches.Store(ImageRows(self.images, np.arange(count)), device)
+        self.faces = FaceSet(Path('drawn'), self.images, np.arange(count) % self.classes,
+                             np.arange(self.classes).astype(str),
+                             np.arange(count, dtype=np.uint64), [])
         self.drawn = toy.draw(np.arange(64), np.zeros(64, int), size)
         self.teacher = cfg.teacher.checkpoint or str(folder / 'teacher.pt')
         if not cfg.teacher.checkpoint:
@@ -129,8 +127,8 @@ class Bench:
     def row(self, stage, what, t, items, unit='images/s', kit=None, gathers=0):
         """Keep what Timer t found of a thing that takes `items` and `gathers` so many images.
         `kit`, the kit's Timer of the same thing, makes it a peer."""
-        middle, cuda = np.median(t.times), self.device.type == 'cuda'
-        memory = torch.cuda.max_memory_allocated() if cuda else runtime.resident_bytes()
+        middle = np.median(t.times)
+        memory = peak_memory()
         found = {'stage': stage, 'what': what, 'rate': items / middle, 'unit': unit,
                  'ms': middle * 1e3, 'ms_min': min(t.times) * 1e3, 'ms_max': max(t.times) * 1e3,
                  'runs': len(t.times), 'first_seconds': t.first, 'memory_gib': memory / 2 ** 30}
@@ -143,28 +141,28 @@ class Bench:
             numbers = torch.randint(len(self.images), (gathers,))
             found['data'] = np.median(self.timed(lambda: self.store(numbers)).times) / middle
         self.rows.append(found)
-        runtime.say(f'{stage}: {what}: {found["rate"]:,.1f} {unit}')
+        run.say(f'{stage}: {what}: {found["rate"]:,.1f} {unit}')
 
     def train_mae(self, related, batch, flops=False, peers=()):
-        row = next(rows(self.cfg, False))
-        c, fold = row.cfg, SimpleNamespace(
-            k=0, data=self.faces, mae=np.arange(2 * batch), validation=[])
+        variant, none = next(variants(self.cfg, False)), np.arange(0)
+        c, fold = variant.cfg, Fold(0, self.faces, self.faces, none, np.arange(2 * batch), none,
+                                    none)
         c.mae.batch, c.mae.lr, c.mae.epochs, c.mae.preview_epochs = batch, 1e-9, 1e6, 0
         c.irm.weight, c.irm.warmup_epochs = related and (self.cfg.irm.weight or 1.0), 0
         c.teacher.checkpoint, c.mae.init, c.run.save_minutes = self.teacher, '', 1e9
-        return self.steps(train_mae.train(row, fold, self.device), flops, peers)
+        return self.steps(train_mae.train(variant, fold, self.device), flops, peers)
 
     def train_fr(self, flops=False, peers=()):
-        c = next(rows(self.cfg, False)).cfg
+        c = next(variants(self.cfg, False)).cfg
         c.fr.lr, c.run.save_minutes = 1e-9, 1e9
-        role = SimpleNamespace(**vars(c.fr) | {'epochs': 1e6}, seed=0)
-        return self.steps(train_fr.train(
-            c, self.folder / 'fr.pt', self.faces, np.arange(len(self.images)), role, 'student', [],
-            self.device), flops, peers)
+        what = train_fr.Recogniser('student', self.folder / 'fr.pt', self.faces,
+                                   np.arange(len(self.images)), c.fr.depth, c.fr.width, 1e6, 0, [],
+                                   'fr')
+        return self.steps(train_fr.train(c, what, self.device), flops, peers)
 
     def steps(self, training, flops, peers):
         t = self.timed(lambda: next(training), flops, peers)
-        runtime.Stop.end()
+        run.Stop.end()
         return t
 
 
@@ -179,12 +177,13 @@ def stages(b):
 
     some, few = (torch.arange(min(batch, len(store)), device=device)
                  for batch in (c.batch, cfg.evaluate.batch))
-    mae = SimpleNamespace(model=train_mae.make_model(cfg, cfg.data.size).to(device).eval(),
-                          mean=torch.full((3, 1, 1), 0.5, device=device), std=train_mae.STD)
+    mae = protect.FaceMAE(protect.build_mae(cfg.mae, cfg.data.size).to(device).eval(),
+                          torch.full((3, 1, 1), 0.5, device=device), protect.STD)
+    protection, seeds = protect.Protection(cfg, mae), batches.image_seeds(0, 0, some)
     b.row('2 reconstruct', c.method, b.timed(
-        lambda: reconstruct.protect(store(some), some, 0, cfg, mae).cpu(), True), len(some))
+        lambda: protection(store(some), seeds).cpu(), True), len(some))
     b.row('2 reconstruct', f'{c.format} files, one core', b.timed(
-        lambda: [records.encode(x, c.format, c.quality) for x in b.drawn]), len(b.drawn))
+        lambda: [images.encode(x, c.format, c.quality) for x in b.drawn]), len(b.drawn))
 
     net = embed.recogniser(b.teacher, device)
     nets = {'recogniser': net, 'BatchNorm folded': models.folded(net)}
@@ -195,7 +194,7 @@ def stages(b):
             lambda: embed.embed_batch(net, store(few), cfg.run.precision), True), len(few))
     probes, gallery = (F.normalize(torch.randn(n, cfg.fr.dim, device=device)) for n in SEARCH)
     person = torch.arange(SEARCH[1], device=device) // 20
-    b.row('4 evaluate', 'search, 20 images a person', b.timed(lambda: attacks.search(
+    b.row('4 evaluate', 'search, 20 images a person', b.timed(lambda: retrieval.search(
         probes, gallery, person[:len(probes)], person)), SEARCH[0] * SEARCH[1], 'comparisons/s')
     same, rng = np.arange(PAIRS) % 2 == 0, np.random.default_rng(0)
     distance = rng.normal(np.where(same, 1.2, 1.9), 0.4).clip(0, 4)
@@ -219,15 +218,15 @@ def loop_accuracies(distance, same):
 def reading(b):
     """Rows of record sets, the decoded cache and batches."""
     c, size, folder = b.cfg, b.cfg.data.size, b.folder
-    files = [records.encode(x, 'jpeg', 95) for x in b.drawn] * 64
+    files = [images.encode(x, 'jpeg', 95) for x in b.drawn] * 64
     records.write_records(folder / 'faces', files, np.arange(len(files)) // 64, size)
     b.row('reading', 'images decoded, one core', b.timed(
-        lambda: [records.decode(x, 'face') for x in files[:64]]), 64)
+        lambda: [images.decode(x, 'face') for x in files[:64]]), 64)
 
     def build():
         c.data.cache = str(folder / 'cache')
         shutil.rmtree(c.data.cache, ignore_errors=True)
-        data.load(folder / 'faces', c)
+        faces.load(folder / 'faces', c)
     b.row('reading', 'cache built, all cores', b.timed(build), len(files))
 
     for count in (RECORDS, INDEX):
@@ -239,29 +238,23 @@ def reading(b):
     b.row('reading', 'records viewed, one core', b.timed(
         lambda: sum(len(opened[i]) for i in range(1000))), 1000, 'records/s')
 
-    def sparse(folder, mark, path, read, name_of, count, cfg):
-        folder.mkdir(parents=True)
-        np.memmap(folder / 'images.u8', np.uint8, 'w+', shape=(count, size, size, 3))
-        np.save(folder / 'hashes.npy', np.zeros(count, np.uint64))
-        (folder / 'source.json').write_text('{"skipped": []}')
     b.row('reading', f'batch of {len(b.images):,} images', b.timed(
         lambda: b.store(torch.randint(len(b.store), (c.mae.batch,)))), c.mae.batch)
     try:
-        with mock.patch.object(data, 'build_cache', sparse):
-            store = data.load(folder / 'index', c).images
-        store = batches.Store(store, np.arange(INDEX), b.device)
+        sparse = np.memmap(folder / 'images.u8', np.uint8, 'w+', shape=(INDEX, size, size, 3))
+        store = batches.Store(ImageRows(sparse, np.arange(INDEX)), b.device)
         b.row('reading', f'batch of {INDEX:,} images', b.timed(
             lambda: store(torch.randint(INDEX, (c.mae.batch,)))), c.mae.batch)
     except OSError as e:
-        runtime.say(f'reading: {INDEX:,} decoded images cannot be mapped: {e}')
+        run.say(f'reading: {INDEX:,} decoded images cannot be mapped: {e}')
 
 
 def main(folder, cfg, device, compare):
     """Measure, write the JSON and show the table; `folder` holds the peers, or is empty."""
-    if runtime.world() > 1:
+    if run.world() > 1:
         raise InputError('bench.py measures one process: run it with python, not torchrun')
     name = torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU {os.cpu_count()} cores'
-    found = runtime.provenance() | {'device': name, 'threads': torch.get_num_threads(),
+    found = run.provenance() | {'device': name, 'threads': torch.get_num_threads(),
                                     'command': COMMAND, 'config': as_dict(cfg)}
     with tempfile.TemporaryDirectory() as temporary:
         cfg.run.folder = temporary
@@ -290,11 +283,11 @@ def main(folder, cfg, device, compare):
         table.add_row(*(form.format(row[column]) if column in row else ''
                         for column, form in columns.items()))
     Console(width=160).print(table)
-    runtime.say(path)
+    run.say(path)
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--peers', default='')
     own, sys.argv[1:] = parser.parse_known_args()
-    runtime.launch(lambda *rest: main(own.peers, *rest), __doc__, argparse.SUPPRESS)
+    run.launch(lambda *rest: main(own.peers, *rest), __doc__, argparse.SUPPRESS)

@@ -1,23 +1,26 @@
 """One YAML file is one experiment: read, check, and override it from the command line.
 
 configs/casia.yaml holds every key with its default and its meaning; another config names only what
-differs. `resolve` gives nested dicts, `namespace` makes them `cfg.mae.lr`.
+differs. `resolve` gives nested dicts, `namespace` makes them `cfg.mae.lr`. A Variant is one row of
+a comparison with one seed: its config and the paths of its files.
 """
 import contextlib
 import copy
 import difflib
 import os
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import yaml
 
-from records import InputError
+from facekit.errors import InputError
 
-TAKEN = 'fold', 'seed', 'figures', 'reconstructed', 'cache', 'faces'      # in a run's folder
-CONFIGS = Path(__file__).parent / 'configs'
+# Names in a run folder, which no row of a comparison may have
+TAKEN = 'fold', 'seed', 'figures', 'reconstructed', 'cache', 'faces', 'log'
+CONFIGS = Path(__file__).parent.parent / 'configs'
 CHOICES = {
     'stage': ('teacher', 'judge', 'student'),
     'run.device': ('auto', 'cpu', 'cuda'),
@@ -48,71 +51,55 @@ RANGES = {
     'reconstruct.blur_sigma': (0.1, 100), 'reconstruct.quality': (1, 100)}
 
 
-class _Plain(yaml.SafeLoader):
-    """Plain values without aliases and endless numbers, in which a few bytes promise gigabytes."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError('it repeats a value by a *name: write the value out')
-        return super().compose_node(parent, index)
-
-    def construct_yaml_int(self, node):
-        if len(node.value) > 100:
-            raise yaml.YAMLError('it has a number of more than 100 digits: give a smaller one')
-        return super().construct_yaml_int(node)
-
-
-_Plain.add_constructor('tag:yaml.org,2002:int', _Plain.construct_yaml_int)
-
-
 def read_yaml(path):
     """The mapping in a YAML file, read without constructing anything but plain values."""
     path = Path(path)
-    if not os.path.isfile(path):           # whatever is wrong with the path
+    if not os.path.isfile(path):           # False, too, for a path that no file can have
         raise InputError(f'config {path} does not exist: name one of '
                          f'{", ".join(sorted(str(p) for p in CONFIGS.glob("*.yaml")))}')
-    if path.stat().st_size > 1 << 18:
-        raise InputError(f'config {path} is larger than 256 KiB: this is not one of our configs')
     try:
-        found = yaml.load(path.read_text(encoding='utf-8'), _Plain)
+        content = yaml.safe_load(path.read_text(encoding='utf-8'))
     except Exception as e:                 # PyYAML raises of many kinds where a value has a tag
         raise InputError(f'config {path} is not YAML ({" ".join(str(e).split())[:200]}): write it '
                          'as configs/casia.yaml is written') from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise InputError(f'config {path} holds no "section:" lines: see configs/casia.yaml')
-    return found
+    return content
 
 
-def shown(value):
-    """A value as it is named in a sentence."""
-    text = repr(value)
+def quoted(value):
+    """A value as it is named in a sentence, shortened."""
+    try:
+        text = repr(value)
+    except ValueError:                     # of an integer with thousands of digits
+        text = 'a huge number'
     return text if len(text) <= 100 else f'{text[:100]} ...'
 
 
 def check_value(key, value, default):
     """`value` as the type of `default`, or an InputError that names the key and the remedy."""
     if isinstance(default, float) and not isinstance(value, bool):
-        with contextlib.suppress(TypeError, ValueError):   # YAML reads 1e-4 as a string
+        with contextlib.suppress(TypeError, ValueError, OverflowError):   # YAML reads 1e-4 as text
             value = float(value)
     kind = type(default)
     if type(value) is not kind:
-        raise InputError(f'{key} = {shown(value)} is a {type(value).__name__}: '
+        raise InputError(f'{key} = {quoted(value)} is a {type(value).__name__}: '
                          f'give a {kind.__name__}, for example {key}={default!r}')
     if isinstance(value, list) and (default or key in INTEGERS):
         value = [check_value(key, item, 0 if key in INTEGERS else default[0]) for item in value]
-    if isinstance(value, float) and not np.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f'{key} = {value} is not finite: give a number such as {default}')
     low, high = RANGES.get(key, (0, MOST if isinstance(value, int) else LARGE))
     if isinstance(value, (int, float)) and not low <= value <= high:
-        raise InputError(f'{key} = {value} is out of range: give {low} to {high}, for example '
+        raise InputError(f'{key} = {quoted(value)} is out of range: give {low} to {high}, for example '
                          f'{default}')
     if isinstance(value, str) and not (value.isprintable() and len(value) < 400):
-        raise InputError(f'{key} = {shown(value)} is too long or has characters that cannot be '
+        raise InputError(f'{key} = {quoted(value)} is too long or has characters that cannot be '
                          'printed: give another')
     if key == 'mae.name' and not re.fullmatch(r'[\w-]{1,60}', value):
         raise InputError(f'mae.name = {value!r} is a file name: use letters, digits, _ and -')
     if key == 'fr.margin_warmup' and isinstance(value, list) and len(value) != 2:
-        raise InputError(f'{key} = {shown(value)}: give the shares where it begins and ends')
+        raise InputError(f'{key} = {quoted(value)}: give the shares where it begins and ends')
     if key in CHOICES and value not in CHOICES[key]:
         raise InputError(f'{key} = {value!r} is unknown: choose from {", ".join(CHOICES[key])}')
     return value
@@ -121,10 +108,10 @@ def check_value(key, value, default):
 def check_row(name, changes):
     """The changes of one row of the comparison, whose name becomes a folder."""
     if not re.fullmatch(rf'(?!{"|".join(TAKEN)})[\w-]{{1,60}}', str(name)):
-        raise InputError(f'compare has a row {shown(name)}: use letters, digits, _ and -, and do '
+        raise InputError(f'compare has a row {quoted(name)}: use letters, digits, _ and -, and do '
                          f'not begin with {", ".join(TAKEN)}')
     if not isinstance(changes, list) or not all(isinstance(c, str) for c in changes):
-        raise InputError(f'compare.{name} = {shown(changes)}: write a list of section.key=value')
+        raise InputError(f'compare.{name} = {quoted(changes)}: write a list of section.key=value')
     return changes
 
 
@@ -139,17 +126,16 @@ def overlay(config, changes, where):
 def set_keys(config, changes):
     """Set the keys in `changes` in `config`; unknown keys and types are refused."""
     for section, content in changes.items():
-        known = [section] if section in config else difflib.get_close_matches(
-            str(section), config, 1) or sorted(config)
         if section not in config:
-            raise InputError(f'key {shown(section)} is unknown: did you mean '
+            known = difflib.get_close_matches(str(section), config, 1) or sorted(config)
+            raise InputError(f'key {quoted(section)} is unknown: did you mean '
                              f'{" or ".join(map(repr, known))}?')
         if section == 'compare' and isinstance(content, dict):
             config[section] = {str(name): check_row(name, row) for name, row in content.items()}
         elif not isinstance(config[section], dict):
             config[section] = check_value(section, content, config[section])
         elif not isinstance(content, dict):
-            raise InputError(f'{section} = {shown(content)} is a section: set {section}.KEY')
+            raise InputError(f'{section} = {quoted(content)} is a section: set {section}.KEY')
         else:
             for key, value in content.items():
                 if key not in config[section]:
@@ -164,12 +150,12 @@ def assign(config, assignment, where='command line'):
     """Apply one `section.key=value` of the command line or of a row."""
     name, equals, text = assignment.partition('=')
     if not equals:
-        raise InputError(f'{where}: {shown(assignment)} is not understood: write '
+        raise InputError(f'{where}: {quoted(assignment)} is not understood: write '
                          'section.key=value, for example mae.epochs=100')
     try:
-        value = yaml.load(text, _Plain) if text else ''
+        value = yaml.safe_load(text) if text else ''
     except Exception:                      # as in read_yaml
-        raise InputError(f'{where}: {shown(assignment)} gives no YAML value: quote it') from None
+        raise InputError(f'{where}: {quoted(assignment)} gives no YAML value: quote it') from None
     for part in reversed(name.split('.')):
         value = {part: value}
     overlay(config, value, where)
@@ -204,13 +190,56 @@ def as_dict(cfg):
     return {k: as_dict(v) if isinstance(v, SimpleNamespace) else v for k, v in vars(cfg).items()}
 
 
-def rows(cfg, compare):
-    """The method and, if `compare`, every row and seed of the comparison.
+@dataclass
+class Variant:
+    """A row of a comparison with one seed: its config, and where its files lie.
 
-    Yields namespaces: `name`, `cfg` (resolved for the row), `folder` (release, student, results),
-    `mae(fold)` (path of its masked autoencoder). The method with run.seed lies in the run folder
-    itself, other rows and seeds in sub-folders, so that all share teacher, judge and cache.
+    The method itself with run.seed lies in the run folder, other rows and seeds in sub-folders of
+    it, so that all share teacher, judge and cache.
     """
+    name: str                 # of the row, as tables show it
+    seed: int                 # run.seed of this repetition
+    cfg: SimpleNamespace      # resolved for the row
+    seed_folder: str          # '' for the run's own seed, else 'seed1' and so on
+
+    @property
+    def run(self):
+        """Folder of the whole run."""
+        return Path(self.cfg.run.folder)
+
+    @property
+    def folder(self):
+        """Folder of this row and seed."""
+        return self.run / self.cfg.run.row / self.seed_folder
+
+    @property
+    def label(self):
+        """Name in logs and sentences: '' for the method itself, else 'mask' or 'mask/seed1'."""
+        return str(self.folder.relative_to(self.run)).removeprefix('.')
+
+    @property
+    def release(self):
+        """Folder of the released data set."""
+        return self.folder / 'reconstructed'
+
+    @property
+    def student(self):
+        """Checkpoint of the recogniser that is trained on the release."""
+        return self.folder / 'fr.pt'
+
+    @property
+    def results(self):
+        """File of the results."""
+        return self.folder / 'results.json'
+
+    def mae(self, k):
+        """Checkpoint of the masked autoencoder of fold k."""
+        name = '_'.join(filter(None, [self.cfg.mae.name, self.seed_folder]))
+        return self.run / f'fold{k}' / f'{name}.pt'
+
+
+def variants(cfg, compare):
+    """The Variants of a run: the row of run.row, or, with `compare`, every row and seed."""
     names = ['', *cfg.compare] if compare else [cfg.run.row]
     if compare and cfg.reconstruct.method in cfg.compare:
         raise InputError(f'compare has a row {cfg.reconstruct.method!r}, the name that the method '
@@ -223,9 +252,5 @@ def rows(cfg, compare):
             for change in cfg.compare[name] if name else []:
                 assign(config, change, f'{cfg.run.config}: compare.{name}')
             config['run'].update(seed=seed, row=name)
-            run, again = Path(cfg.run.folder), '' if seed == cfg.run.seed else f'seed{seed}'
-            mae = '_'.join([config['mae']['name'], *filter(None, [again])]) + '.pt'
-            yield SimpleNamespace(
-                name=name or config['reconstruct']['method'], cfg=namespace(config),
-                folder=run / name / again,
-                mae=lambda k, name=mae: run / f'fold{k}' / name)
+            yield Variant(name or config['reconstruct']['method'], seed, namespace(config),
+                          '' if seed == cfg.run.seed else f'seed{seed}')

@@ -1,7 +1,7 @@
-"""Face data on disk: insightface records, verification .bin files and folders, read and written.
+"""insightface records and verification .bin files, read and written without mxnet.
 
     records = Records('casia')                        # a folder with train.rec, or a .rec file
-    image = decode(records[0], 'casia, image 0')      # uint8 RGB, (3, height, width)
+    image = decode(records[0], 'casia, image 0')      # see images.py
     write_records('out', files, labels, size=112)     # insightface trains on it as it is
     images, same = read_bin('lfw.bin')                # images 2i and 2i + 1 are pair i
 
@@ -10,43 +10,24 @@ A record is `<II` magic and length (29 bits; above them 0 whole, 1 first, 2 midd
 then the payload, padded to 4 bytes. A payload is `<IfQQ` flag, label, id, id2, then `flag` float32
 labels, then the image file. Nothing that is read here can run code.
 """
-import contextlib
-import io
 import itertools
-import mmap
 import pickle
 import re
 import struct
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
-from torchvision.io import ImageReadMode, decode_image, encode_jpeg, encode_png
+
+from facekit.errors import InputError
+from facekit.files import open_bytes, replacing
 
 MAGIC = struct.pack('<I', 0xced7230a)
 LONGEST = (1 << 29) - 1  # bytes of one part of a record; also the mask of its length bits
 EXACT = 1 << 24  # above it float32, in which labels and the header are kept, skips integers
-MAX_PIXELS = 16 << 20  # a few bytes can promise an image of any size
 
 
-class InputError(ValueError):
-    """A wrong input: one sentence that names what, where and the remedy."""
-
-
-def open_bytes(path):
-    """The bytes of a file, mapped into memory; InputError if it cannot be read."""
-    try:
-        if not Path(path).is_file():  # to open a pipe would wait for ever
-            raise ValueError('no such file')
-        with open(path, 'rb') as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise InputError(f'{str(path)!r} cannot be read ({error}): check the path, copy the file '
-                         'again; a .rec needs its .idx beside it') from None
-
-
-def _read_index(path):
+def read_index(path):
     """int64 keys, ascending, and byte offsets of an .idx file of lines `key<TAB>offset`."""
     text = bytes(open_bytes(path)).rstrip() + b'\n'
     lines = text.count(b'\n')
@@ -63,6 +44,27 @@ def _read_index(path):
     return keys[order], offsets[order]
 
 
+@dataclass
+class RecordHeads:
+    """What stands before the image file in each of N records."""
+    keys: np.ndarray     # int64 (N,), ascending
+    begin: np.ndarray    # int64 (N,), byte at which the record begins
+    image: np.ndarray    # int64 (N,), byte at which its image file begins
+    end: np.ndarray      # int64 (N,), byte after the first part of the record
+    part: np.ndarray     # uint32 (N,), 0 = whole record, 1 = first of several parts
+    flag: np.ndarray     # int64 (N,), number of labels in the payload; 0 = one, in the head
+    labels: np.ndarray   # float32 (N,), the first label
+
+    def __getitem__(self, rows):
+        """The heads of some records."""
+        return RecordHeads(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @property
+    def empty(self):
+        """bool (N,): records without an image, as those of identities are."""
+        return (self.part == 0) & (self.image >= self.end)
+
+
 class Records:
     """The images of an insightface or im2rec record set, in ascending order of their keys.
 
@@ -76,67 +78,90 @@ class Records:
     r[i]     the image file of image i, bytes-like (a view of the file unless it lies in parts)
 
     Raises InputError, naming file and key, for what is missing, truncated, damaged or ambiguous.
+    All checks are made in bulk, because a set has millions of records.
     """
 
     def __init__(self, path):
         self.path = Path(path) / 'train.rec' if Path(path).is_dir() else Path(path)
         self._data = open_bytes(self.path)
-        keys, offsets = _read_index(self.path.with_suffix('.idx'))
+        keys, offsets = read_index(self.path.with_suffix('.idx'))
+        heads = self._read_heads(keys, offsets)
+        self._check_overlap(heads)
+        if (heads.keys[0], heads.flag[0], heads.end[0] - heads.begin[0]) == (0, 2, 40):
+            heads = heads[1:self._end_of_images(heads)]      # what insightface's header counts
+        self._refuse(heads, heads.empty, 'has no image: pack the set anew without it')
+        labels = heads.labels
+        wrong = ~((labels >= 0) & (labels < EXACT) & (labels == np.floor(labels)))
+        self._refuse(heads, wrong, f'has the label {labels[wrong][:1]}, but labels are integers '
+                     f'from 0 to {EXACT - 1}: pack the set anew')
+        self._heads, self.keys, self.labels = heads, heads.keys, labels.astype(np.int64)
 
-        def refuse(wrong, text):
-            if wrong.any():
-                i = wrong.argmax()
-                raise InputError(f'{self.path}: key {keys[i]} at byte {offsets[i]} {text}')
+    def _refuse(self, heads, wrong, text):
+        """InputError about the first record where wrong (N,) is true."""
+        if wrong.any():
+            i = wrong.argmax()
+            raise InputError(f'{self.path}: key {heads.keys[i]} at byte {heads.begin[i]} {text}')
 
-        # In bulk, because a set has millions of records. Each check makes the next access safe.
-        size = len(self._data)
-        refuse((offsets > size - 32) | (offsets % 4 > 0),
-               f'can be no record of these {size} bytes: copy the .rec and the .idx again')
+    def _read_heads(self, keys, begin):
+        """RecordHeads at the bytes `begin`; each check makes the next access safe."""
+        size, none = len(self._data), np.zeros(len(keys), np.int64)
+        at_bytes = RecordHeads(keys, begin, none, none, none, none, none)
+        self._refuse(at_bytes, (begin > size - 32) | (begin % 4 > 0),
+                     f'can be no record of these {size} bytes: copy the .rec and the .idx again')
         words = np.frombuffer(self._data, '<u4', size // 4)
-        at = offsets // 4
+        at = begin // 4
         magic, flag = words[at], words[at + 2].astype(np.int64)
         part, length = words[at + 1] >> 29, (words[at + 1] & LONGEST).astype(np.int64)
-        image, end = offsets + 32 + 4 * flag, offsets + 8 + length
-        refuse((magic != int.from_bytes(MAGIC, 'little')) | (part > 1) | (end > size)
-               | (length < np.where(flag > 0, 28, 24)),
-               'is no whole record: copy the .rec and the .idx again')
-        order = np.argsort(offsets, kind='stable')
-        shared = np.append(False, keys[1:] == keys[:-1])
-        shared[order[1:]] |= end[order[:-1]] > offsets[order[1:]]
-        refuse(shared, 'shares its key or its bytes with another record: copy the .idx again')
+        image, end = begin + 32 + 4 * flag, begin + 8 + length
+        self._refuse(at_bytes, (magic != int.from_bytes(MAGIC, 'little')) | (part > 1)
+                     | (end > size) | (length < np.where(flag > 0, 28, 24)),
+                     'is no whole record: copy the .rec and the .idx again')
         labels = words.view('<f4')[np.where(flag > 0, at + 8, at + 3)]
+        return RecordHeads(keys, begin, image, end, part, flag, labels)
 
-        if (keys[0], flag[0], length[0]) == (0, 2, 32):  # insightface's header
-            first = labels[0]  # the key where the identity records begin, behind the images
-            if not 2 <= first <= len(keys) or keys[int(first) - 1] != first - 1:
-                raise InputError(f'{self.path}: the header (key 0) puts the images at keys 1 to '
-                                 f'{first - 1}, but the index lacks some: copy both files again')
-            keys, labels, offsets, image, end, part = (
-                x[1:int(first)] for x in (keys, labels, offsets, image, end, part))
-        refuse((part == 0) & (image >= end), 'has no image: pack the file anew without it')
-        wrong = ~((labels >= 0) & (labels < EXACT) & (labels == np.floor(labels)))
-        refuse(wrong, f'has the label {labels[wrong][:1]}, but labels are integers from 0 to '
-               f'{EXACT - 1}: pack the file anew')
-        self.keys, self.labels = keys, labels.astype(np.int64)
-        self._begin, self._image, self._end, self._part = offsets, image, end, part
+    def _check_overlap(self, heads):
+        """Refuse two records of one key, and records that share bytes."""
+        self._refuse(heads, np.append(False, heads.keys[1:] == heads.keys[:-1]), 'shares its key '
+                     'with another record: pack the set anew with a key for each image')
+        order = np.argsort(heads.begin, kind='stable')
+        shared = np.zeros(len(order), bool)
+        shared[order[1:]] = heads.end[order[:-1]] > heads.begin[order[1:]]
+        self._refuse(heads, shared, 'shares its bytes with another record: copy the .idx again')
+
+    def _end_of_images(self, heads):
+        """The key after the last image by insightface's header: there its identities begin.
+
+        The header is a float32, which above 2**24 can be off by its spacing; then the first
+        record without an image is the end.
+        """
+        end = heads.labels[0]
+        if end >= EXACT and np.isfinite(end):
+            empty = np.flatnonzero(heads.empty[1:])
+            first = heads.keys[empty[0] + 1] if len(empty) else len(heads.keys)
+            end = first if abs(first - int(end)) <= np.spacing(end) else end
+        if not 2 <= end <= len(heads.keys) or heads.keys[int(end) - 1] != int(end) - 1:
+            raise InputError(f'{self.path}: the header (key 0) puts the images at keys 1 to '
+                             f'{end - 1:.0f}, but the index lacks some: copy both files again')
+        return int(end)
 
     def __len__(self):
         return len(self.keys)
 
     def __getitem__(self, i):
-        if self._part[i] == 0:
-            return memoryview(self._data)[self._image[i]:self._end[i]]
-        parts, at, kind = [], int(self._begin[i]), 1
+        begin, image = self._heads.begin[i], self._heads.image[i]
+        if self._heads.part[i] == 0:
+            return memoryview(self._data)[image:self._heads.end[i]]
+        parts, at, kind = [], int(begin), 1
         while kind != 3:
             magic, word = struct.unpack('<4sI', self._data[at:at + 8].ljust(8, b'\0'))
-            kind, begin, end = word >> 29, at + 8, at + 8 + (word & LONGEST)
+            kind, end = word >> 29, at + 8 + (word & LONGEST)
             expected = (2, 3) if parts else (1,)
             if magic != MAGIC or kind not in expected or end > len(self._data):
                 raise InputError(f'{self.path}: key {self.keys[i]} lacks the part of its record '
                                  f'at byte {at}: copy the file again')
-            parts.append(self._data[begin:end])
+            parts.append(self._data[at + 8:end])
             at = end + (-word & 3)
-        return MAGIC.join(parts)[self._image[i] - self._begin[i] - 8:]
+        return MAGIC.join(parts)[image - begin - 8:]
 
 
 def payload(label, key, image):
@@ -160,18 +185,6 @@ def pack(data):
                     for kind, x in zip(kinds, parts))
 
 
-@contextlib.contextmanager
-def _replacing(path):
-    """A file to write that takes the place of `path` once it is whole."""
-    draft = path.with_name(path.name + '.tmp')
-    try:
-        with open(draft, 'wb') as file:
-            yield file
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def write_records(folder, images, labels, size):
     """Writes train.rec, train.idx and property in insightface's layout; returns their number.
 
@@ -182,9 +195,9 @@ def write_records(folder, images, labels, size):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     starts = []  # the key of each identity's first image
-    with (_replacing(folder / 'train.rec') as rec,  # renamed last, and with it the set is there
-          _replacing(folder / 'train.idx') as index,
-          _replacing(folder / 'property') as about):
+    with (replacing(folder / 'train.rec') as rec,  # renamed last, and with it the set is there
+          replacing(folder / 'train.idx') as index,
+          replacing(folder / 'property') as about):
 
         def put(label, key, image):
             index.write(b'%d\t%d\n' % (key, rec.tell()))
@@ -278,73 +291,5 @@ def write_bin(path, images, same):
     if len(images) != 2 * len(same) or not all(images):
         raise InputError(f'{path}: {len(images)} images (none may be empty) do not make '
                          f'{len(same)} pairs: give two for each')
-    with _replacing(Path(path)) as file:
+    with replacing(path) as file:
         pickle.dump((images, same), file, protocol=4)
-
-
-def image_size(data, where='image'):
-    """(height, width) in pixels that a JPEG or PNG file (bytes-like) names in its header.
-
-    As stored, before an EXIF orientation is applied. Raises InputError, naming `where`, for other
-    formats, damage and more than 16 megapixels. (PIL takes longer for it than a face to decode.)
-    """
-    size, at = (0, 0), 2
-    if data[:8] == b'\x89PNG\r\n\x1a\n' and len(data) >= 24:
-        size = struct.unpack_from('>II', data, 16)[::-1]
-    while data[:2] == b'\xff\xd8' and at + 9 <= len(data):
-        mark, marker, length = struct.unpack_from('>BBH', data, at)
-        if mark != 0xff or marker < 0xc0 or 0xd0 <= marker <= 0xda:
-            break  # damage, or pixels without a frame
-        if marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):  # a frame, of any coding
-            size = struct.unpack_from('>HH', data, at + 5)
-            break
-        at += 1 if marker == 0xff else 2 + length
-    if not 0 < size[0] * size[1] <= MAX_PIXELS or len(data) > 8 * MAX_PIXELS:
-        raise InputError(f'{where}: no JPEG or PNG of 1 to {MAX_PIXELS} pixels (its header says '
-                         f'{size[0]} x {size[1]}): convert, copy or remove the image')
-    return size
-
-
-def decode(data, where):
-    """uint8 RGB (3, height, width) of a JPEG or PNG file (bytes-like).
-
-    A JPEG's EXIF orientation is applied; grey, palette, alpha and 16 bit become 8-bit RGB. Threads
-    decode at once. Raises InputError, naming `where`, for damage and for what image_size refuses.
-    """
-    size = image_size(data, where)
-    try:
-        if data[0] == 0xff:
-            if bytes(data).count(b'\xff\xda') > 500:  # scans: there are ten or so, each takes long
-                raise ValueError('too many scans')
-            return decode_image(torch.from_numpy(np.frombuffer(data, np.uint8).copy()),
-                                ImageReadMode.RGB, apply_exif_orientation=True)
-        image = Image.open(io.BytesIO(data), formats=['PNG'])  # torchvision's crashes on damage
-        if image.size != size[::-1]:
-            raise ValueError('two headers')
-        if image.mode.startswith('I'):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1).contiguous()
-    except Exception as error:  # PIL raises of many kinds
-        raise InputError(f'{where}: damaged or cut off ({type(error).__name__} in decoding): copy '
-                         'or remove the image') from None
-
-
-def encode(image, form='jpeg', quality=95):
-    """The file (bytes, no metadata) of a uint8 image (3, H, W); quality 1..100 is of 'jpeg'."""
-    if form not in ('jpeg', 'png') or not 1 <= quality <= 100:
-        raise InputError(f'no image format {form!r}, {quality}: give png, or jpeg with 1..100')
-    file = encode_jpeg(image, quality) if form == 'jpeg' else encode_png(image)
-    return file.numpy().tobytes()
-
-
-def face_folders(path):
-    """Lists a folder per identity: image paths and int64 labels (N,), both in order of name.
-
-    Labels count the sub-folders with .jpg, .jpeg or .png, but no links; InputError if none has.
-    """
-    files = [x for x in sorted(Path(path).glob('*/*')) if x.is_file()
-             and x.suffix.lower() in ('.jpg', '.jpeg', '.png') and not x.parent.is_symlink()]
-    if not files:
-        raise InputError(f'{path}: no .jpg, .jpeg or .png in a sub-folder of it: one sub-folder '
-                         'per person is expected (links to folders are not followed)')
-    return files, np.unique([x.parent.name for x in files], return_inverse=True)[1]

@@ -3,7 +3,6 @@
 Who somebody is lies in many small measures (WHO); pose, light, expression, background and
 occlusion (SHOT) change the pixels more. Lengths: half image widths, x to the right, y down.
 """
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import records
+from facekit.files import replacing_folder
+from facekit.images import encode
+from facekit.records import write_bin, write_records
 
 WHO = dict(  # name=(low, high) of a uniform draw
     head_w=(.5, .6), head_h=(.69, .8), jaw=(.05, .42), square=(0, .75), ear=(.05, .11),
@@ -182,27 +183,31 @@ def draw_set(folder, identities, per_identity, test_identities, test_pairs, size
     """Write per_identity images of each of the identities (train.rec, train.idx, property) and
     toy.bin, test_pairs pairs of the test_identities after them, into folder, which must be new:
     in each tenth the first half are two images of one person, the others of two people."""
-    started, folder = time.time(), Path(folder)
-    part = folder.with_name(folder.name + '.part')   # so a killed draw is not taken for a whole
-    shutil.rmtree(part, ignore_errors=True)
+    started = time.time()
 
     def files(people, poses):
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for i in range(0, len(people), 1024):    # in pieces, as a large set would fill memory
                 images = draw(people[i:i + 1024], poses[i:i + 1024], size, seed)
-                yield from pool.map(lambda image: records.encode(image, 'jpeg', quality), images)
+                yield from pool.map(lambda image: encode(image, 'jpeg', quality), images)
 
     labels, poses = np.divmod(np.arange(identities * per_identity), per_identity)
-    records.write_records(part, files(labels, poses), labels, size)
-    same = np.concatenate([fold - fold[:1] < len(fold) / 2
-                           for fold in np.array_split(np.arange(test_pairs), 10)])
-    rng, ends = np.random.default_rng((seed, 0, 0, 2)), (max(2, test_identities), 8)
-    # Person and image (of 8) of the first of each pair, and how many further on the second is
-    first, step = (rng.integers(low, ends, size=(test_pairs, 2)) for low in (0, 1))
-    step[same, 0] = 0
-    pairs = np.stack([first, (first + step) % ends], 1).reshape(-1, 2)
-    needed, where = np.unique(pairs, axis=0, return_inverse=True)
-    test = list(files(identities + needed[:, 0], needed[:, 1]))
-    records.write_bin(part / 'toy.bin', [test[i] for i in where.ravel()], same)
-    part.rename(folder)
+    pairs, same = test_pairs_of(test_identities, test_pairs, seed)
+    with replacing_folder(Path(folder)) as draft:
+        write_records(draft, files(labels, poses), labels, size)
+        needed, where = np.unique(pairs, axis=0, return_inverse=True)
+        test = list(files(identities + needed[:, 0], needed[:, 1]))
+        write_bin(draft / 'toy.bin', [test[i] for i in where.ravel()], same)
     print(f'{folder}: {len(labels)} toy faces drawn in {time.time() - started:.1f} s', flush=True)
+
+
+def test_pairs_of(people, count, seed):
+    """Person (0 .. people - 1) and pose (0 .. 7) of both images of each pair, int64
+    (2 * count, 2), and which pairs are of one person, bool (count,)."""
+    same = np.concatenate([fold - fold[:1] < len(fold) / 2
+                           for fold in np.array_split(np.arange(count), 10)])
+    rng, ends = np.random.default_rng((seed, 0, 0, 2)), (max(2, people), 8)
+    # Person and pose of the first of each pair, and how many further on the second is
+    first, step = (rng.integers(low, ends, size=(count, 2)) for low in (0, 1))
+    step[same, 0] = 0
+    return np.stack([first, (first + step) % ends], 1).reshape(-1, 2), same

@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import embed
 import models
-import runtime
+from facekit import embed, run
 from irm import irm_loss
 
 
@@ -81,7 +80,7 @@ def hugging_face(b, changed, batch):
 
     def do(count):
         for _ in range(count):
-            with runtime.autocast(b.device, b.cfg.run.precision):
+            with run.autocast(b.device, b.cfg.run.precision):
                 loss = model(samples).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -154,7 +153,7 @@ def compare(b, timer, folder):
                     warnings.simplefilter('ignore')
                     found[name + way] = timer(make(b, ways[way], items), b.device)
             except (Exception, SystemExit) as e:           # theirs fail in many ways
-                runtime.say(f'{stage}: {name}{way} is left out: {(str(e) or repr(e))[:200]}')
+                run.say(f'{stage}: {name}{way} is left out: {(str(e) or repr(e))[:200]}')
         if found:
             kit = train(peers=found.values())
             b.row(stage, 'the kit in turn with them', kit, items)

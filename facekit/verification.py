@@ -1,20 +1,36 @@
 """What a recogniser is worth: insightface's ten-fold verification, ROC figures, and floors."""
-import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import batches
-import data
-import embed
 import models
-import records
-from records import InputError
+from facekit import embed, files, images
+from facekit.errors import InputError
+from facekit.faces import ImageRows
+from facekit.records import read_bin
 
 FOLDS = 10
 CENTRED = ' centred'      # ends the name of a set that was centred on its mean
+
+
+@dataclass
+class PairSet:
+    """Pairs of images, of one person or of two, that a recogniser is tested on."""
+    name: str                 # in results and tables
+    images: np.ndarray        # uint8 (M, S, S, 3), distinct
+    pairs: np.ndarray         # int64 (P, 2): which images
+    same: np.ndarray          # bool (P,): of one person
+    sha256: str | None        # of the file, as there are several of one name; None = made here
+
+
+@dataclass
+class PairScores:
+    """How a recogniser sees the pairs of a set."""
+    distance: np.ndarray      # float64 (P,), squared L2 of unit embeddings, 0..4
+    same: np.ndarray          # bool (P,): of one person
 
 
 def fold_decisions(distance, same):
@@ -106,42 +122,68 @@ def find_set(name, cfg):
     return next((p for p in places if p.is_file()), places[0])
 
 
-def load_pairs(path, cfg):
-    """A verification set: distinct images uint8 (M, S, S, 3), pairs int64 (P, 2), same (P,)."""
-    encoded, same = records.read_bin(path)
+def load_pair_sets(cfg):
+    """The PairSets of evaluate.sets."""
+    paths = list(dict.fromkeys(find_set(name, cfg) for name in cfg.evaluate.sets))
+    if len({path.stem for path in paths}) < len(paths):
+        raise InputError(f'evaluate.sets = {cfg.evaluate.sets} has two sets of one name, which '
+                         'is all that tells them apart: rename a file')
+    return [load_pairs(path, cfg.data.size) for path in paths]
+
+
+def load_pairs(path, size):
+    """The PairSet in a .bin file, its images resized to `size` pixels."""
+    encoded, same = read_bin(path)
     if len(same) < FOLDS or same.all() or not same.any():
         raise InputError(f'{path} has {same.sum()} same pairs of {len(same)}: a verification set '
                          f'needs both kinds, and {FOLDS} pairs or more')
-    number = {}
-    place = np.array([number.setdefault(bytes(e), len(number)) for e in encoded])
-    images = []
+    number = {}                        # of each distinct image, many of which stand in many pairs
+    place = np.array([number.setdefault(bytes(file), len(number)) for file in encoded])
+    pixels = []
     for i, file in enumerate(number):
         where = f'{path} image {i} (from 0)'
-        images.append(data.pixels(records.decode(file, where), where, cfg.data.size, 'resize'))
-    return np.stack(images), place.reshape(-1, 2), same
+        pixels.append(images.fitted(images.decode(file, where), where, size, 'resize'))
+    return PairSet(path.stem, np.stack(pixels), place.reshape(-1, 2), same,
+                   files.digest(path.read_bytes()))
 
 
 def held_back(fold, count=3000):
-    """A verification set, like load_pairs, of the public people who are in no training."""
-    rng, labels = np.random.default_rng(0), fold.data.labels[fold.validation]
-    order = labels.argsort(kind='stable')
-    _, first, size = np.unique(labels[order], return_index=True, return_counts=True)
-    if len(size) < 2 or size.max() < 2:
+    """A PairSet of the public people of a fold who are in no training, 2 * count pairs."""
+    rng, labels = np.random.default_rng(0), fold.public.labels[fold.validation]
+    sizes = np.bincount(labels)[labels]              # images of each image's person
+    if len(np.unique(labels)) < 2 or sizes.max() < 2:
         raise InputError(f'the {len(labels)} images of public people who are held back are of '
-                         f'{len(size)}: raise data.validation')
-    first, size = (np.repeat(x, size) for x in (first, size))
-    a = rng.choice(np.flatnonzero(size > 1), count)         # places in `order`
-    b = first[a] + (a - first[a] + rng.integers(1, size[a])) % size[a]
-    c = (first[a] + size[a] + rng.integers(0, len(order) - size[a])) % len(order)
-    pairs = order[np.stack([np.stack([a, b], 1), np.stack([a, c], 1)], 1)].reshape(-1, 2)
-    return np.asarray(fold.data.images[fold.validation]), pairs, np.arange(2 * count) % 2 == 0
+                         f'{len(np.unique(labels))}: raise data.validation')
+    order = labels.argsort(kind='stable')
+    first = rng.choice(order[sizes[order] > 1], count)
+    same, other = of_same(labels, first, rng), of_others(labels, first, rng)
+    pairs = np.stack([np.stack([first, same], 1), np.stack([first, other], 1)], 1).reshape(-1, 2)
+    return PairSet('held back', fold.public.select(fold.validation).pixels(), pairs,
+                   np.arange(2 * count) % 2 == 0, None)
 
 
-def unit_embeddings(net, images, chosen, cfg, device):
-    """f(x) + f(mirrored x) of uint8 images[chosen], L2-normalised, float32 (N, d)."""
-    store = batches.Store(images, chosen, device)
-    plain, mirrored = embed.embed_all(net, store, cfg.evaluate.batch, cfg.run.precision)
-    return F.normalize(plain + mirrored)
+def of_same(labels, rows, rng):
+    """For each of some rows of labels (N,), a random other row of the same person, or, where there
+    is none, itself: int64 (len(rows),)."""
+    order, place, first, size = by_person(labels, rows)
+    step = rng.integers(1, np.maximum(size, 2)) % size
+    return order[first + (place - first + step) % size]
+
+
+def of_others(labels, rows, rng):
+    """For each of some rows of labels (N,), a random row of another person: int64 (len(rows),)."""
+    order, _, first, size = by_person(labels, rows)
+    return order[(first + size + rng.integers(0, len(order) - size)) % len(order)]
+
+
+def by_person(labels, rows):
+    """The rows ordered by person (N,), and where in that order each of `rows` stands, its person
+    begins, and how many images that person has."""
+    order = labels.argsort(kind='stable')
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    first = np.searchsorted(labels[order], labels[rows])
+    return order, place[rows], first, np.searchsorted(labels[order], labels[rows], 'right') - first
 
 
 def pair_distances(z, pairs):
@@ -150,33 +192,38 @@ def pair_distances(z, pairs):
     return (z[pairs[:, 0]] - z[pairs[:, 1]]).square().sum(1).cpu().numpy()
 
 
-def figures_of(distance, same, path):
-    """The figures of results.json for one set of pairs."""
+def figures_of(scores, sha256):
+    """The figures of results.json for PairScores."""
+    distance, same = scores.distance, scores.same
     accuracy = fold_accuracies(distance, same)
     return {'accuracy': accuracy.mean(), 'std': accuracy.std(), 'auc': auc(distance, same),
             'tar@far=1e-2': tar_at_far(distance, same, 1e-2),
             'tar@far=1e-3': tar_at_far(distance, same, 1e-3), 'pairs': len(same),
-            'sha256': hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            if Path(path).is_file() else None}
+            'sha256': sha256}
+
+
+def embed_set(net, pair_set, cfg, device):
+    """Unit embeddings float32 (M, d) of a PairSet's images."""
+    every = ImageRows(pair_set.images, np.arange(len(pair_set.images)))
+    return embed.unit_embeddings(net, every, cfg, device)
 
 
 def verify(net, sets, cfg, device):
-    """Verification of a recogniser on each set: results by name, and the distances of each.
+    """Verification of a recogniser on PairSets: {name: figures} and {name: PairScores}.
 
     With evaluate.centred also without the set's mean embedding. That needs the set but no labels;
     a recogniser of few people sees other pictures than its own in one common direction.
     """
-    results, curves = {}, {}
-    for path, (images, pairs, same) in sets.items():
-        z = unit_embeddings(net, images, range(len(images)), cfg, device).double()
-        seen = {'': z}
+    results, scores = {}, {}
+    for s in sets:
+        z = embed_set(net, s, cfg, device).double()
+        scores[s.name] = PairScores(pair_distances(z, s.pairs), s.same)
         if cfg.evaluate.centred:
-            seen[CENTRED] = F.normalize(z - z.mean(0))
-        for ending, z in seen.items():
-            name, distance = Path(path).stem + ending, pair_distances(z, pairs)
-            results[name] = figures_of(distance, same, path)
-            curves[name] = distance, same
-    return results, curves
+            z = F.normalize(z - z.mean(0))
+            scores[s.name + CENTRED] = PairScores(pair_distances(z, s.pairs), s.same)
+        results |= {name: figures_of(scores[name], s.sha256)
+                    for name in (s.name, s.name + CENTRED) if name in scores}
+    return results, scores
 
 
 def component_floor(faces, sets, components=100):
@@ -185,31 +232,39 @@ def component_floor(faces, sets, components=100):
     faces (N, H, W, 3) uint8. Each test set is always centred on its own mean, which alone gains
     points: one floor for verify()'s plain and centred figures.
     """
-    def flat(images):
-        x = torch.as_tensor(np.array(images)).permute(0, 3, 1, 2).float()
+    def centred_pixels(photos):
+        x = torch.as_tensor(np.array(photos)).permute(0, 3, 1, 2).float()
         x = F.adaptive_avg_pool2d(x + x.flip(3), 24).flatten(1).double()
         return x - x.mean(0)
 
-    x = flat(faces)
+    x = centred_pixels(faces)
     values, vectors = torch.linalg.eigh(x.T @ x)
     whiten = vectors[:, -components:] / values[-components:].clamp(min=1e-9).sqrt()
     results = {}
-    for path, (images, pairs, same) in sets.items():
-        distance = pair_distances(F.normalize(flat(images) @ whiten), pairs)
-        for ending in ('', CENTRED):
-            results[Path(path).stem + ending] = figures_of(distance, same, path)
+    for s in sets:
+        distance = pair_distances(F.normalize(centred_pixels(s.images) @ whiten), s.pairs)
+        for name in (s.name, s.name + CENTRED):
+            results[name] = figures_of(PairScores(distance, s.same), s.sha256)
     return [{'verification': results}]
 
 
-def floors(cfg, sets, device):
+def untrained_floor(cfg, sets, device):
     """What recognisers reach that learnt nothing: an untrained net of each seed.
 
     Its BatchNorms take the statistics of test images.
     """
-    results, some = [], next(iter(sets.values()))[0][:256]
+    results, some = [], torch.from_numpy(sets[0].images[:256]).to(device)
     for seed in cfg.compare_seeds or [cfg.run.seed]:
         torch.manual_seed(seed)
         net = models.iresnet(cfg.fr.depth, cfg.fr.width, cfg.data.size, cfg.fr.dim).to(device)
-        embed.calibrate(net, torch.from_numpy(some).to(device))
+        embed.calibrate(net, some)
         results.append({'verification': verify(net.eval(), sets, cfg, device)[0]})
     return results
+
+
+def threshold_of(net, sets, cfg, device):
+    """The cosine that 1 in 1,000 pairs of two people exceed, on the first PairSet; inf without."""
+    if not sets:
+        return np.inf
+    distance = pair_distances(embed_set(net, sets[0], cfg, device), sets[0].pairs)
+    return 1 - threshold_at_far(distance, sets[0].same, 1e-3) / 2

@@ -8,27 +8,29 @@ import warnings
 import numpy as np
 import torch
 
-from records import InputError
+from facekit.errors import InputError
+
+MASK64 = (1 << 64) - 1
 
 
 class Store:
-    """Rows of a cached data set as batches on the device: `store(indices) -> uint8 (B, H, W, 3)`.
+    """ImageRows as batches on the device: `store(indices) -> uint8 (B, H, W, 3)`.
 
-    `rows` chooses and orders the images, so that index i means images[rows[i]]. Where they fit
-    into half of the GPU's free memory they are copied there once.
+    Index i means the i-th of the rows. Where they fit into half of the GPU's free memory they are
+    copied there once.
     """
 
-    def __init__(self, images, rows, device):
-        self.rows, self.device = torch.as_tensor(rows), device
+    def __init__(self, chosen, device):
+        self.rows, self.device = torch.as_tensor(chosen.rows), device
         with warnings.catch_warnings():        # a map that can only be read, and only is
             warnings.filterwarnings('ignore', 'The given NumPy array is not writable')
-            self.images = torch.as_tensor(np.asarray(images))
+            self.images = torch.as_tensor(np.asarray(chosen.images))
         if device.type == 'cuda':
-            needed = len(rows) * self.images[0].numel()
+            needed = len(self.rows) * self.images[0].numel()
             if needed < torch.cuda.mem_get_info(device)[0] / 2:
                 self.images = torch.cat([self.images[part].to(device)
                                          for part in self.rows.split(4096)])
-                self.rows = torch.arange(len(rows), device=device)
+                self.rows = torch.arange(len(self.rows), device=device)
 
     def __len__(self):
         return len(self.rows)
@@ -46,13 +48,16 @@ class Order:
 
     Each epoch is a seeded permutation of 0..count-1 whose last incomplete batch is dropped. With
     `per_identity` = k, batches hold k images of each of batch / k identities; people with fewer
-    than k are filled up by repetition.
+    than k are filled up by repetition. `key` is the config's name of the batch size, for sentences.
     """
 
-    def __init__(self, count, batch, seed, labels=None, per_identity=0):
+    def __init__(self, count, batch, seed, key, labels=None, per_identity=0):
         if batch > count:
-            raise InputError(f'a batch of {batch} is larger than the set of {count} images: use '
-                             'a smaller mae.batch or fr.batch')
+            raise InputError(f'{key} = {batch} is larger than the set of {count} images: use a '
+                             'smaller one')
+        if per_identity and batch % per_identity:
+            raise InputError(f'{key} = {batch} does not divide by irm.images_per_identity = '
+                             f'{per_identity}: use {max(1, batch // per_identity) * per_identity}')
         self.count, self.batch, self.seed = count, batch, seed
         self.labels, self.per_identity = labels, per_identity
         self.steps_per_epoch = count // batch
@@ -70,6 +75,7 @@ class Order:
         return self.order[number * self.batch:(number + 1) * self.batch], epoch
 
     def grouped(self, rng):
+        """The epoch's order with each person's images in groups of per_identity."""
         order = self.order[np.argsort(self.labels[self.order], kind='stable')]
         groups = []
         for person in np.split(order, np.flatnonzero(np.diff(self.labels[order])) + 1):
@@ -86,16 +92,38 @@ def mix(x):
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
+def mix_number(x):
+    """mix() of one Python integer, as a signed 64-bit integer, without a way to the device."""
+    x &= MASK64
+    for shift, factor in ((30, 0xbf58476d1ce4e5b9), (27, 0x94d049bb133111eb)):
+        x = (x ^ (x >> shift)) * factor & MASK64
+    return signed(x ^ (x >> 31))
+
+
+def signed(x):
+    """The int64 that has the bits of an integer."""
+    x &= MASK64
+    return x - (1 << 64) if x >> 63 else x
+
+
+def image_seeds(seed, epoch, images):
+    """One int64 for each image number (B,): depends on (seed, epoch, number) alone."""
+    images = torch.as_tensor(images)
+    return mix(mix(images.long()) ^ mix_number(mix_number(seed) + epoch))
+
+
+def expanded(seeds, columns):
+    """Random int64 (B, columns) from one seed (B,) for each row: counters through mix()."""
+    step = -0x61c8864680b583eb                       # 2^64 / golden ratio: splitmix64's increment
+    return mix(seeds[:, None] + step * torch.arange(1, columns + 1, device=seeds.device))
+
+
 def hashed(seed, epoch, images, columns):
-    """Counter-based random int64 (B, columns): depend on (seed, epoch, image number) alone.
+    """Random int64 (B, columns) that depend on (seed, epoch, image number) alone.
 
     The same on every device, and for an image whatever else is in its batch.
     """
-    images = torch.as_tensor(images)
-    start = mix(mix(torch.tensor(seed, device=images.device)) + epoch)
-    row = mix(start ^ mix(images.long()))[:, None]
-    step = -0x61c8864680b583eb                       # 2^64 / golden ratio: splitmix64's increment
-    return mix(row + step * torch.arange(1, columns + 1, device=images.device))
+    return expanded(image_seeds(seed, epoch, images), columns)
 
 
 def uniform(bits):

@@ -1,0 +1,140 @@
+"""What attackers meet and what they have: groups of victims, from own folds or a foreign release."""
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+import models
+from facekit import batches, faces
+from facekit.errors import InputError
+from facekit.faces import ImageRows
+from facekit.protect import Protection, draws_mask, plan_release, release_secret
+from facekit.split import not_excluded, ordered_by_hash
+
+
+@dataclass
+class AttackGroup:
+    """Private people who are attacked together, and what attackers may have beside the release.
+
+    Attackers learn from pairs (protected image, original) of other people: those of a fold's own
+    public people, whom they protect themselves by `protection`, or, for a foreign release, those
+    of the other half of its people, as they were released.
+    """
+    released: ImageRows              # n released images, the probes
+    originals: ImageRows             # N originals, the gallery
+    source: np.ndarray               # int64 (n,): position of each probe's original in the gallery
+    person: np.ndarray               # int64 (N,): whose original it is
+    pair_originals: ImageRows        # M originals of other people
+    pair_person: np.ndarray          # int64 (M,): whose; numbers that `person` has not
+    pair_released: ImageRows | None = None      # what was released of them, of a foreign release
+    protection: Protection | None = None        # makes released images; None = foreign release
+    hidden: torch.Tensor | None = None   # float32 (n, L), 1 where a probe's patch was masked
+    outsiders: ImageRows | None = None   # images of people who are in no training and no release
+    device: torch.device = torch.device('cpu')
+    embedded: dict = field(default_factory=dict)    # unit embeddings of `released` by Embedder.name
+
+    def __post_init__(self):
+        if shared := set(self.pair_person) & set(self.person):
+            raise InputError(f'person {min(shared)} is attacked and in an attacker\'s training: '
+                             'this is an error of the split, please report it')
+
+    def training_pairs(self, chosen, seed):
+        """Pairs `chosen` of the M, protected with `seed`: two uint8 arrays (len(chosen), H, W, 3),
+        protected images and their originals."""
+        originals = ImageRows(self.pair_originals.images, self.pair_originals.rows[chosen])
+        if self.pair_released:
+            rows = self.pair_released.rows[chosen]
+            return ImageRows(self.pair_released.images, rows).pixels(), originals.pixels()
+        return self.protected(originals, seed), originals.pixels()
+
+    def can_be_released_again(self):
+        """Whether another release of the same photos would differ: the method draws something."""
+        return bool(self.protection) and self.protection.cfg.reconstruct.method in (
+            'facemae', 'mask', 'noise')
+
+    def released_again(self, seed):
+        """The n probes made once more with other masks or noise: uint8 (n, H, W, 3)."""
+        return self.protected(ImageRows(self.originals.images,
+                                        self.originals.rows[self.source]), seed)
+
+    def protected(self, chosen, seed):
+        """ImageRows protected with numbers drawn from `seed`: uint8 (len(chosen), H, W, 3)."""
+        seeds = batches.image_seeds(seed, 0, chosen.rows)
+        return self.protection.of_rows(chosen, seeds, self.device)
+
+    def view_released(self, embedder):
+        """Unit embeddings (n, d) of the probes, made once."""
+        if embedder.name not in self.embedded:
+            self.embedded[embedder.name] = embedder.embed(self.released)
+        return self.embedded[embedder.name]
+
+    def view_originals(self, embedder):
+        """Unit embeddings (N, d) of the gallery, made once for all rows of a comparison."""
+        if embedder.gallery is None:
+            embedder.gallery = embedder.embed(self.originals)
+        return embedder.gallery
+
+
+def some_of(cfg, count):
+    """Which of `count` images are searched for or learnt from: all, or a fixed random choice of
+    evaluate.probes; int64, rising."""
+    chosen = np.random.default_rng(0).permutation(count)
+    return np.sort(chosen[:cfg.evaluate.probes or count])
+
+
+def own_groups(variant, folds, maes, release, device):
+    """The released people of each fold as an AttackGroup; release: FaceSet of what was released.
+
+    The attackers' pairs are public people, whom the fold's own model protects for them.
+    """
+    cfg, private = variant.cfg, folds[0].private
+    plan = plan_release(folds, release_secret(cfg), cfg)
+    probes = some_of(cfg, len(plan.image))
+    # Equally many in all folds, so that curves can be pooled
+    pairs = len(some_of(cfg, min(len(f.train) for f in folds)))
+    nobody = np.setdiff1d(np.flatnonzero(not_excluded(private, cfg)),
+                          np.concatenate([f.released for f in folds]))
+    outsiders = private.select(nobody[some_of(cfg, len(nobody))])
+    groups = []
+    for k, fold in enumerate(folds):
+        rows, protection = probes[plan.fold[probes] == k], Protection(cfg, maes[k])
+        known = fold.train[np.random.default_rng(1).permutation(len(fold.train))][:pairs]
+        people = fold.public.labels[known]
+        hidden = None
+        if draws_mask(cfg.reconstruct.method):
+            noise = protection.patch_noise(plan.seeds[rows], cfg.data.size)
+            hidden = models.random_masking(noise, cfg.reconstruct.mask_ratio)[2]
+        groups.append(AttackGroup(
+            released=release.select(rows), originals=private.select(fold.released),
+            source=np.searchsorted(fold.released, plan.image[rows]),
+            person=private.labels[fold.released], pair_originals=fold.public.select(known),
+            # Of another data set, labels say nothing about who it is
+            pair_person=people if fold.public is private else -1 - people,
+            protection=protection, hidden=hidden, outsiders=outsiders, device=device))
+    return groups
+
+
+def foreign_groups(cfg, release, device):
+    """Somebody's release beside its originals, as two AttackGroups: half of the people are
+    attacked by those who know the released images of the other half."""
+    if not (cfg.release and cfg.originals):
+        raise InputError('release and originals belong together: give both paths')
+    originals = faces.load(cfg.originals, cfg)
+    if len(release) != len(originals) or release.skipped != originals.skipped:
+        raise InputError(f'release has {len(release)} good images and originals '
+                         f'{len(originals)}: both need the same, in one order')
+    people = np.arange(len(originals.people))
+    half = np.isin(originals.labels, people[ordered_by_hash(originals.people, 0)[::2]])
+    probes = some_of(cfg, len(half))
+    pairs = len(some_of(cfg, min(half.sum(), (~half).sum())))
+    groups = []
+    for side in (True, False):
+        gallery, known = np.flatnonzero(half == side), np.flatnonzero(half != side)
+        rows = probes[np.isin(probes, gallery)]
+        known = np.random.default_rng(1).permutation(known)[:pairs]
+        groups.append(AttackGroup(
+            released=release.select(rows), originals=originals.select(gallery),
+            source=np.searchsorted(gallery, rows), person=originals.labels[gallery],
+            pair_originals=originals.select(known), pair_person=originals.labels[known],
+            pair_released=release.select(known), device=device))
+    return groups

@@ -1,0 +1,314 @@
+"""Privacy attackers: who tries to find the original behind a released image, and how.
+
+The probes are released images, the gallery is all private originals of their group (a fold of the
+cross-fit). An attack takes an AttackGroup and what its attacker owns, and returns an Attack: a
+headline Search and, where more or less effort is of interest, named curves of further ones.
+attack() at the end of this file tells who owns what.
+"""
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import repeat
+
+import models
+from facekit import embed, files, run, verification
+from facekit.embed import Embedder
+from facekit.errors import InputError
+from facekit.images import to_float
+from facekit.retrieval import Attack, Search
+
+NAMES = ('judge', 'pixels', 'insider', 'masked', 'visible', 'linear', 'trained', 'class',
+         'repeated')
+
+
+# ------------------------------------------------------------ attackers with the release alone
+
+def nearest(embedder, group):
+    """The nearest original, as an Embedder sees both."""
+    return Attack(Search(group.view_released(embedder), group.view_originals(embedder),
+                         group.source, group.person, embedder.threshold))
+
+
+def by_class(judge, pixels, group):
+    """The mean of a person's released images against the means of people's originals."""
+    _, index = np.unique(group.person, return_inverse=True)
+    released, asked = np.unique(index[group.source], return_inverse=True)
+
+    def means(z, index):
+        total = torch.zeros(int(index.max()) + 1, z.shape[1], device=z.device)
+        return F.normalize(total.index_add_(0, torch.as_tensor(index, device=z.device), z))
+
+    by_judge, by_pixels = (Search(means(group.view_released(e), asked),
+                                  means(group.view_originals(e), index), released, None)
+                           for e in (judge, pixels))
+    return Attack(by_judge, {'seen by': {'pixels': by_pixels}})
+
+
+def repeated(judge, pixels, group):
+    """The mean embedding of k releases of each image under different masks."""
+    if not group.can_be_released_again():
+        return None
+    curves = {}
+    for embedder, name in ((judge, 'recogniser'), (pixels, 'pixels')):
+        total, curves[name] = group.view_released(embedder).clone(), {}
+        for k in range(1, 9):
+            if k in (1, 2, 4, 8):
+                curves[name][k] = Search(F.normalize(total), group.view_originals(embedder),
+                                         group.source, group.person)
+            if k < 8:
+                total += embedder.embed_images(group.released_again(10**6 + k))
+    return Attack(curves['recogniser'][8], curves)
+
+
+# -------------------------------------------------------------------- attackers with masks
+
+def cells(chosen, side, device):
+    """Mean colour of side x side cells of ImageRows in 0..1, (n, 3, side, side), and a guess of
+    how visible they are (n, 1, side, side): their variance v, as v / (v + its image's mean)."""
+    colour, visible = [], []
+    for part in torch.as_tensor(chosen.rows).split(1024):
+        x = to_float(torch.as_tensor(chosen.images[part]).to(device))
+        mean, square = (F.adaptive_avg_pool2d(t, side) for t in (x, x.square()))
+        v = (square - mean.square()).mean(1, keepdim=True).clamp(min=0)
+        colour.append(mean)
+        visible.append(v / (v + v.mean((2, 3), keepdim=True) + 1e-8))
+    return torch.cat(colour), torch.cat(visible)
+
+
+def visible_cells(group, side, device):
+    """1 where a cell of a probe lies in a visible patch, float32 (n, 1, side, side)."""
+    if group.hidden is None:
+        return torch.ones(len(group.source), 1, side, side, device=device)
+    return repeat(1 - group.hidden.to(device), 'n (h w) -> n 1 (h p) (w q)', h=side // 2, p=2, q=2)
+
+
+def patchwork(group, device, original=False):
+    """Nearest original in the visible patches, two by two cells each: the attacker who knows the
+    mask and, as a curve, the one who takes detailed regions for visible. `original` has the
+    visible patches of the original image instead of what was released."""
+    if original and group.hidden is None:
+        return None
+    side = 32 if group.hidden is None else 2 * round(group.hidden.shape[1] ** 0.5)
+    originals = cells(group.originals, side, device)[0]
+    own = originals[group.source]
+    # -sum w (a - b)^2 up to what does not depend on b, as an inner product
+    gallery = torch.cat([originals, originals.square()], 1).flatten(1)
+
+    def search(colour, weight):
+        probes, ceiling = (torch.cat([2 * weight * x, -weight.expand_as(x)], 1).flatten(1)
+                           for x in (colour, own))
+        return Search(probes, gallery, group.source, group.person, ceiling_probes=ceiling)
+
+    known = visible_cells(group, side, device)
+    if original:
+        return Attack(search(own, known))
+    released, guessed = cells(group.released, side, device)
+    return Attack(search(released, known), {'mask': {'estimated': search(released, guessed)}})
+
+
+# -------------------------------------------------------- attackers with other people's pairs
+
+def procrustes(x, y):
+    """The rotation or reflection (d, d) that takes x (n, d) nearest to y (n, d)."""
+    u, _, v = torch.linalg.svd(x.T @ y)
+    return u @ v
+
+
+def ridge(x, y):
+    """The linear map (d, d) from x (n, d) to y (n, d) with the least leave-one-out error."""
+    s, v = torch.linalg.eigh(x.T @ x)
+    s, turned, best = s.clamp(min=0), x @ v, (torch.inf, None)
+    for strength in 10.0 ** torch.arange(-4, 4):
+        shrunk = turned / (s + strength * s.mean())                              # (n, d)
+        map_ = v @ (shrunk.T @ y)
+        left_out = (y - x @ map_) / (1 - (turned * shrunk).sum(1, keepdim=True)).clamp(min=1e-6)
+        if (error := left_out.square().mean().item()) < best[0]:
+            best = error, map_
+    return best[1]
+
+
+def linear(judge, group):
+    """A linear map from released to original embeddings, fitted to n pairs of other people."""
+    count = len(group.pair_person)
+    parts = [[judge.embed_images(images) for images in group.training_pairs(chosen, 1)]
+             for chosen in np.array_split(np.arange(count), count // 2048 + 1)]
+    x, y = (torch.cat(z).double() for z in zip(*parts))
+    probes, gallery = (z.double() for z in (group.view_released(judge),
+                                            group.view_originals(judge)))
+    curves, sizes = {'ridge': {}, 'rotation': {}}, [16, 64, 256, 1024, 4096, 16384]
+    for n in [count, *(n for n in sizes[::-1] if n < count)]:
+        centre, target = x[:n].mean(0), y[:n].mean(0)
+        for name, fit in (('ridge', ridge), ('rotation', procrustes)):
+            map_ = fit(x[:n] - centre, y[:n] - target)
+            curves[name][n] = Search(
+                F.normalize((probes - centre) @ map_).float(),
+                F.normalize(gallery - target).float(), group.source, group.person)
+    return Attack(curves['ridge'][count], curves)
+
+
+def trained(judge, group, cfg, device):
+    """A copy of the recogniser, trained to see a protected image and its original alike.
+
+    Others' pairs, fresh masks, InfoNCE (arXiv 1807.03748, eq. 4) both ways; unscaled: no fp16.
+    """
+    torch.manual_seed(0)
+    steps = cfg.evaluate.attack_steps
+    net = copy.deepcopy(judge.net).train()
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+    rng, size = np.random.default_rng(0), min(128, len(group.pair_person))
+    right = torch.arange(size, device=device)
+    for step in range(steps):
+        chosen = rng.choice(len(group.pair_person), size, replace=False)
+        images = torch.cat([torch.as_tensor(x).to(device)
+                            for x in group.training_pairs(chosen, 2 + step)])
+        flip = torch.rand(size, device=device).lt(0.5).repeat(2)
+        images = torch.where(flip[:, None, None, None], images.flip(2), images)
+        with run.autocast(device, cfg.run.precision.replace('fp16', 'fp32')):
+            z = net(embed.for_recogniser(images, net))
+        z, w = F.normalize(z.float()).chunk(2)
+        loss = F.cross_entropy(16 * z @ w.T, right) + F.cross_entropy(16 * w @ z.T, right)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    for value in net.state_dict().values() if run.world() > 1 else ():
+        dist.broadcast(value, 0)                  # GPUs may have rounded differently
+    learnt = Embedder('trained', net.eval(), cfg, device)
+    return Attack(Search(learnt.embed(group.released), learnt.embed(group.originals),
+                         group.source, group.person))
+
+
+# ------------------------------------------------------------------- who owns which net
+
+class Owned:
+    """The recognisers that attackers of a run own, loaded once for all rows of a comparison.
+
+    Those that are kept hold the embeddings of the originals, too, which are the same in all rows.
+    """
+
+    def __init__(self, cfg, folds, sets, device):
+        """sets: PairSets, the first of which fixes the thresholds at FAR 1e-3."""
+        self.cfg, self.folds, self.sets, self.device = cfg, folds, sets, device
+        self.kept = {}                 # (path or 'pixels', number of a group) -> Embedder
+
+    def pixels(self, n):
+        """The Embedder of plain pixels for group n."""
+        return self.kept.setdefault(('pixels', n), Embedder('pixels', None, self.cfg, self.device))
+
+    def public(self, role, n, path=''):
+        """The Embedder of group n that was trained on public people: role is 'teacher' or
+        'judge', unless a path is given."""
+        k = self.folds[n].k if self.folds else 0
+        path = str(path or getattr(self.cfg, role).checkpoint
+                   or Path(self.cfg.run.folder, f'fold{k}', f'{role}.pt'))
+        if (path, n) not in self.kept:
+            made_by = run.command('train_fr.py', f'stage={role}')
+            self.kept[path, n] = self.embedder(
+                path, embed.recogniser(path, self.device, made_by))
+        return self.kept[path, n]
+
+    def embedder(self, name, net):
+        """An Embedder that is not kept, with its threshold."""
+        threshold = verification.threshold_of(net, self.sets, self.cfg, self.device)
+        return Embedder(name, net, self.cfg, self.device, threshold)
+
+
+def attack(name, n, group, owned, student, cfg, device):
+    """The Attack of evaluate.attacks called `name` on group n, or None where it makes no sense.
+
+    owned: Owned; student: the recogniser that was trained on the release.
+    """
+    match name:
+        case 'judge':           # has a recogniser of other people
+            return nearest(owned.public('judge', n), group)
+        case 'teacher':         # has the very recogniser that shaped the release
+            return nearest(owned.public('teacher', n), group)
+        case 'pixels':          # has nothing
+            return nearest(owned.pixels(n), group)
+        case 'insider':         # trains a recogniser on the release; not kept: 1 GB a row of CASIA
+            return nearest(owned.embedder('insider', student), group)
+        case 'masked':          # knows the masks, or guesses them
+            return patchwork(group, device)
+        case 'visible':         # has the visible patches of the original itself
+            return patchwork(group, device, original=True)
+        case 'linear':          # has released images of other people and their originals
+            return linear(owned.public('judge', n), group)
+        case 'trained':         # the same, and trains on them
+            return trained(owned.public('judge', n), group, cfg, device)
+        case 'class':           # averages all images of a label
+            return by_class(owned.public('judge', n), owned.pixels(n), group)
+        case 'repeated':        # has eight releases of the same photos
+            return repeated(owned.public('judge', n), owned.pixels(n), group)
+    return nearest(owned.public('teacher', n, name), group)       # a backbone somewhere
+
+
+def check_names(wanted):
+    """Refuse names in evaluate.attacks that are no attack and no file."""
+    for name in wanted:
+        if name not in (*NAMES, 'teacher', 'membership') and not Path(name).is_file():
+            raise InputError(f'evaluate.attacks has {name!r}: choose from teacher, membership, '
+                             f'{", ".join(NAMES)}, or name an insightface backbone')
+
+
+def short_names(wanted):
+    """{entry of evaluate.attacks: its name in tables}: of paths as little as tells them apart."""
+    names = {}
+    for entry in wanted:
+        parts = Path(entry).with_suffix('').parts if Path(entry).is_file() else (entry,)
+        for count in range(1, len(parts) + 1):
+            name = '/'.join(parts[-count:])
+            others = ['/'.join(Path(other).with_suffix('').parts[-count:])
+                      for other in wanted if other != entry]
+            if name not in others and (len(parts) == 1 or name not in NAMES):
+                break
+        names[entry] = name
+    return names
+
+
+# ---------------------------------------------------------------------------- membership
+
+def membership(members, others):
+    """How well a score (n,), higher for training images, tells them from others."""
+    distance = -np.concatenate([members, others])
+    same = np.arange(len(distance)) < len(members)
+    return {'auc': verification.auc(distance, same),
+            'tpr@fpr=1e-2': verification.tar_at_far(distance, same, 1e-2),
+            'members': len(members), 'others': len(others)}
+
+
+def reconstruction_membership(groups):
+    """Whether the model errs less on the public images that it was trained on than on private
+    ones: minus the squared error of four masked reconstructions."""
+    def score(released, originals):
+        return -np.square(np.subtract(released, originals, dtype=np.float32)).mean((1, 2, 3))
+
+    members, others = [], []
+    for group in groups:
+        originals = group.originals.images[group.originals.rows[group.source]]
+        public = np.arange(len(group.pair_person))
+        members.append(sum(score(*group.training_pairs(public, seed)) for seed in range(2, 6)))
+        others.append(sum(score(group.released_again(seed), originals) for seed in range(2, 6)))
+    return membership(np.concatenate(members), np.concatenate(others))
+
+
+def recogniser_membership(embedder, centres, groups):
+    """Whether the released recogniser is surer of the photos behind its training images than of
+    other people's: the largest cosine with the class centres (C, d), unit vectors."""
+    members, others = ([(embedder.embed(chosen) @ centres.T).max(1).values.cpu().numpy()
+                        for chosen in sides]
+                       for sides in ([g.originals for g in groups], [groups[0].outsiders]))
+    return membership(np.concatenate(members), np.concatenate(others))
+
+
+def code_digest():
+    """Hex digits of the code that the figures of an attack depend on."""
+    here = Path(__file__).parent
+    paths = [Path(models.__file__), *(here / f'{name}.py' for name in (
+        'batches', 'faces', 'images', 'split', 'embed', 'protect', 'verification', 'retrieval',
+        'attack_data', 'attacks'))]
+    return files.digest(b''.join(path.read_bytes() for path in paths))

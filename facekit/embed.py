@@ -1,0 +1,160 @@
+"""Recognisers from any checkpoint, and the embeddings of whole image sets."""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import models
+from facekit import files, images, run
+from facekit.batches import Store
+from facekit.errors import InputError
+from facekit.faces import ImageRows
+
+NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+
+
+# ------------------------------------------------------------------------------- weights
+
+def load_weights(module, state, path):
+    """Load a state_dict, ours or a published one, or say in a sentence why it does not fit."""
+    for name in ('model', 'net', 'state_dict'):
+        state = state[name] if isinstance(state.get(name), dict) else state
+    state = tensors(state)
+    own = module.state_dict()
+    wrong = sorted(set(own) ^ set(state)) or sorted(
+        k for k in own if own[k].shape != state[k].shape)
+    if wrong:
+        raise InputError(f'{path} does not fit: {len(wrong)} keys differ, first '
+                         f'{wrong[0][:80]!r}: use a checkpoint of this architecture or change '
+                         'its keys in the config')
+    wrong = [k for k in own if not is_sound(state[k])]
+    if wrong:
+        raise InputError(f'{path} holds no finite numbers in {wrong[0]!r}: make it again')
+    if next(module.parameters()).is_meta:
+        module.to_empty(device='cpu')
+    module.load_state_dict(state)
+
+
+def tensors(state):
+    """The tensors of a state_dict by their names, without DistributedDataParallel's prefix."""
+    return {k.removeprefix('module.'): v for k, v in state.items()
+            if isinstance(k, str) and torch.is_tensor(v)}
+
+
+def is_sound(tensor):
+    """Whether a tensor from a file holds finite numbers, and all it has: it may be sparse, without
+    any, or a few that stand for many."""
+    return (tensor.dtype in NUMBERS and tensor.layout == torch.strided
+            and tensor.device.type == 'cpu' and tensor.untyped_storage().nbytes() >= tensor.nbytes
+            and bool(tensor.isfinite().all()))
+
+
+def recogniser(path, device, made_by=''):
+    """An IResNet (eval mode) from our checkpoint or insightface's; `made_by`: see
+    files.load_checkpoint()."""
+    return recogniser_from(files.load_finished(path, made_by), path, device)
+
+
+def recogniser_from(saved, path, device):
+    """The IResNet (eval mode) in a loaded checkpoint, its size read off the keys."""
+    try:
+        state = tensors(saved['net'] if isinstance(saved.get('net'), dict) else saved)
+        stem, fc = state['conv1.weight'], state['fc.weight']
+        layers = [len({k.split('.')[1] for k in state if k.startswith(f'layer{i}.')})
+                  for i in range(1, 5)]
+        side = round((fc.shape[1] / state['bn2.weight'].numel()) ** 0.5)
+        size = saved['config']['data']['size'] if 'config' in saved else 16 * side
+        with torch.device('meta'):           # takes no memory, before its shapes are compared
+            net = models.IResNet(layers, stem.shape[0], max(1, int(size)), fc.shape[0])
+    except Exception:                        # a file can hold anything
+        raise InputError(f'{path} is no insightface IResNet: it lacks conv1, layer1-4, bn2 or fc; '
+                         'use a backbone of arcface_torch') from None
+    load_weights(net, state, path)
+    return net.to(device, memory_format=torch.channels_last).eval()
+
+
+def calibrate(net, faces):
+    """Set the statistics of an untrained net's BatchNorms, without which a deep one overflows, to
+    those of uint8 images (B, H, W, 3)."""
+    for norm in (m for m in net.modules() if hasattr(m, 'running_mean')):
+        norm.momentum = 1.0
+    embed_batch(net, faces, 'fp32')
+
+
+# ---------------------------------------------------------------------------- embeddings
+
+def for_recogniser(batch, net):
+    """uint8 (B, H, W, 3) or float (B, 3, H, W) in 0..1 -> what an IResNet takes: -1..1, its size.
+
+    The result keeps the gradient and lies in channels_last memory.
+    """
+    x = images.to_float(batch) if batch.dtype == torch.uint8 else batch
+    if x.shape[-1] != net.size:
+        x = F.interpolate(x, (net.size, net.size), mode='bilinear', align_corners=False)
+    return (2 * x - 1).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def embed_batch(net, batch, precision):
+    """Embeddings float32 (B, d) of uint8 images (B, H, W, 3)."""
+    with run.autocast(batch.device, precision):
+        return net(for_recogniser(batch, net)).float()
+
+
+def embed_all(net, store, batch, precision):
+    """Embeddings of every image of a Store and of its mirror image: two float32 tensors (N, d).
+
+    Batches are dealt to the processes and gathered, so the result does not depend on them.
+    """
+    starts = range(0, len(store), batch)
+    parts = {}                       # number of a batch -> embeddings of it and of its mirror image
+    for number, first in enumerate(starts):
+        if number % run.world() == run.rank():
+            faces = store(torch.arange(first, min(first + batch, len(store))))
+            parts[number] = [embed_batch(net, faces.flip(2) if flip else faces, precision)
+                             for flip in (False, True)]
+    if run.world() > 1:
+        gathered = [None] * run.world()
+        dist.all_gather_object(gathered, {n: [z.cpu() for z in zs] for n, zs in parts.items()})
+        parts = {n: zs for some in gathered for n, zs in some.items()}
+    return [torch.cat([parts[n][side].to(store.device) for n in range(len(starts))])
+            for side in range(2)]
+
+
+def unit_embeddings(net, chosen, cfg, device):
+    """f(x) + f(mirrored x) of ImageRows, L2-normalised, float32 (N, d)."""
+    plain, mirrored = embed_all(net, Store(chosen, device), cfg.evaluate.batch, cfg.run.precision)
+    return F.normalize(plain + mirrored)
+
+
+def pixel_embeddings(chosen, device):
+    """16 x 16 pixels of ImageRows, contrast-normalised, as unit vectors float32 (N, 768)."""
+    small = []
+    for part in torch.as_tensor(chosen.rows).split(4096):
+        x = torch.as_tensor(chosen.images[part]).to(device).permute(0, 3, 1, 2).float()
+        x = F.adaptive_avg_pool2d(x, 16).flatten(2)
+        small.append(F.normalize((x - x.mean(2, keepdim=True)).flatten(1)))
+    return torch.cat(small)
+
+
+@dataclass
+class Embedder:
+    """What an attacker compares images by: a recogniser, or plain pixels."""
+    name: str                        # tells it from the other embedders of a group
+    net: torch.nn.Module | None      # an IResNet; None = pixels
+    cfg: object                      # the config, for batch size and precision
+    device: torch.device
+    threshold: float = np.inf        # cosine that 1 in 1,000 pairs of two people exceed
+    gallery: torch.Tensor | None = None      # unit embeddings of a group's originals, once made
+
+    def embed(self, chosen):
+        """Unit embeddings float32 (N, d) of ImageRows."""
+        if self.net is None:
+            return pixel_embeddings(chosen, self.device)
+        return unit_embeddings(self.net, chosen, self.cfg, self.device)
+
+    def embed_images(self, faces):
+        """Unit embeddings float32 (N, d) of uint8 images (N, H, W, 3)."""
+        return self.embed(ImageRows(faces, np.arange(len(faces))))

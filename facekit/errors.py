@@ -1,0 +1,10 @@
+"""The one exception that a user is meant to read."""
+
+
+class InputError(ValueError):
+    """A wrong input: one sentence that names what, where and the remedy."""
+
+
+def printable(text):
+    """`text` with control characters and undecodable bytes escaped: file names can hold both."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)

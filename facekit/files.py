@@ -1,0 +1,268 @@
+"""Files of a run: written whole or not at all, by one run at a time, read without running code."""
+import argparse
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import filelock
+import torch
+
+from facekit import run
+from facekit.config import as_dict, quoted
+from facekit.errors import InputError
+
+# What our checkpoints hold, and of which type
+KINDS = {'format': int, 'config': dict, 'premises': dict, 'step': int, 'steps': int,
+         'logged': int, 'net': dict, 'head': dict, 'model': dict, 'optimizer': dict,
+         'scaler': dict, 'std': float, 'mean': torch.Tensor, 'sums': torch.Tensor}
+FORMAT = 2         # of checkpoints and release.json; grows when older ones cannot be continued
+
+
+# ---------------------------------------------------------------------- writing and reading
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write that takes the place of `path` once it is whole.
+
+    Only one run may write a path at a time (see only_writer): the draft's name is fixed, so that
+    what a killed run left is overwritten by the next.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + '.tmp')
+    try:
+        with open(draft, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())     # a power cut shall not leave an empty file behind a name
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path):
+    """An empty folder to fill that takes the place of the folder `path` once it is whole.
+
+    A draft that was not finished stays until the next try, as after a kill.
+    """
+    draft = path.with_name(path.name + '.tmp')
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    yield draft
+    shutil.rmtree(path, ignore_errors=True)
+    os.sync()                           # see replacing()
+    draft.rename(path)
+
+
+def write_json(path, content):
+    """Write numbers and plain values as JSON on rank 0."""
+    if run.rank() == 0:
+        with replacing(path) as file:
+            file.write(json.dumps(content, indent=1).encode() + b'\n')
+
+
+def open_bytes(path):
+    """The bytes of a file, mapped into memory; InputError if it cannot be read."""
+    try:
+        if not Path(path).is_file():    # to open a pipe would wait for ever
+            raise ValueError('no such file')
+        with open(path, 'rb') as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:          # ValueError: an empty file cannot be mapped
+        raise InputError(f'{str(path)!r} cannot be read ({error}): check the path, copy the file '
+                         'again; a .rec needs its .idx beside it') from None
+
+
+def read_json(path):
+    """The object in a JSON file of a run, or a sentence."""
+    try:
+        content = json.loads(Path(path).read_text())
+        if isinstance(content, dict):
+            return content
+    except (OSError, ValueError):
+        pass
+    raise InputError(f'{path} is missing or damaged: put it back, or delete what was made with it')
+
+
+# ---------------------------------------------------------------------------------- locks
+
+@contextlib.contextmanager
+def only_writer(path):
+    """While inside, this run alone writes `path`; another that wants to waits with a sentence.
+
+    The lock ends with its process, however that ends. A file system without locks, as on some
+    clusters, leaves it to the user to start nothing twice.
+    """
+    path = Path(path)
+    lock = filelock.FileLock(path.with_name(path.name + '.lock'))
+    waiting = False
+    while not run.broadcast(acquired(lock, path) if run.rank() == 0 else None):
+        if not waiting:
+            run.say(f'another run is making {path}: waiting for it')
+        waiting = True
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def acquired(lock, path):
+    """Whether this process got the lock, or there are no locks here."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        return False
+    except NotImplementedError:             # filelock's word for a file system without locks
+        pass
+    return True
+
+
+def make_once(path, ready, make):
+    """Unless ready(): make() what `path` shall be, on rank 0 of one of the runs that ask."""
+    if not run.broadcast(ready() if run.rank() == 0 else None):
+        with only_writer(path):
+            if run.rank() == 0 and not ready():
+                make()
+            run.barrier()
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(path, state):
+    """Write a dict of tensors and plain values on rank 0."""
+    if run.rank():
+        return
+    try:
+        with replacing(path) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f'{path} could not be written ({str(error).splitlines()[0]}): free space '
+                         'and run the same command again; the last checkpoint is whole') from None
+
+
+def load_checkpoint(path, made_by='', needs=()):
+    """A checkpoint as a dict of tensors and plain values; nothing in the file is executed.
+
+    `made_by` is the command that makes the file, for the sentence that says it is missing; `needs`
+    are the keys that it must have.
+    """
+    if not Path(path).is_file():
+        raise InputError(f'{path} is missing: ' + (f'first run `{made_by}`' if made_by else
+                                                   'check the path'))
+    state = read_tensors(path)
+    if not isinstance(state, dict):
+        raise InputError(f'{path} holds a {type(state).__name__}, not a dict of tensors: save '
+                         'its state_dict()')
+    ours = {'config', 'step', 'steps'} <= state.keys()
+    wrong = [k for k, kind in KINDS.items() if ours and k in state
+             and not isinstance(state[k], kind)]
+    if wrong:
+        raise InputError(f'{path} holds a {type(state[wrong[0]]).__name__} as {wrong[0]!r}: '
+                         'delete it and make it again')
+    if missing := [k for k in needs if k not in state]:
+        raise InputError(f'{path} lacks {missing[0]!r}, as no checkpoint of ours does: delete it, '
+                         'make it again or name another')
+    return state
+
+
+def read_tensors(path):
+    """What a file of torch.save holds, without running code; InputError if it is not safe."""
+    try:
+        # A few bytes can promise terabytes: packed, or as an array of zeros. And
+        # facebookresearch/mae keeps its arguments in the checkpoint, as plain values.
+        with (memory_limit(2 * Path(path).stat().st_size + (1 << 30)),
+              torch.serialization.safe_globals([argparse.Namespace])):
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except MemoryError:
+        raise InputError(f'{path} asks for far more memory than its size explains and may be '
+                         'malicious: do not use it') from None
+    except Exception as error:   # torch raises a different type for each way a file can be damaged
+        # What is wrong stands behind a preface on weights_only and before advice
+        reason = str(error).rpartition('WeightsUnpickler error: ')[2].split('. ')[0][:120]
+        reason = ''.join(x if x.isprintable() else ' ' for x in reason) or type(error).__name__
+        raise InputError(f'{path} is no checkpoint that can be read safely ({reason.strip()}): '
+                         'download or make it again') from None
+
+
+@contextlib.contextmanager
+def memory_limit(more):
+    """Let this process take at most so many more bytes."""
+    used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [x for x in (used + more, *old) if x != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, old)
+
+
+def load_finished(path, made_by, needs=()):
+    """A checkpoint whose training ran to its end; published ones count no steps."""
+    state = load_checkpoint(path, made_by, needs)
+    step, steps = (x if isinstance(x, int) else None          # a file can hold anything
+                   for x in (state.get('step', 0), state.get('steps', 0)))
+    if None in (step, steps) or step < steps:
+        raise InputError(f'{path} is only trained to step {step} of {steps}: first run '
+                         f'`{made_by}` to its end')
+    return state
+
+
+# -------------------------------------------------------------------------------- premises
+
+# Keys that change how a thing is made but not what it is
+HARMLESS = {'mae.micro_batch', 'mae.preview_epochs', 'reconstruct.batch', 'reconstruct.photos',
+            'reconstruct.key'}
+
+
+def check_premises(state, cfg, keys, path, premises):
+    """Refuse to continue or reuse what was made from something else.
+
+    `state` is a checkpoint or a release.json; `keys` are the sections or keys of the config that
+    must agree; `premises` {what: digest} is what else it is made from: images, nets, secret.
+    """
+    if state.get('format') != FORMAT:
+        raise InputError(f'{path} was made by an earlier version of this kit, whose random '
+                         'numbers were others: use another run.folder, or that version')
+    then, now = entry(state, 'config'), as_dict(cfg)
+    differ = [f'another {what}' for what, value in premises.items()
+              if entry(state, 'premises').get(what) != value]
+    for key in keys:
+        section, _, name = key.partition('.')
+        old, new = entry(then, section), now[section]
+        for n in [name] if name else sorted(new):
+            # As text, because a file from elsewhere can hold a tensor here
+            if repr(old.get(n)) != repr(new[n]) and f'{section}.{n}' not in HARMLESS:
+                differ.append(f'another {section}.{n} ({quoted(old.get(n))} then, '
+                              f'{quoted(new[n])} now)')
+    if differ:
+        raise InputError(f'{path} was made with {", ".join(differ)}: change it back, or use '
+                         'another run.folder or mae.name')
+
+
+def entry(mapping, key):
+    """mapping[key] if it is a dict, else an empty one."""
+    value = mapping.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def digest(content):
+    """SHA-256 of bytes, 64 hex digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest_of_weights(state):
+    """SHA-256 of a state_dict's tensors and their names, 64 hex digits."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        total.update(name.encode() + state[name].cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()

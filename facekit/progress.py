@@ -1,0 +1,81 @@
+"""The log of a stage: one JSON object a line in a file, one line for people on the screen."""
+import contextlib
+import datetime
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+
+from facekit import run
+
+
+class StageLog:
+    """Log of one stage, <folder>/log/<stage>.jsonl, written by rank 0.
+
+    A stage that continues from `step` first drops its later lines, so that the log of an
+    interrupted run reads like that of an undisturbed one.
+    """
+
+    def __init__(self, folder, stage, total, step=0):
+        self.path, self.stage, self.total = Path(folder, 'log', f'{stage}.jsonl'), stage, total
+        self.begin, self.first = time.time(), step
+        if run.rank():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [line for line, entry in read_log(self.path) if entry['step'] <= step]
+        draft = self.path.with_name(self.path.name + '.tmp')
+        draft.write_text(''.join(f'{line}\n' for line in lines))
+        draft.replace(self.path)
+
+    def seconds(self):
+        """Seconds since this process began the stage."""
+        return max(time.time() - self.begin, 1e-9)
+
+    def __call__(self, step, images, **values):
+        """Log `values` at `step`; `images` is how many the run has taken since it (re)started."""
+        if run.rank():
+            return
+        seconds, memory = self.seconds(), peak_memory() / 2 ** 30
+        left = seconds / max(step - self.first, 1) * (self.total - step)
+        values = {k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in values.items()}
+        entry = {'stage': self.stage, 'step': step, **values,
+                 'images_per_second': round(images / seconds, 1), 'seconds': round(seconds, 2),
+                 'memory_gib': round(memory, 2)}
+        with open(self.path, 'a') as file:
+            file.write(json.dumps(entry) + '\n')
+        shown = '  '.join(f'{k} {v:.4g}' for k, v in values.items())
+        print(f'[{self.stage}] {step}/{self.total}  {shown}  {images / seconds:,.0f} images/s  '
+              f'ETA {datetime.timedelta(seconds=round(left))}  {memory:.1f} GiB', flush=True)
+
+
+def read_log(path):
+    """The sound lines of a log as (text, object); a kill or a stranger can leave others."""
+    text = path.read_bytes().decode(errors='replace') if path.is_file() else ''
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get('step'), int):
+                yield line, entry
+
+
+def stage_seconds(folder):
+    """Wall time of each stage of a run: an interrupted stage is the sum of its pieces."""
+    total = {}
+    for path in sorted(Path(folder, 'log').rglob('*.jsonl')):
+        stage, last = str(path.relative_to(Path(folder, 'log')).with_suffix('')), 0
+        for _, entry in read_log(path):
+            seconds = entry.get('seconds')
+            if isinstance(seconds, (int, float)):
+                begun = last if seconds > last else 0       # else a new piece began
+                total[stage] = total.get(stage, 0) + seconds - begun
+                last = seconds
+    return {stage: round(seconds, 1) for stage, seconds in total.items()}
+
+
+def peak_memory():
+    """The most memory that was taken, bytes: by tensors on a GPU, else by this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

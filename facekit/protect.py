@@ -1,0 +1,276 @@
+"""The protections: FaceMAE and what it is compared with, their secret, and the plan of a release.
+
+Stage 2 and the attackers of stage 4 meet here: who attacks other people's pairs protects them with
+the very same code.
+"""
+import hashlib
+import math
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from einops import reduce, repeat
+
+import models
+from facekit import batches, files, run
+from facekit.config import CONFIGS
+from facekit.embed import load_weights
+from facekit.errors import InputError
+from facekit.images import to_float, to_uint8
+from facekit.split import private_digest
+
+# The key of the config that says how strong a method is
+STRENGTH = {'facemae': 'mask_ratio', 'mask': 'mask_ratio', 'blur': 'blur_sigma',
+            'pixelate': 'pixelate_block', 'noise': 'noise_std'}
+STD = 0.25      # grey levels in 0..1 are divided by this; one number, so that hue is kept
+
+
+# -------------------------------------------------------------- the masked autoencoder
+
+@dataclass
+class FaceMAE:
+    """A masked autoencoder with the normalisation of its images."""
+    model: models.MAE
+    mean: torch.Tensor        # float32 (3, H, W) or (3, 1, 1), grey levels in 0..1
+    std: float                # of all channels
+
+    def normalise(self, x):
+        """Float images (B, 3, H, W) in 0..1 -> what the model takes."""
+        return (x - self.mean) / self.std
+
+    def to_pixels(self, patches):
+        """What the model predicts, (B, L, p*p*3) -> float32 images (B, 3, H, W), about 0..1."""
+        return self.model.unpatchify(patches.float()) * self.std + self.mean
+
+    def reconstruct(self, x, noise, cfg):
+        """Float images (B, 3, H, W) in 0..1 and noise (B, L) -> float32 images, about 0..1.
+
+        The whole output of the decoder, or with reconstruct.paste_visible the visible patches of
+        the input. It does not depend on a hidden pixel in a single bit.
+        """
+        normalised = self.normalise(x)
+        with run.autocast(x.device, cfg.run.precision):
+            pred, mask = self.model(normalised, noise, cfg.reconstruct.mask_ratio)
+        if cfg.reconstruct.paste_visible:
+            pred = torch.where(mask[:, :, None] > 0, pred.float(), self.model.patchify(normalised))
+        return self.to_pixels(pred)
+
+
+    def digest(self):
+        """Hex digits that change with a weight, the mean or std."""
+        extra = {'': self.mean, ' ': torch.tensor(self.std)}
+        return files.digest_of_weights(self.model.state_dict() | extra)
+
+
+def build_mae(settings, size):
+    """The models.MAE of a config's section mae (namespace or dict) for images of `size` pixels."""
+    c = settings if isinstance(settings, dict) else vars(settings)
+    try:
+        return models.MAE(size, *(c[key] for key in (
+            'patch', 'dim', 'depth', 'heads', 'decoder_dim', 'decoder_depth', 'decoder_heads')))
+    except ValueError as error:
+        raise InputError(f'mae: {error}') from None
+
+
+def load_mae(path, size, device, made_by):
+    """The finished FaceMAE in a checkpoint, which `made_by` is the command to make."""
+    saved = files.load_finished(path, made_by, ('model', 'mean', 'std', 'config'))
+    settings, trained_at = files.entry(saved['config'], 'mae'), files.entry(saved['config'], 'data')
+    if settings.get('norm_pix_loss'):
+        raise InputError(f'{path} was trained with mae.norm_pix_loss: undoing it needs the hidden '
+                         'pixels and would leak them; train with mae.norm_pix_loss=false')
+    if trained_at.get('size') != size:
+        raise InputError(f'{path} was trained at {trained_at.get("size")} pixels, data.size is '
+                         f'{size}: set them alike')
+    try:
+        model = build_mae(settings, size)
+    except (KeyError, TypeError, AttributeError, RuntimeError):    # a file can hold anything
+        raise InputError(f'{path} has a damaged config: delete it and make it again') from None
+    load_weights(model, saved, path)
+    return FaceMAE(model.to(device).eval(), saved['mean'].to(device), saved['std'])
+
+
+def load_maes(variant, folds, device):
+    """The FaceMAE of each fold, or None for methods that need none."""
+    cfg, made_by = variant.cfg, run.command('train_mae.py')
+    return [load_mae(variant.mae(f.k), cfg.data.size, device, made_by)
+            if cfg.reconstruct.method == 'facemae' else None for f in folds]
+
+
+def check_patches(size, patch, ratio):
+    """Say how many patches a mask leaves, or why there is no such mask; returns their number L."""
+    if size % patch:
+        raise InputError(f'mae.patch = {patch} does not divide data.size = {size}: choose one '
+                         'that does')
+    patches = (size // patch) ** 2
+    try:
+        keep, _, _ = models.random_masking(torch.zeros(1, patches), ratio)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    run.say(f'{keep.shape[1]} of {patches} patches visible')
+    return patches
+
+
+# ------------------------------------------------------------------------- protections
+
+def draws_mask(method):
+    """Whether a method hides patches."""
+    return STRENGTH.get(method) == 'mask_ratio'
+
+
+def masked(x, noise, ratio, patch):
+    """Images (B, 3, H, W) in 0..1 with hidden patches grey; noise (B, L)."""
+    mask = models.random_masking(noise, ratio)[2]                                 # (B, L)
+    side = x.shape[-1] // patch
+    hidden = repeat(mask, 'b (h w) -> b 1 (h p) (w q)', h=side, p=patch, q=patch)
+    return torch.where(hidden > 0, 0.5, x)
+
+
+def pixelated(x, block):
+    """Images (B, 3, S, S) with each block x block square at its mean; the last ones may be cut."""
+    size = x.shape[-1]
+    padded = F.pad(x, [0, -size % block] * 2, mode='replicate')
+    small = reduce(padded, 'b c (h p) (w q) -> b c h w', 'mean', p=block, q=block)
+    return repeat(small, 'b c h w -> b c (h p) (w q)', p=block, q=block)[..., :size, :size]
+
+
+@dataclass
+class Protection:
+    """A method of reconstruct.method with its settings and, for facemae, its model."""
+    cfg: object               # the config
+    mae: FaceMAE | None       # of the fold whose people are protected
+
+    @torch.inference_mode()
+    def __call__(self, faces, seeds):
+        """Images as they are released: uint8 (B, H, W, 3) -> uint8 (B, H, W, 3).
+
+        seeds (B,) int64 alone decide masks and noise. Methods facemae and mask never read a
+        hidden pixel.
+        """
+        c, size, x = self.cfg.reconstruct, faces.shape[1], to_float(faces)
+        if draws_mask(c.method):
+            noise = self.patch_noise(seeds, size)
+        match c.method:
+            case 'mask':
+                x = masked(x, noise, c.mask_ratio, self.cfg.mae.patch)
+            case 'blur':
+                x = TF.gaussian_blur(x, 2 * math.ceil(3 * c.blur_sigma) + 1, c.blur_sigma)
+            case 'pixelate':
+                x = pixelated(x, c.pixelate_block)
+            case 'noise':
+                u = batches.uniform(batches.expanded(seeds, 3 * size * size))
+                x = x + c.noise_std / 255 * math.sqrt(2) * torch.erfinv(2 * u - 1).view_as(x)
+            case 'facemae':
+                x = self.mae.reconstruct(x, noise, self.cfg)
+        return to_uint8(x)
+
+    def patch_noise(self, seeds, size):
+        """What decides which patches are hidden: int64 (B, L) from seeds (B,)."""
+        return batches.expanded(seeds, (size // self.cfg.mae.patch) ** 2)
+
+    def of_rows(self, chosen, seeds, device):
+        """The same for ImageRows and seeds (N,), batch by batch: uint8 (N, H, W, 3), numpy."""
+        parts = np.array_split(np.arange(len(chosen)), len(chosen) // self.cfg.reconstruct.batch + 1)
+        return np.concatenate([self(
+            torch.from_numpy(np.asarray(chosen.images[chosen.rows[part]])).to(device),
+            seeds[part].to(device)).cpu().numpy() for part in parts])
+
+
+def check_strength(cfg):
+    """Refuse strengths that the images have no room for; say how many patches stay visible."""
+    c = cfg.reconstruct
+    if draws_mask(c.method):
+        check_patches(cfg.data.size, cfg.mae.patch, c.mask_ratio)
+    if c.method == 'blur' and math.ceil(3 * c.blur_sigma) >= cfg.data.size:
+        raise InputError(f'reconstruct.blur_sigma = {c.blur_sigma:g} blurs over more than the '
+                         f'{cfg.data.size} pixels of a face: give less than {cfg.data.size / 3:g}')
+
+
+# ------------------------------------------------------------------------------- secret
+
+def release_secret(cfg):
+    """The secret of a run's releases, drawn once: bytes."""
+    path = Path(cfg.reconstruct.key or Path(cfg.run.folder) / 'release.key')
+    if cfg.reconstruct.key and not path.is_file():
+        raise InputError(f'reconstruct.key = {path} does not exist: leave it empty to have a new '
+                         'secret drawn')
+    files.make_once(path, path.exists, lambda: draw_secret(path))
+    secret, drawn = path.read_bytes().strip(), (Path(cfg.data.root) / 'toy.bin').exists()
+    if not drawn and secret == (CONFIGS / 'toy.key').read_bytes().strip():
+        raise InputError(f'reconstruct.key = {path} is known to everybody, and {cfg.data.root} '
+                         'are no drawn faces: set reconstruct.key= for a secret of your own')
+    return secret
+
+
+def draw_secret(path):
+    """Write a new secret that the user alone can read, or refuse where the old one is lost."""
+    if any(path.parent.rglob('release.json')):
+        raise InputError(f'{path} is missing, but releases were made with it: put it back, or '
+                         'use another run.folder')
+    with files.replacing(path) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(secrets.token_hex(32).encode() + b'\n')
+
+
+def secret_seed(secret, purpose):
+    """63-bit seed that reveals nothing of the secret nor of the other purposes' seeds."""
+    return int.from_bytes(hashlib.sha256(secret + purpose.encode()).digest()[:8], 'big') >> 1
+
+
+# --------------------------------------------------------------------------------- plan
+
+@dataclass
+class ReleasePlan:
+    """Which private image becomes which released one; N released images, in their order."""
+    fold: np.ndarray          # int64 (N,): position in the list of folds
+    image: np.ndarray         # int64 (N,): row of the private FaceSet
+    label: np.ndarray         # int64 (N,): 0 .. people - 1, rising
+    seeds: torch.Tensor       # int64 (N,): what decides the mask or noise of each
+
+    @property
+    def people(self):
+        """Number of people who are released."""
+        return int(self.label[-1]) + 1
+
+
+def plan_release(folds, secret, cfg):
+    """The ReleasePlan of a config: a pure function of the private images and the secret."""
+    rng = np.random.default_rng(secret_seed(secret, 'order'))
+    fold = np.repeat(np.arange(len(folds)), [len(f.released) for f in folds])
+    image = np.concatenate([f.released for f in folds])
+    person = np.unique(folds[0].private.labels[image], return_inverse=True)[1]
+    label = rng.permutation(person.max() + 1)[person]
+    order = rng.permutation(len(image))
+    order = order[np.argsort(label[order], kind='stable')]
+    fold, image, label = fold[order], image[order], label[order]
+    if cfg.reconstruct.images_per_person:
+        first = np.searchsorted(label, label)              # where this person's images begin
+        kept = np.arange(len(label)) - first < cfg.reconstruct.images_per_person
+        fold, image, label = fold[kept], image[kept], label[kept]
+    seed = secret_seed(secret, f'masks {cfg.run.seed}') + (cfg.reconstruct.method == 'noise')
+    return ReleasePlan(fold, image, label, batches.image_seeds(seed, 0, image))
+
+
+def release_premises(folds, maes, secret):
+    """What a release is made from beside its config, {what: digest}; maes: see load_maes()."""
+    premises = {'set of images': private_digest(folds), 'secret': files.digest(secret)}
+    if maes[0]:
+        premises['mae'] = files.digest(''.join(mae.digest() for mae in maes).encode())
+    return premises
+
+
+def check_release(variant, premises):
+    """Refuse a finished release that was made with another config, secret, model or images.
+
+    Its images could not be matched with their originals any more, and would look private.
+    """
+    keys = ['reconstruct', 'data.size', 'data.folds', 'data.release_folds', 'run.seed']
+    if draws_mask(variant.cfg.reconstruct.method):
+        keys.append('mae.patch')
+    files.check_premises(files.read_json(variant.folder / 'release.json'), variant.cfg, keys,
+                         variant.release, premises)

@@ -1,0 +1,203 @@
+"""Retrieval: how often a probe finds what it was made from among all originals, exactly.
+
+Two questions are asked of every attack, each with its chance level and its ceiling (originals as
+probes). *same_image*: is the very original first? *same_person*: is another photo of the same
+person first?
+"""
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from facekit import verification
+
+BLOCK = 16384        # gallery items whose scores are in memory at a time
+PROBES = 512         # probes that are ranked at a time
+
+
+@dataclass
+class Search:
+    """Probes and a gallery, compared by inner product."""
+    probes: torch.Tensor               # float32 (n, d)
+    gallery: torch.Tensor              # float32 (N, d)
+    source: np.ndarray                 # int64 (n,): gallery item that each probe was made from
+    person: np.ndarray | None          # int64 (N,): whose item; None = each item is one person
+    threshold: float = np.inf          # cosine that 1 in 1,000 pairs of two people exceed
+    ceiling_probes: torch.Tensor | None = None   # originals as probes; None = gallery[source]
+
+    def compares_images(self):
+        """Whether probes and gallery are unit vectors of single images, so that scores are
+        cosines."""
+        return self.ceiling_probes is None and self.person is not None
+
+
+@dataclass
+class Attack:
+    """What one attacker tries on one group."""
+    headline: Search
+    curves: dict = field(default_factory=dict)   # {series: {x: Search}}: the same with more or less
+
+
+@dataclass
+class Ranking:
+    """Where m probes find their targets, float32 or int64 (m,) each, on the CPU."""
+    rank: torch.Tensor         # of the best target, 1 = first; ties share the middle
+    precision: torch.Tensor    # average precision over all targets, 0..1
+    chance: torch.Tensor       # of rank 1 by guessing
+    probe: torch.Tensor        # int64: which probe
+
+
+# -------------------------------------------------------------------------------- search
+
+def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=BLOCK):
+    """Rank every gallery item that a probe should find, exactly and in bounded memory.
+
+    probes (n, d), gallery (N, d): float32; ids int64: the items with the probe's id are its
+    targets, except item exclude[i]. Returns the Ranking of the probes that have a target.
+    """
+    order = gallery_ids.argsort(stable=True)
+    first = torch.searchsorted(gallery_ids[order], probe_ids)
+    end = torch.searchsorted(gallery_ids[order], probe_ids, right=True)
+    widest = int((end - first).max())
+    found = []
+    for part in torch.arange(len(probes), device=gallery.device).split(PROBES):
+        slot = first[part, None] + torch.arange(widest, device=gallery.device)       # (b, m)
+        target, valid = order[slot.clamp(max=len(order) - 1)], slot < end[part, None]
+        if exclude is not None:
+            valid &= target != exclude[part, None]
+        part, target, valid = (t[valid.any(1)] for t in (part, target, valid))
+        same = probe_ids[part, None], gallery_ids[None]
+        rank, precision = rank_targets(probes[part], gallery, target, valid, same, block)
+        chance = valid.sum(1) / (len(gallery) - (exclude is not None))
+        found.append((rank, precision, chance, part))
+    return Ranking(*(torch.cat(x).cpu() for x in zip(*found)))
+
+
+def rank_targets(probes, gallery, target, valid, same, block):
+    """Rank of the best target and average precision, float32 (b,) each.
+
+    target, valid (b, m): gallery items to find, and which of the m count; same: ids (b, 1) and
+    (1, N), equal where an item is no distractor.
+    """
+    targets = valid.shape[1]
+    # Rising order for searchsorted; what does not count comes last and is never reached
+    wanted = torch.cat([scores(probes[:, None], gallery[some].mT).squeeze(1)
+                        for some in target.split(32, 1)], 1)
+    wanted = wanted.masked_fill(~valid, torch.inf).sort(1).values
+    above = torch.zeros(len(probes), targets + 1, device=gallery.device)
+    for begin in range(0, len(gallery), block):
+        some = slice(begin, begin + block)
+        score = scores(probes, gallery[some].T)
+        score[same[0] == same[1][:, some]] = -torch.inf
+        for side in (False, True):                # counting ties half below and half above
+            place = torch.searchsorted(wanted, score, right=side)
+            above.scatter_add_(1, place, torch.full_like(score, 0.5))
+    # A distractor at place p is ahead of the p lowest targets
+    ahead = above.flip(1).cumsum(1).flip(1)[:, 1:]                                   # (b, m)
+    count = valid.sum(1, keepdim=True)
+    among_targets = count - torch.arange(targets, device=gallery.device)     # place, best = 1
+    rank = among_targets + ahead
+    precision = torch.where(among_targets > 0, among_targets / rank, 0).sum(1) / count[:, 0]
+    return rank.gather(1, count - 1)[:, 0], precision
+
+
+def scores(a, b):
+    """Matrix product of float32 tensors, summed in float64 and rounded to float32.
+
+    So that equal vectors get equal scores, in whatever product and block they stand: in float32
+    the order of a sum, and with it the last bit, depends on the shapes, and rounding would decide
+    ties.
+    """
+    return (a.double() @ b.double()).float()
+
+
+# ------------------------------------------------------------------------------- figures
+
+def questions(asked):
+    """{kind: (probe ids, gallery ids, excluded items)} of a Search, as tensors."""
+    device = asked.gallery.device
+    source = torch.as_tensor(asked.source, device=device)
+    numbers = torch.arange(len(asked.gallery), device=device)
+    if asked.person is None:
+        return {'same_person': (source, numbers, None)}
+    person = torch.as_tensor(asked.person, device=device)
+    return {'same_image': (source, numbers, None),
+            'same_person': (person[source], person, source)}
+
+
+def figures_of(attacks):
+    """One attacker's Attacks on all groups, pooled: {kind: figures of results.json}."""
+    results = {}
+    rankings, ceilings, people = {}, {}, {}
+    for attack in attacks:
+        asked = attack.headline
+        own = asked.ceiling_probes
+        own = asked.gallery[torch.as_tensor(asked.source)] if own is None else own
+        names = asked.source if asked.person is None else asked.person[asked.source]
+        for kind, question in questions(asked).items():
+            if len((ranking := search(asked.probes, asked.gallery, *question)).rank):
+                rankings.setdefault(kind, []).append(ranking)
+                ceilings.setdefault(kind, []).append(search(own, asked.gallery, *question))
+                people.setdefault(kind, []).append(names[ranking.probe.numpy()])
+    for kind in rankings:
+        results[kind] = summary(rankings[kind], ceilings[kind], np.concatenate(people[kind]))
+        if curves := curves_of(attacks, kind):
+            results[kind]['curve'] = curves
+    return results
+
+
+def summary(rankings, ceilings, person):
+    """Pooled Rankings, and those of originals as probes, as figures; person (m,) of each probe."""
+    rank, precision, chance = (torch.cat([getattr(r, name) for r in rankings])
+                               for name in ('rank', 'precision', 'chance'))
+    hits = (rank <= 1).float()
+    return {'rank1': hits.mean().item(), 'rank1_ci': verification.interval(hits.numpy(), person),
+            'rank5': (rank <= 5).float().mean().item(),
+            'rank20': (rank <= 20).float().mean().item(), 'map': precision.mean().item(),
+            'chance': chance.mean().item(), 'probes': len(rank), 'people': len(np.unique(person)),
+            'ceiling': rank1(ceilings)}
+
+
+def rank1(rankings):
+    """Share of probes whose best target comes first, over several Rankings."""
+    return (torch.cat([r.rank for r in rankings]) <= 1).float().mean().item()
+
+
+def curves_of(attacks, kind):
+    """{series: {x: rank 1}} of the curves of Attacks that all groups have."""
+    curves = {}
+    for series, searches in attacks[0].curves.items():
+        for x in searches:
+            asked = [attack.curves[series][x] for attack in attacks]
+            found = [search(s.probes, s.gallery, *questions(s)[kind]) for s in asked
+                     if kind in questions(s)]
+            if found:
+                curves.setdefault(series, {})[str(x)] = rank1(found)
+    return curves
+
+
+def cosines_of(attacks):
+    """Cosines of all probes with their originals, and with originals of other people, two float32
+    arrays (n,); None for attacks that do not compare single images."""
+    true, others = [], []
+    for attack in attacks:
+        asked, rng = attack.headline, np.random.default_rng(0)
+        if not asked.compares_images() or len(np.unique(asked.person)) < 2:
+            return None
+        other = verification.of_others(asked.person, asked.source, rng)
+        for rows, cosines in ((asked.source, true), (other, others)):
+            cosines.append((asked.probes * asked.gallery[torch.as_tensor(rows)]).sum(1).cpu())
+    return torch.cat(true).numpy(), torch.cat(others).numpy()
+
+
+def accepted_share(attacks):
+    """Share of probes that a recogniser would accept as their originals' person at FAR 1e-3, or
+    None without such a threshold."""
+    shares = []
+    for attack in attacks:
+        asked = attack.headline
+        if not asked.compares_images() or not np.isfinite(asked.threshold):
+            return None
+        cosine = (asked.probes * asked.gallery[torch.as_tensor(asked.source)]).sum(1)
+        shares.append((cosine > asked.threshold).float().cpu())
+    return torch.cat(shares).mean().item()

@@ -1,0 +1,262 @@
+"""What surrounds the work of a stage: processes, device, requests to stop, the launch.
+
+Nothing here knows about faces. A stage ends with `run.launch(main, __doc__, help)`.
+"""
+import argparse
+import contextlib
+import ctypes
+import datetime
+import errno
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from facekit.config import CONFIGS, namespace, resolve
+from facekit.errors import InputError, printable
+
+TIMEOUT = datetime.timedelta(hours=1)      # of a process that waits for another, as for a cache
+
+
+# ------------------------------------------------------------------------------ processes
+
+def rank():
+    """Number of this process, 0 .. world() - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """Number of processes of this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    """Wait until all processes have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast(value):
+    """The value that rank 0 has, on all processes; any picklable object."""
+    values = [value]
+    if world() > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def say(text):
+    """Print on rank 0 only."""
+    if rank() == 0:
+        print('\n'.join(printable(line) for line in str(text).split('\n')), flush=True)
+
+
+def cores():
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def start_processes(cfg):
+    """Join the other processes that torchrun started, if any; returns this one's device."""
+    wanted = int(os.environ.get('WORLD_SIZE', 1))
+    if wanted > 1 and not {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys():
+        raise InputError(f'WORLD_SIZE = {wanted} is set, but not RANK, MASTER_ADDR and '
+                         'MASTER_PORT: start the script with torchrun, or unset WORLD_SIZE')
+    device = choose_device(cfg)
+    if wanted > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=TIMEOUT)
+    on_this_node = int(os.environ.get('LOCAL_WORLD_SIZE', wanted))
+    torch.set_num_threads(cfg.run.threads or max(1, cores() // on_this_node))
+    if cfg.run.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+    if device.type == 'cuda':
+        # Losses, cosines and rankings stay float32; the nets have autocast
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = cfg.run.precision != 'fp32'
+        torch.backends.cudnn.benchmark = not cfg.run.deterministic
+    else:
+        keep_freed_memory()
+    return device
+
+
+def choose_device(cfg):
+    """The device of this process by run.device: its own GPU, or the CPU."""
+    if cfg.run.device == 'cpu' or cfg.run.device == 'auto' and not torch.cuda.is_available():
+        return torch.device('cpu')
+    if not torch.cuda.is_available():
+        raise InputError('run.device = cuda, but torch sees no GPU: use run.device=auto, or '
+                         'install the torch build for your driver')
+    local, count = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+    if local >= count:
+        raise InputError(f'process {local} of this machine has no GPU of its own, as there are '
+                         f'{count}: start {count} processes at most, or use run.device=cpu')
+    torch.cuda.set_device(local)
+    return torch.device('cuda', local)
+
+
+def keep_freed_memory():
+    """Let glibc keep large buffers instead of handing them back to the kernel at every step.
+
+    Each page would be faulted in again; keeping them doubles the speed of large CPU batches.
+    """
+    with contextlib.suppress(OSError, AttributeError):          # other C libraries
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def own_share(batch, key):
+    """This process's slice of a global batch; InputError, naming the config's key, if uneven."""
+    if batch % world():
+        raise InputError(f'{key} = {batch} does not divide by {world()} processes: '
+                         f'use {batch // world() * world() or world()}')
+    size = batch // world()
+    return slice(rank() * size, (rank() + 1) * size)
+
+
+def average_gradients(parameters):
+    """Mean of the gradients over all processes, in one message."""
+    if world() > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for g, piece in zip(grads, flat.div_(world()).split([g.numel() for g in grads])):
+            g.copy_(piece.view_as(g))
+
+
+def mean(values):
+    """Mean of a tensor over all processes."""
+    if world() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values / world()
+
+
+def autocast(device, precision):
+    """Context of a forward pass in run.precision; fp32 leaves everything alone."""
+    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': None}[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask for a last checkpoint; Ctrl-C again ends the process at once."""
+    requested = False                # of the process, not of one training in it
+    group = None                     # of all processes, over gloo
+
+    def __init__(self):
+        self.agreed = False
+        # Agreeing over gloo keeps the device out of it: no GPU sync in the training loop
+        if world() > 1 and not Stop.group:
+            Stop.group = dist.new_group(backend='gloo')
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.request)
+
+    @staticmethod
+    def request(number, frame):
+        """Signal handler."""
+        if Stop.requested and number == signal.SIGINT:     # Slurm and torchrun both send SIGTERM
+            raise KeyboardInterrupt
+        Stop.requested = True
+
+    def checkpoint_due(self, wanted):
+        """True on all processes at the same step, once any wants to save or was asked to stop."""
+        flags = torch.tensor([int(wanted), int(self.requested)])
+        if self.group:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        self.agreed = bool(flags[1])
+        return bool(flags.any())
+
+    def leave_if_requested(self):
+        """End the process if it was asked to, once the state is saved."""
+        if self.agreed:
+            say('stopped on request; the same command continues from here')
+            raise KeyboardInterrupt
+
+    @staticmethod
+    def end():
+        """After the loop a signal ends the process at once again."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if Stop.requested:
+            raise KeyboardInterrupt
+
+
+# -------------------------------------------------------------------------------- launch
+
+def command(script, *extra):
+    """The command that runs another script with this one's arguments, for a sentence."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith('stage=')]
+    return shlex.join(['python', script, *arguments, *extra])
+
+
+def provenance():
+    """What a result depends on beside the config: versions, hardware, commit."""
+    described = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'],
+                               cwd=CONFIGS, capture_output=True, text=True).stdout.strip()
+    device = (torch.cuda.get_device_name() if torch.cuda.is_available()
+              else f'CPU, {os.cpu_count()} cores')
+    return {'commit': described or 'unknown', 'device': device, 'processes': world(),
+            'python': sys.version.split()[0], 'torch': torch.__version__,
+            'numpy': np.__version__}
+
+
+def launch(main, doc, compare_help):
+    """Parse the command line and run `main(cfg, device, compare)`.
+
+    cfg is the resolved config as nested namespaces (`cfg.mae.lr`). Wrong input becomes one
+    sentence. Exit code 0 = done, 2 = wrong input, 130 = stopped by the keyboard.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', default=str(CONFIGS / 'toy.yaml'), help='YAML file')
+    parser.add_argument('--compare', action='store_true', help=compare_help)
+    parser.add_argument('set', nargs='*', metavar='section.key=value', help='see casia.yaml')
+    args = parser.parse_intermixed_args()
+    folder = 'the run folder'
+    try:
+        cfg = namespace(resolve(args.config, args.set))
+        folder = cfg.run.folder
+        main(cfg, start_processes(cfg), args.compare)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        sentence = explanation(error, folder)
+        if not sentence:
+            raise
+        print(f'error: {printable(sentence)}', file=sys.stderr, flush=True)
+        # Behind another process's back a barrier would wait for this one for an hour
+        os._exit(2) if world() > 1 else sys.exit(2)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)       # no traceback of a process that leaves
+        if dist.is_initialized():
+            Stop.group = None                              # or its threads abort the process
+            dist.destroy_process_group()
+
+
+def explanation(error, folder):
+    """The sentence that tells a user what an exception means, or '' for a fault of the code."""
+    text = ' '.join(str(error).split())[:150]
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = 'free space or choose another run.folder' if full else 'check path and rights'
+        return (f'{error.filename or folder}: {error.strerror}: {remedy}, then run the same '
+                'command again') if full or error.filename else ''
+    if isinstance(error, MemoryError) or re.search('out of memory|allocate memory', text):
+        return (f'memory is too small ({text}): choose a smaller net, mae.micro_batch, '
+                'fr.norm_batch or reconstruct.batch')
+    if re.search(r'No working C\+\+ compiler|Failed to find C compiler', text):
+        return ('run.compile = true finds no C++ compiler: install g++, or use '
+                'run.compile=false')
+    if (isinstance(error, RuntimeError) and world() > 1
+            and re.search('[Cc]onnection|NCCL|[Tt]imed out|[Tt]imeout', text)):
+        return (f'another process of this run died or hangs ({text}): see its message; the same '
+                'command continues from the last checkpoint')
+    return ''

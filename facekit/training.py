@@ -1,0 +1,138 @@
+"""What both training scripts do around their own step: resume, update, log, save, stop.
+
+    training = Training(cfg, path, stage, {'net': net}, optimizer, steps, batch, ...)
+    training.resume(saved)
+    while training.step < training.steps:
+        losses = ...                                    # forward and backward pass
+        training.update(losses, learning_rate)
+        training.log_if_due()
+        training.save_if_due()
+    training.end()
+
+The loop itself stays in the script.
+"""
+import numpy as np
+import torch
+
+from facekit import embed, files, run
+from facekit.config import as_dict
+from facekit.errors import InputError
+from facekit.progress import StageLog
+
+
+class Training:
+    """The state of one training between its steps, and what is due after each."""
+
+    def __init__(self, cfg, path, stage, nets, optimizer, steps, batch, loss_names, device,
+                 extra):
+        """`nets` {key of the checkpoint: module} are saved and resumed; `steps` of `batch` images
+        (of all processes) make the whole training; `loss_names` name what update() is given;
+        `extra` is what else the checkpoint holds, such as its premises."""
+        self.cfg, self.path, self.stage, self.nets, self.steps = cfg, path, stage, nets, steps
+        self.batch, self.loss_names, self.extra = batch, loss_names, extra
+        self.optimizer = optimizer
+        self.parameters = [p for group in optimizer.param_groups for p in group['params']]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == 'fp16')
+        self.step = 0                                  # steps that were made
+        self.logged = 0                                # step of the last log line
+        self.sums = torch.zeros(len(loss_names), device=device)    # of losses since then
+        self.learning_rate = 0.0                       # of the last step
+
+    def resume(self, saved):
+        """Continue from a checkpoint; None starts from the beginning."""
+        if saved:
+            for name, net in self.nets.items():
+                embed.load_weights(net, saved[name], self.path)
+            try:
+                self.optimizer.load_state_dict(saved['optimizer'])
+                self.scaler.load_state_dict(saved['scaler'])
+                self.sums.copy_(saved['sums'])
+            except Exception:                          # a file can hold anything
+                raise InputError(f'{self.path} has a damaged optimizer, scaler or sums: delete it '
+                                 'and make it again') from None
+            self.step, self.logged = saved['step'], saved['logged']
+            run.say(f'continuing at step {self.step}')
+        self.log = StageLog(self.cfg.run.folder, self.stage, self.steps, self.step)
+        self.stop, self.first, self.saved_at = run.Stop(), self.step, 0.0
+
+    def backward(self, loss):
+        """Accumulate the gradient of a loss, scaled where run.precision = fp16 needs it."""
+        self.scaler.scale(loss).backward()
+
+    def update(self, losses, learning_rate):
+        """Take one step of the optimizer with the gradients that were accumulated.
+
+        losses: float32 (len(loss_names),) on the device, means of this process's images.
+        """
+        self.sums += losses
+        run.average_gradients(self.parameters)
+        self.learning_rate = learning_rate
+        for group in self.optimizer.param_groups:
+            group['lr'] = learning_rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def log_due(self):
+        """Whether the step just made ends with a log line."""
+        return self.step % self.cfg.run.log_every == 0 or self.step == self.steps
+
+    def write_log(self, **more):
+        """Write the log line: mean losses since the last one, and `more` figures.
+
+        Here the host waits for the device for the first time since the last line.
+        """
+        losses = (run.mean(self.sums) / (self.step - self.logged)).tolist()
+        losses = dict(zip(self.loss_names, losses))
+        self.check_finite(losses)
+        self.log(self.step, (self.step - self.first) * self.batch, **losses, **more,
+                 lr=self.learning_rate)
+        self.sums.zero_()
+        self.logged = self.step
+
+    def save_due(self):
+        """Whether all processes save now: at the end, in time, or as one was asked to stop."""
+        return self.stop.checkpoint_due(
+            self.step == self.steps or
+            self.log.seconds() - self.saved_at >= 60 * self.cfg.run.save_minutes)
+
+    def save(self):
+        """Write the checkpoint, and leave if the process was asked to."""
+        self.saved_at, self.sums = self.log.seconds(), run.mean(self.sums)
+        self.check_finite(dict(zip(self.loss_names, self.sums.tolist())))
+        # The loss was of the weights before the last update; these are what is saved
+        for name, net in self.nets.items():
+            largest = torch.stack([p.detach().abs().amax() for p in net.parameters()]).amax()
+            self.check_finite({f'a weight of {name}': largest.item()})
+        files.save_checkpoint(self.path, {
+            **{name: net.state_dict() for name, net in self.nets.items()},
+            'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
+            'step': self.step, 'steps': self.steps, 'logged': self.logged, 'sums': self.sums,
+            'format': files.FORMAT, 'config': as_dict(self.cfg), **self.extra})
+        self.stop.leave_if_requested()
+
+    def check_finite(self, values):
+        """Stop when a loss or weight is no number any more; the last checkpoint stays as it is."""
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        if bad:
+            raise InputError(f'{" and ".join(bad)} became {values[bad[0]]} at step {self.step}; '
+                             f'{self.path} keeps the last good state: try a smaller lr, a longer '
+                             'warm-up or run.precision=fp32')
+
+    def end(self):
+        """After the loop a signal ends the process at once again."""
+        self.stop.end()
+
+
+def load_unfinished(path, cfg, keys, premises, needs):
+    """The checkpoint at `path` to continue from, or None; InputError if it does not belong here.
+
+    keys and premises: see files.check_premises(); needs: its keys.
+    """
+    if not path.exists():
+        return None
+    saved = files.load_checkpoint(path, needs=('step', 'steps', 'logged', 'sums', 'optimizer',
+                                               'scaler', 'config', *needs))
+    files.check_premises(saved, cfg, keys, path, premises)
+    return saved
