@@ -255,8 +255,10 @@ def main(cfg, device, compare):
     first = {row: next(iter(seeds.values())) for row, seeds in scores.items()}
     name = next((name for of_sets in first.values() for name in of_sets), None)
     if name:
+        prefix = '' if compare else f'{ready[0].label or "release"}_'.replace('/', '_')
+        prefix = 'external_' if cfg.evaluate.model or cfg.release else prefix
         plots.verification_plots({row: of_sets[name] for row, of_sets in first.items()
-                                  if name in of_sets}, Path(cfg.run.folder, 'figures'))
+                                  if name in of_sets}, Path(cfg.run.folder, 'figures'), prefix)
     tables = (write_comparison(cfg, results, scores, ready[0].name) if compare
               else report.tables(results))
     Console().print(*tables)

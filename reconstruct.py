@@ -29,7 +29,7 @@ from facekit.errors import InputError
 from facekit.images import to_float
 from facekit.progress import StageLog
 from facekit.protect import STRENGTH, Protection
-from facekit.split import split
+from facekit.split import count_release, split
 
 PART = 2048     # images between two points where an interrupted release can continue
 
@@ -99,7 +99,10 @@ def release(variant, folds, device):
         if run.rank() == 0:             # left by a kill between the last two lines of a release
             shutil.rmtree(parts.folder, ignore_errors=True)
         return run.say(f'{variant.release} is finished: nothing to do')
-    protect.check_strength(cfg)
+    if protect.draws_mask(cfg.reconstruct.method):
+        protect.check_patches(cfg.data.size, cfg.mae.patch, cfg.reconstruct.mask_ratio)
+    counts = count_release(folds, cfg)
+    run.say(counts.sentence(cfg.data.exclude))
     if run.rank() == 0:                 # release.json names the source: it is not released
         if not parts.folder.exists() or not any(parts.folder.glob(f'{parts.prefix}*')):
             shutil.rmtree(parts.folder, ignore_errors=True)
@@ -112,7 +115,7 @@ def release(variant, folds, device):
     run.barrier()
     if run.rank() == 0:
         save_picture(variant, plan, folds[0].private, protections, device)
-        publish(variant, parts, plan, folds[0].private)
+        publish(variant, parts, plan, counts)
     run.barrier()
     run.say(f'released {len(plan.image)} images of {plan.people} people: {variant.release}')
 
@@ -157,14 +160,14 @@ def make_part(number, plan, source, protections, cfg, stop):
     return out.permute(0, 3, 1, 2)
 
 
-def publish(variant, parts, plan, private):
+def publish(variant, parts, plan, counts):
     """Join the parts into insightface records; the folder appears with its manifest or not."""
     cfg, c = variant.cfg, variant.cfg.reconstruct
     strength = STRENGTH.get(c.method)
     facts = {'method': c.method, **({strength: getattr(c, strength)} if strength else {}),
              'paste_visible': c.paste_visible and c.method == 'facemae',
-             'images': len(plan.image), 'people': plan.people, 'skipped': len(private.skipped),
-             'size': cfg.data.size, 'format': c.format, 'quality': c.quality,
+             'images': len(plan.image), 'people': plan.people, 'size': cfg.data.size,
+             'format': c.format, 'quality': c.quality, 'left_out': counts.left_out(),
              'made_by': f'FaceMAE kit {run.provenance()["commit"]}'}
     with files.replacing_folder(variant.release) as draft:
         records.write_records(draft, parts.image_files(), plan.label, cfg.data.size)
@@ -202,12 +205,13 @@ def picture_of_photos(variant, device):
         raise InputError(f'reconstruct.photos = {folder} holds no .jpg or .png: name a folder '
                          'of face photos')
     fold = (cfg.data.release_folds or [0])[0]
-    mae = protect.load_mae(variant.mae(fold), cfg.data.size, device, run.command('train_mae.py'))
+    mae = protect.load_mae(variant.mae(fold), cfg, device, run.command('train_mae.py'))
     photos = torch.stack([torch.from_numpy(np.array(images.fitted(
         images.decode(files.open_bytes(f), f), f, cfg.data.size, 'resize')))
         for f in paths[:64]]).to(device)
     faces.warn_if_unaligned(photos.cpu().numpy(), folder)
-    seeds = batches.image_seeds(cfg.run.seed, 0, torch.arange(len(photos), device=device))
+    seeds = batches.image_seeds(batches.stream(cfg.run.seed, 'photos'),
+                                torch.arange(len(photos), device=device))
     path = variant.run / 'figures' / 'photos.png'
     show(photos, seeds, Protection(cfg, mae), path)
     run.say(f'{len(photos)} photos, masked, reconstructed: {path}')

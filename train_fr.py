@@ -143,6 +143,8 @@ def train(cfg, what, device):
         net = models.iresnet(what.depth, what.width, cfg.data.size, c.dim)
     except ValueError as error:
         raise InputError(f'{what.key}.depth: {error}') from None
+    if c.init and not saved:
+        embed.load_weights(net, files.load_checkpoint(c.init), c.init)
     head = models.MarginHead(c.dim, len(people), c.loss, c.scale, c.margin_gradient).to(device)
     net = net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
@@ -159,8 +161,9 @@ def train(cfg, what, device):
     while training.step < steps:
         chosen, epoch = order(training.step)
         numbers = torch.from_numpy(chosen[share]).to(device)
-        flip = batches.hashed(what.seed + 1, epoch, numbers, 1)[:, 0] > 0
-        u = batches.uniform(batches.hashed(what.seed + 2, epoch, numbers, 10))
+        flip = batches.hashed(batches.stream(what.seed, 'flips', epoch), numbers, 1)[:, 0] > 0
+        u = batches.uniform(batches.hashed(batches.stream(what.seed, 'augmentation', epoch),
+                                           numbers, 10))
         images, target = batches.flipped(store(numbers), flip), labels[numbers]
         parts = list(zip(images.split(part), target.split(part), u.split(part)))
         now = margin(training.step, steps, c)

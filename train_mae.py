@@ -200,7 +200,8 @@ def train(variant, fold, device):
     validation = None
     if len(fold.validation):            # the first, not a sample, so that people have several
         images = torch.from_numpy(fold.public.select(fold.validation[:256]).pixels()).to(device)
-        noise = batches.hashed(cfg.run.seed, 0, torch.arange(len(images), device=device), patches)
+        noise = batches.hashed(batches.stream(cfg.run.seed, 'validation masks'),
+                               torch.arange(len(images), device=device), patches)
         validation = ValidationBatch(images, noise, embed.embed_batch(teacher, images,
                                                                       cfg.run.precision))
 
@@ -215,8 +216,8 @@ def train(variant, fold, device):
     while training.step < steps:
         chosen, epoch = order(training.step)
         numbers = torch.from_numpy(chosen[share]).to(device)
-        flip = batches.hashed(cfg.run.seed + 1, epoch, numbers, 1)[:, 0] > 0
-        noise = batches.hashed(cfg.run.seed, epoch, numbers, patches)
+        flip = batches.hashed(batches.stream(cfg.run.seed, 'flips', epoch), numbers, 1)[:, 0] > 0
+        noise = batches.hashed(batches.stream(cfg.run.seed, 'masks', epoch), numbers, patches)
         images, originals = batches.flipped(store(numbers), flip), None
         if cfg.irm.weight and training.step >= relate_from:
             originals = (

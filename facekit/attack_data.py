@@ -9,7 +9,7 @@ from facekit import batches, faces
 from facekit.errors import InputError
 from facekit.faces import ImageRows
 from facekit.protect import Protection, draws_mask, plan_release, release_secret
-from facekit.split import not_excluded, ordered_by_hash
+from facekit.split import not_excluded, share_of
 
 
 @dataclass
@@ -59,7 +59,7 @@ class AttackGroup:
 
     def protected(self, chosen, seed):
         """ImageRows protected with numbers drawn from `seed`: uint8 (len(chosen), H, W, 3)."""
-        seeds = batches.image_seeds(seed, 0, chosen.rows)
+        seeds = batches.image_seeds(batches.stream(seed, 'attacker'), chosen.rows)
         return self.protection.of_rows(chosen, seeds, self.device)
 
     def view_released(self, embedder):
@@ -123,8 +123,7 @@ def foreign_groups(cfg, release, device):
     if len(release) != len(originals) or release.skipped != originals.skipped:
         raise InputError(f'release has {len(release)} good images and originals '
                          f'{len(originals)}: both need the same, in one order')
-    people = np.arange(len(originals.people))
-    half = np.isin(originals.labels, people[ordered_by_hash(originals.people, 0)[::2]])
+    half = np.array([share_of(name, 0) < 0.5 for name in originals.people])[originals.labels]
     probes = some_of(cfg, len(half))
     pairs = len(some_of(cfg, min(half.sum(), (~half).sum())))
     groups = []

@@ -1,16 +1,15 @@
 """Batches on the device: which images, in which order, with which random numbers.
 
-What is random about an image depends on (seed, image number, epoch) alone, never on batch, process
-or device, so that a run can be interrupted or spread over more GPUs.
+What is random about an image depends on (seed, purpose, epoch, image number) alone, never on batch,
+process or device, so that a run can be interrupted or spread over more GPUs.
 """
+import hashlib
 import warnings
 
 import numpy as np
 import torch
 
 from facekit.errors import InputError
-
-MASK64 = (1 << 64) - 1
 
 
 class Store:
@@ -92,24 +91,15 @@ def mix(x):
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def mix_number(x):
-    """mix() of one Python integer, as a signed 64-bit integer, without a way to the device."""
-    x &= MASK64
-    for shift, factor in ((30, 0xbf58476d1ce4e5b9), (27, 0x94d049bb133111eb)):
-        x = (x ^ (x >> shift)) * factor & MASK64
-    return signed(x ^ (x >> 31))
+def stream(seed, purpose, epoch=0):
+    """The int64 that stands for (seed, purpose, epoch); other streams have nothing in common."""
+    text = f'{purpose} {seed} {epoch}'.encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), signed=True)
 
 
-def signed(x):
-    """The int64 that has the bits of an integer."""
-    x &= MASK64
-    return x - (1 << 64) if x >> 63 else x
-
-
-def image_seeds(seed, epoch, images):
-    """One int64 for each image number (B,): depends on (seed, epoch, number) alone."""
-    images = torch.as_tensor(images)
-    return mix(mix(images.long()) ^ mix_number(mix_number(seed) + epoch))
+def image_seeds(start, images):
+    """One int64 for each image number (B,), of a stream()."""
+    return mix(mix(torch.as_tensor(images).long()) ^ start)
 
 
 def expanded(seeds, columns):
@@ -118,12 +108,12 @@ def expanded(seeds, columns):
     return mix(seeds[:, None] + step * torch.arange(1, columns + 1, device=seeds.device))
 
 
-def hashed(seed, epoch, images, columns):
-    """Random int64 (B, columns) that depend on (seed, epoch, image number) alone.
+def hashed(start, images, columns):
+    """Random int64 (B, columns) that depend on a stream() and the image number (B,) alone.
 
     The same on every device, and for an image whatever else is in its batch.
     """
-    return expanded(image_seeds(seed, epoch, images), columns)
+    return expanded(image_seeds(start, images), columns)
 
 
 def uniform(bits):

@@ -35,12 +35,15 @@ CHOICES = {
     'fr.loss': ('arcface', 'cosface'),
     'fr.margin_gradient': ('exact', 'straight_through'),
 }
-INTEGERS = ('data.release_folds', 'data.exclude', 'compare_seeds')     # lists that begin empty
+INTEGERS = ('data.release_folds', 'compare_seeds')     # lists that begin empty
 LARGE, MOST = float('inf'), (1 << 31) - 1    # of other floats and integers; neither is negative
 RANGES = {
     **dict.fromkeys((
-        'run.log_every', 'data.folds', 'data.min_images', 'mae.batch', 'mae.micro_batch',
-        'fr.batch', 'fr.norm_batch', 'reconstruct.batch', 'evaluate.batch'), (1, MOST)),
+        'run.log_every', 'data.folds', 'data.min_images', 'mae.micro_batch',
+        'reconstruct.batch', 'evaluate.batch', 'evaluate.attack_steps'), (1, MOST)),
+    **dict.fromkeys(('mae.batch', 'fr.batch', 'fr.norm_batch'), (2, MOST)),
+    **dict.fromkeys(('mae.lr', 'fr.lr', 'irm.weight', 'mae.mse_weight'), (0, 1e30)),
+    **dict.fromkeys(('mae.warmup_epochs', 'fr.warmup_epochs', 'irm.warmup_epochs'), (0, 1e9)),
     **dict.fromkeys((
         'mae.dim', 'mae.heads', 'mae.decoder_dim', 'mae.decoder_heads', 'fr.width', 'fr.dim',
         'teacher.width', 'judge.width'), (1, 1 << 14)),
@@ -51,6 +54,19 @@ RANGES = {
     'reconstruct.blur_sigma': (0.1, 100), 'reconstruct.quality': (1, 100)}
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """Plain values, and no key twice: YAML would keep the last one without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        lines = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.YAMLError(f'it has {name!r} twice (lines {lines[name]} and {line})')
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path):
     """The mapping in a YAML file, read without constructing anything but plain values."""
     path = Path(path)
@@ -58,7 +74,7 @@ def read_yaml(path):
         raise InputError(f'config {path} does not exist: name one of '
                          f'{", ".join(sorted(str(p) for p in CONFIGS.glob("*.yaml")))}')
     try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8'))
+        content = yaml.load(path.read_text(encoding='utf-8'), UniqueKeys)
     except Exception as e:                 # PyYAML raises of many kinds where a value has a tag
         raise InputError(f'config {path} is not YAML ({" ".join(str(e).split())[:200]}): write it '
                          'as configs/casia.yaml is written') from None
@@ -81,6 +97,10 @@ def check_value(key, value, default):
     if isinstance(default, float) and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError, OverflowError):   # YAML reads 1e-4 as text
             value = float(value)
+    if key == 'reconstruct.mask_ratio':
+        if value == 'same':
+            return value
+        default = 0.75
     kind = type(default)
     if type(value) is not kind:
         raise InputError(f'{key} = {quoted(value)} is a {type(value).__name__}: '
@@ -96,6 +116,11 @@ def check_value(key, value, default):
     if isinstance(value, str) and not (value.isprintable() and len(value) < 400):
         raise InputError(f'{key} = {quoted(value)} is too long or has characters that cannot be '
                          'printed: give another')
+    if isinstance(value, str) and value.startswith('~/'):
+        value = os.path.expanduser(value)
+    if key == 'data.exclude' and not all(type(name) in (int, str) for name in value):
+        raise InputError(f'{key} = {quoted(value)}: give the names of people, label numbers or '
+                         'names of folders')
     if key == 'mae.name' and not re.fullmatch(r'[\w-]{1,60}', value):
         raise InputError(f'mae.name = {value!r} is a file name: use letters, digits, _ and -')
     if key == 'fr.margin_warmup' and isinstance(value, list) and len(value) != 2:
@@ -112,6 +137,8 @@ def check_row(name, changes):
                          f'not begin with {", ".join(TAKEN)}')
     if not isinstance(changes, list) or not all(isinstance(c, str) for c in changes):
         raise InputError(f'compare.{name} = {quoted(changes)}: write a list of section.key=value')
+    if any(change.startswith('run.folder=') for change in changes):
+        raise InputError(f'compare.{name} sets run.folder, but all rows share one: remove it')
     return changes
 
 
@@ -153,7 +180,7 @@ def assign(config, assignment, where='command line'):
         raise InputError(f'{where}: {quoted(assignment)} is not understood: write '
                          'section.key=value, for example mae.epochs=100')
     try:
-        value = yaml.safe_load(text) if text else ''
+        value = yaml.load(text, UniqueKeys) if text else ''
     except Exception:                      # as in read_yaml
         raise InputError(f'{where}: {quoted(assignment)} gives no YAML value: quote it') from None
     for part in reversed(name.split('.')):
@@ -188,6 +215,32 @@ def namespace(config):
 def as_dict(cfg):
     """The namespaces of a config as nested plain dicts."""
     return {k: as_dict(v) if isinstance(v, SimpleNamespace) else v for k, v in vars(cfg).items()}
+
+
+def check_together(config):
+    """Refuse values that cannot go together, whatever the data."""
+    size, mae, fr = config['data']['size'], config['mae'], config['fr']
+    c, group = config['reconstruct'], config['irm']['images_per_identity']
+    wrong = [
+        (mae['norm_pix_loss'], 'mae.norm_pix_loss = true makes a model that cannot reconstruct: '
+         'undoing it needs the hidden pixels and would leak them; leave it false'),
+        (size % mae['patch'], f'mae.patch = {mae["patch"]} does not divide data.size = {size}: '
+         'choose one that does'),
+        (group and mae['batch'] % max(group, 1), f'mae.batch = {mae["batch"]} does not divide by '
+         f'irm.images_per_identity = {group}: change one of them'),
+        (fr['batch'] % min(fr['norm_batch'], fr['batch']), f'fr.batch = {fr["batch"]} does not '
+         f'divide by fr.norm_batch = {fr["norm_batch"]}: change one of them'),
+        (c['method'] == 'blur' and math.ceil(3 * c['blur_sigma']) >= size,
+         f'reconstruct.blur_sigma = {c["blur_sigma"]:g} blurs over more than the {size} pixels of '
+         f'a face: give less than {size / 3:g}'),
+        (c['method'] == 'pixelate' and c['pixelate_block'] > size,
+         f'reconstruct.pixelate_block = {c["pixelate_block"]} is larger than the {size} pixels of '
+         'a face: give less'),
+        (0 < config['evaluate']['probes'] < 16, 'evaluate.probes is under 16, of which no share '
+         'can be told: give more, or 0 for all')]
+    for is_wrong, sentence in wrong:
+        if is_wrong:
+            raise InputError(sentence)
 
 
 @dataclass
@@ -252,5 +305,8 @@ def variants(cfg, compare):
             for change in cfg.compare[name] if name else []:
                 assign(config, change, f'{cfg.run.config}: compare.{name}')
             config['run'].update(seed=seed, row=name)
+            if config['reconstruct']['mask_ratio'] == 'same':
+                config['reconstruct']['mask_ratio'] = config['mae']['mask_ratio']
+            check_together(config)
             yield Variant(name or config['reconstruct']['method'], seed, namespace(config),
                           '' if seed == cfg.run.seed else f'seed{seed}')

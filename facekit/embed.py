@@ -19,10 +19,12 @@ NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.in
 
 def load_weights(module, state, path):
     """Load a state_dict, ours or a published one, or say in a sentence why it does not fit."""
-    for name in ('model', 'net', 'state_dict'):
-        state = state[name] if isinstance(state.get(name), dict) else state
-    state = tensors(state)
+    state = tensors(unwrapped(state))
     own = module.state_dict()
+    if missing := [k for k in own if k.startswith('decoder') and k not in state]:
+        if len(missing) == len([k for k in own if k.startswith('decoder')]):
+            raise InputError(f'{path} holds an encoder only: take the full checkpoint, with '
+                             'decoder, of the same pre-training')
     wrong = sorted(set(own) ^ set(state)) or sorted(
         k for k in own if own[k].shape != state[k].shape)
     if wrong:
@@ -35,6 +37,13 @@ def load_weights(module, state, path):
     if next(module.parameters()).is_meta:
         module.to_empty(device='cpu')
     module.load_state_dict(state)
+
+
+def unwrapped(state):
+    """The state_dict in a checkpoint of ours, of facebookresearch/mae or of arcface_torch."""
+    for name in ('model', 'net', 'state_dict', 'state_dict_backbone'):
+        state = state[name] if isinstance(state.get(name), dict) else state
+    return state
 
 
 def tensors(state):
@@ -60,7 +69,7 @@ def recogniser(path, device, made_by=''):
 def recogniser_from(saved, path, device):
     """The IResNet (eval mode) in a loaded checkpoint, its size read off the keys."""
     try:
-        state = tensors(saved['net'] if isinstance(saved.get('net'), dict) else saved)
+        state = tensors(unwrapped(saved))
         stem, fc = state['conv1.weight'], state['fc.weight']
         layers = [len({k.split('.')[1] for k in state if k.startswith(f'layer{i}.')})
                   for i in range(1, 5)]
@@ -125,7 +134,10 @@ def embed_all(net, store, batch, precision):
 
 def unit_embeddings(net, chosen, cfg, device):
     """f(x) + f(mirrored x) of ImageRows, L2-normalised, float32 (N, d)."""
-    plain, mirrored = embed_all(net, Store(chosen, device), cfg.evaluate.batch, cfg.run.precision)
+    batch = cfg.evaluate.batch
+    if device.type == 'cpu':           # a laptop's memory: the largest maps of a batch take 256 MiB
+        batch = min(batch, max(1, (1 << 26) // (net.size ** 2 * net.conv1.out_channels)))
+    plain, mirrored = embed_all(net, Store(chosen, device), batch, cfg.run.precision)
     return F.normalize(plain + mirrored)
 
 

@@ -5,6 +5,11 @@ class InputError(ValueError):
     """A wrong input: one sentence that names what, where and the remedy."""
 
 
+def counted(number, thing):
+    """'1 image' or '2 images'."""
+    return f'{number} {thing}' + ('' if number == 1 else 's')
+
+
 def printable(text):
     """`text` with control characters and undecodable bytes escaped: file names can hold both."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from rich.progress import track
 
 from facekit import files, images, run, toy
-from facekit.errors import InputError
+from facekit.errors import InputError, counted
 from facekit.progress import StageLog
 from facekit.records import Records
 
@@ -46,9 +46,15 @@ class FaceSet:
     people: np.ndarray        # str (P,): what the source calls them
     hashes: np.ndarray        # uint64 (N,), of the decoded pixels
     skipped: list             # numbers of the source's images that were left out as damaged
+    source: object = None     # RecordSource or FolderSource
 
     def __len__(self):
         return len(self.labels)
+
+    def where(self, row):
+        """Where image `row` stands on disk, for a sentence."""
+        numbers = np.delete(np.arange(len(self) + len(self.skipped)), self.skipped)
+        return self.source.where(numbers[row])
 
     def select(self, rows):
         """ImageRows of some rows."""
@@ -64,6 +70,8 @@ class FaceSet:
 
 class RecordSource:
     """The encoded images of a record set. Records carry label numbers for names."""
+    formats = 'JPEG', 'PNG'
+    passed_over = {}
 
     def __init__(self, path):
         self.records = Records(path)
@@ -86,18 +94,136 @@ class RecordSource:
 
 class FolderSource:
     """The image files of a folder with one sub-folder per person, whose name is the person's."""
+    formats = 'JPEG', 'PNG', 'WEBP', 'BMP'
+    endings = '.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp'
 
     def __init__(self, path):
-        self.path = path
-        self.files = [x for x in sorted(path.glob('*/*')) if x.is_file()
-                      and x.suffix.lower() in ('.jpg', '.jpeg', '.png')
-                      and not x.parent.is_symlink()]
+        """`passed_over` {why: paths} is what is no image of a person."""
+        self.path, self.files, self.passed_over = path, [], {}
+        for folder in sorted(path.iterdir()) if path.is_dir() else ():
+            if why := self.reason(folder, False):
+                self.passed_over.setdefault(why, []).append(folder)
+                continue
+            for file in sorted(folder.iterdir()):
+                if why := self.reason(file, True):
+                    self.passed_over.setdefault(why, []).append(file)
+                else:
+                    self.files.append(file)
         if not self.files:
-            raise InputError(f'{path}: no .jpg, .jpeg or .png in a sub-folder of it: one '
-                             'sub-folder per person is expected (links to folders are not '
-                             'followed)')
+            raise InputError(f'{path}: no image ({", ".join(self.endings)}) in a sub-folder of '
+                             f'it: one sub-folder per person is expected{self.hint()}')
         self.people, self.labels = np.unique([x.parent.name for x in self.files],
                                              return_inverse=True)
+
+    def reason(self, path, inside):
+        """Why a file or folder is passed over, or ''; `inside` the folder of a person."""
+        if path.name.startswith('.') or path.name == '__MACOSX':
+            return 'hidden'
+        if not inside:
+            return ('link to a folder' if path.is_dir() and path.is_symlink() else
+                    '' if path.is_dir() else 'file beside the folders of people')
+        if not path.is_file():
+            return 'folder inside the folder of a person' if path.is_dir() else 'no file'
+        known = path.suffix.lower() in self.endings
+        return '' if known else f'file that ends in {path.suffix.lower() or "nothing"}'
+
+    def hint(self):
+        """The rest of a sentence on a folder without images: what it holds instead."""
+        for record in sorted(self.path.glob('*.rec')):
+            return f', or records: for {record.name} name the file itself'
+        for folder in self.passed_over.get('folder inside the folder of a person', []):
+            return f', which {folder.parent} seems to hold: name that'
+        return ' (links to folders are not followed)'
+
+    def read(self, i):
+        """The file of image i, bytes-like."""
+        return files.open_bytes(self.files[i])
+
+    def where(self, i):
+        """Where image i stands, for a sentence."""
+        return str(self.files[i])
+
+    def fingerprint(self):
+        """Changes when the source does."""
+        return fingerprint(self.files, self.labels)
+
+
+def open_source(path):
+    """The RecordSource or FolderSource at `path`, told apart by what it holds."""
+    if path.suffix == '.idx':
+        raise InputError(f'{path} is the index of a record set: name {path.with_suffix(".rec")}')
+    if path.suffix == '.rec' or (path / 'train.rec').is_file():
+        source = RecordSource(path)
+    elif path.is_dir():
+        source = FolderSource(path)
+    elif path.is_file():
+        raise InputError(f'{path} is a file, but no .rec: unpack an archive, and name a folder '
+                         'with train.rec, or with one sub-folder of photos a person')
+    else:
+        raise InputError(f'data set {path} does not exist: set data.root to a folder with '
+                         'train.rec, or with one sub-folder of photos a person')
+    if len(source.people) < 2:
+        raise InputError(f'all {len(source.labels)} images of {path} are of one person, '
+                         f'{source.people[0]}: pack it anew with a label for each person (some '
+                         'sets keep their labels in a list beside the .rec)')
+    return source
+
+
+def say_passed_over(source):
+    """Name what a source holds beside images of people, a line a reason."""
+    for why, paths in source.passed_over.items():
+        some = ', '.join(str(path.relative_to(source.path)) for path in paths[:3])
+        run.say(f'{source.path}: passed over, {why}: {len(paths)} ({some}'
+                f'{", ..." if len(paths) > 3 else ""})')
+
+
+def fingerprint(self):
+        """Changes when the source does."""
+        return fingerprint([self.path], self.labels)
+
+
+class FolderSource:
+    """The image files of a folder with one sub-folder per person, whose name is the person's."""
+    formats = 'JPEG', 'PNG', 'WEBP', 'BMP'
+    endings = '.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp'
+
+    def __init__(self, path):
+        """`passed_over` {why: paths} is what is no image of a person."""
+        self.path, self.files, self.passed_over = path, [], {}
+        for folder in sorted(path.iterdir()) if path.is_dir() else ():
+            if why := self.reason(folder, False):
+                self.passed_over.setdefault(why, []).append(folder)
+                continue
+            for file in sorted(folder.iterdir()):
+                if why := self.reason(file, True):
+                    self.passed_over.setdefault(why, []).append(file)
+                else:
+                    self.files.append(file)
+        if not self.files:
+            raise InputError(f'{path}: no image ({", ".join(self.endings)}) in a sub-folder of '
+                             f'it: one sub-folder per person is expected{self.hint()}')
+        self.people, self.labels = np.unique([x.parent.name for x in self.files],
+                                             return_inverse=True)
+
+    def reason(self, path, inside):
+        """Why a file or folder is passed over, or ''; `inside` the folder of a person."""
+        if path.name.startswith('.') or path.name == '__MACOSX':
+            return 'hidden'
+        if not inside:
+            return ('link to a folder' if path.is_dir() and path.is_symlink() else
+                    '' if path.is_dir() else 'file beside the folders of people')
+        if not path.is_file():
+            return 'folder inside the folder of a person' if path.is_dir() else 'no file'
+        known = path.suffix.lower() in self.endings
+        return '' if known else f'file that ends in {path.suffix.lower() or "nothing"}'
+
+    def hint(self):
+        """The rest of a sentence on a folder without images: what it holds instead."""
+        for record in sorted(self.path.glob('*.rec')):
+            return f', or records: for {record.name} name the file itself'
+        for folder in self.passed_over.get('folder inside the folder of a person', []):
+            return f', which {folder.parent} seems to hold: name that'
+        return ' (links to folders are not followed)'
 
     def read(self, i):
         """The file of image i, bytes-like."""
@@ -130,23 +256,28 @@ def fingerprint(paths, labels):
 
 # --------------------------------------------------------------------------------- cache
 
-def load(path, cfg):
-    """The FaceSet at `path`, decoded on first use by one run while others wait."""
+def load(path, cfg, photos=True):
+    """The FaceSet at `path`, decoded on first use by one run while others wait.
+
+    `photos` are looked at for their alignment; releases need not look like faces.
+    """
     path = Path(path)
-    if cfg.toy.identities and path == Path(cfg.data.root):
+    if path == Path(cfg.toy.root or '?'):
         t = cfg.toy
         files.make_once(path, path.exists, lambda: toy.draw_set(
             path, t.identities, t.images, t.test_identities, t.test_pairs, cfg.data.size, t.seed))
     source = open_source(path)
+    say_passed_over(source)
     mark = {'source': source.fingerprint(), 'on_size': cfg.data.on_size,
             'on_corrupt': cfg.data.on_corrupt}
     name = f'{path.name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:10]}'
     folder = Path(cfg.data.cache) / f'{name}-{cfg.data.size}'
     files.make_once(folder, lambda: is_current(folder, mark),
-                    lambda: build_cache(folder, mark, source, cfg))
+                    lambda: build_cache(folder, mark, source, cfg, photos))
     skipped = json.loads((folder / 'source.json').read_text())['skipped']
     if skipped:
-        run.say(f'{path}: {len(skipped)} damaged images are left out (data.on_corrupt=skip)')
+        run.say(f'{path}: {counted(len(skipped), "damaged image")} left out '
+                '(data.on_corrupt=skip)')
     labels = np.delete(source.labels, skipped)
     shape = len(labels), cfg.data.size, cfg.data.size, 3
     pixels = np.memmap(folder / 'images.u8', np.uint8, 'r', shape=shape)
@@ -154,7 +285,9 @@ def load(path, cfg):
         # Of what the kernel reads ahead of random images, little is wanted before it is dropped
         pixels._mmap.madvise(mmap.MADV_RANDOM)
     hashes = np.load(folder / 'hashes.npy', allow_pickle=False)
-    return FaceSet(path, pixels, labels, source.people, hashes, skipped)
+    if copies := len(hashes) - len(np.unique(hashes)):
+        run.say(f'{path}: {counted(copies, "image")} equal to another one of the set')
+    return FaceSet(path, pixels, labels, source.people, hashes, skipped, source)
 
 
 def load_release(variant):
@@ -164,7 +297,7 @@ def load_release(variant):
         raise InputError(f'{path} is missing: ' + (
             'check the path' if variant.cfg.release else
             f'first run `{run.command("reconstruct.py")}`'))
-    return load(path, variant.cfg)
+    return load(path, variant.cfg, photos=False)
 
 
 def is_current(folder, mark):
@@ -177,21 +310,21 @@ def is_current(folder, mark):
         return False
 
 
-def build_cache(folder, mark, source, cfg):
+def build_cache(folder, mark, source, cfg, photos):
     """Decode all images of a source on all cores into `folder`.
 
-    A damaged image ends it or is left out, as data.on_corrupt says.
+    A damaged image ends it or is left out, as data.on_corrupt says. `photos`: see load().
     """
     size, count = cfg.data.size, len(source.labels)
     with files.replacing_folder(folder) as draft:
         with open(draft / 'images.u8', 'wb') as file:  # a full disk is an error here; while the
             os.posix_fallocate(file.fileno(), 0, count * size * size * 3)  # map is written, a crash
         pixels = np.memmap(draft / 'images.u8', np.uint8, 'r+', shape=(count, size, size, 3))
-        hashes, skipped = np.zeros(count, np.uint64), []
+        hashes, skipped, cut = np.zeros(count, np.uint64), [], []
         log = StageLog(cfg.run.folder, f'cache/{folder.name}', count)
         with ThreadPoolExecutor(run.cores()) as pool:
             parts = pool.map(lambda first: decode_part(
-                range(first, min(first + 256, count)), source, cfg, pixels, hashes, skipped),
+                range(first, min(first + 256, count)), source, cfg, pixels, hashes, skipped, cut),
                 range(0, count, 256))
             for _ in track(parts, f'decoding {source.path}', -(-count // 256), transient=True):
                 pass
@@ -209,22 +342,28 @@ def build_cache(folder, mark, source, cfg):
         lengths = {name: (draft / name).stat().st_size for name in ('images.u8', 'hashes.npy')}
         (draft / 'source.json').write_text(json.dumps(
             {'mark': mark, 'skipped': sorted(skipped), 'bytes': lengths}))
-        if isinstance(source, FolderSource):
+        if cut:
+            run.say(f'warning: {counted(len(cut), "image")} of {source.path} not square: the '
+                    f'middle was cut out, as of {source.where(min(cut))}')
+        if photos and not toy.is_drawn(source.path):
             warn_if_unaligned(pixels[:len(kept)], source.path)
 
 
-def decode_part(numbers, source, cfg, pixels, hashes, skipped):
+def decode_part(numbers, source, cfg, pixels, hashes, skipped, cut):
     """Decode the images `numbers` into their places in pixels (N, S, S, 3) and hashes (N,);
-    append to `skipped` those that are damaged and may be left out."""
+    append to `skipped` those that are damaged and may be left out, to `cut` those that are not
+    square."""
     for i in numbers:
         try:
-            image = images.decode(source.read(i), source.where(i))
+            image = images.decode(source.read(i), source.where(i), source.formats)
         except InputError as error:
             if cfg.data.on_corrupt == 'stop':
                 raise InputError(f'{error}, or set data.on_corrupt=skip') from None
             run.say(f'left out: {error}')
             skipped.append(i)
             continue
+        if image.shape[1] != image.shape[2]:
+            cut.append(i)
         pixels[i] = images.fitted(image, source.where(i), cfg.data.size, cfg.data.on_size)
         hashes[i] = int.from_bytes(hashlib.blake2b(pixels[i], digest_size=8).digest())
 

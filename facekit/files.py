@@ -245,8 +245,11 @@ def check_premises(state, cfg, keys, path, premises):
                 differ.append(f'another {section}.{n} ({quoted(old.get(n))} then, '
                               f'{quoted(new[n])} now)')
     if differ:
+        more = [f'; to train on from finished weights: {key.partition(".")[0]}.init={path} in '
+                'another run.folder' for key in ('mae.epochs', 'fr.epochs')
+                if any(key in text for text in differ)]
         raise InputError(f'{path} was made with {", ".join(differ)}: change it back, or use '
-                         'another run.folder or mae.name')
+                         f'another run.folder or mae.name{"".join(more)}')
 
 
 def entry(mapping, key):

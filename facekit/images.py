@@ -14,18 +14,18 @@ MAX_PIXELS = 16 << 20      # a few bytes can promise an image of any size
 MAX_SCANS = 500            # of a progressive JPEG: real ones have ten or so, and each takes long
 
 
-def decode(data, where):
-    """uint8 RGB (3, height, width) of a JPEG or PNG file (bytes-like).
+def decode(data, where, formats=('JPEG', 'PNG')):
+    """uint8 RGB (3, height, width) of an image file (bytes-like) of one of Pillow's formats.
 
     A JPEG's EXIF orientation is applied; grey, palette, alpha and 16 bit become 8-bit RGB. Threads
     decode at once. Raises InputError, naming `where`, for other formats, damage and more than
     16 megapixels.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=['JPEG', 'PNG'])
+        image = Image.open(io.BytesIO(data), formats=formats)
     except Exception:      # Pillow raises of many kinds
-        raise InputError(f'{where}: no JPEG or PNG that can be read: convert, copy or remove the '
-                         'image') from None
+        raise InputError(f'{where}: no {" or ".join(formats)} that can be read: convert, copy or '
+                         'remove the image') from None
     if not 0 < image.width * image.height <= MAX_PIXELS or len(data) > 8 * MAX_PIXELS:
         raise InputError(f'{where}: {image.width} x {image.height} pixels, not 1 to {MAX_PIXELS}: '
                          'shrink or remove the image')
@@ -61,13 +61,18 @@ def encode(image, form='jpeg', quality=95):
 
 def fitted(image, where, size, on_size):
     """uint8 (3, H, W) -> uint8 (size, size, 3), numpy; `on_size` says whether an image of another
-    size is resized or refused."""
-    if image.shape[1:] != (size, size):
+    size is resized or refused. Of one that is not square the middle is cut out."""
+    height, width = image.shape[1:]
+    if (height, width) != (size, size):
         if on_size == 'refuse':
-            raise InputError(f'{where} is {image.shape[2]}x{image.shape[1]} pixels, data.size is '
-                             f'{size}: set data.size alike, or data.on_size=resize')
-        image = F.interpolate(image[None].contiguous().float(), (size, size), mode='bilinear',
-                              antialias=True, align_corners=False)[0].round_().byte()
+            alike = 'set data.size alike, or ' if height == width else ''
+            raise InputError(f'{where} is {width}x{height} pixels, data.size is {size}: {alike}'
+                             'use data.on_size=resize')
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = image[None, :, top:top + side, left:left + side].contiguous().float()
+        image = F.interpolate(square, (size, size), mode='bilinear', antialias=True,
+                              align_corners=False)[0].round_().byte()
     return image.permute(1, 2, 0).numpy()
 
 

@@ -18,11 +18,12 @@ from einops import reduce, repeat
 
 import models
 from facekit import batches, files, run
-from facekit.config import CONFIGS
+from facekit.config import CONFIGS, quoted
 from facekit.embed import load_weights
 from facekit.errors import InputError
 from facekit.images import to_float, to_uint8
 from facekit.split import private_digest
+from facekit.toy import is_drawn
 
 # The key of the config that says how strong a method is
 STRENGTH = {'facemae': 'mask_ratio', 'mask': 'mask_ratio', 'blur': 'blur_sigma',
@@ -77,18 +78,20 @@ def build_mae(settings, size):
         raise InputError(f'mae: {error}') from None
 
 
-def load_mae(path, size, device, made_by):
+def load_mae(path, cfg, device, made_by):
     """The finished FaceMAE in a checkpoint, which `made_by` is the command to make."""
     saved = files.load_finished(path, made_by, ('model', 'mean', 'std', 'config'))
     settings, trained_at = files.entry(saved['config'], 'mae'), files.entry(saved['config'], 'data')
     if settings.get('norm_pix_loss'):
         raise InputError(f'{path} was trained with mae.norm_pix_loss: undoing it needs the hidden '
                          'pixels and would leak them; train with mae.norm_pix_loss=false')
-    if trained_at.get('size') != size:
-        raise InputError(f'{path} was trained at {trained_at.get("size")} pixels, data.size is '
-                         f'{size}: set them alike')
+    for key, then, now in (('data.size', trained_at.get('size'), cfg.data.size),
+                           ('mae.patch', settings.get('patch'), cfg.mae.patch)):
+        if then != now:
+            raise InputError(f'{path} was trained with {key} = {quoted(then)}, not {now}: set it '
+                             'alike')
     try:
-        model = build_mae(settings, size)
+        model = build_mae(settings, cfg.data.size)
     except (KeyError, TypeError, AttributeError, RuntimeError):    # a file can hold anything
         raise InputError(f'{path} has a damaged config: delete it and make it again') from None
     load_weights(model, saved, path)
@@ -98,15 +101,12 @@ def load_mae(path, size, device, made_by):
 def load_maes(variant, folds, device):
     """The FaceMAE of each fold, or None for methods that need none."""
     cfg, made_by = variant.cfg, run.command('train_mae.py')
-    return [load_mae(variant.mae(f.k), cfg.data.size, device, made_by)
+    return [load_mae(variant.mae(f.k), cfg, device, made_by)
             if cfg.reconstruct.method == 'facemae' else None for f in folds]
 
 
 def check_patches(size, patch, ratio):
     """Say how many patches a mask leaves, or why there is no such mask; returns their number L."""
-    if size % patch:
-        raise InputError(f'mae.patch = {patch} does not divide data.size = {size}: choose one '
-                         'that does')
     patches = (size // patch) ** 2
     try:
         keep, _, _ = models.random_masking(torch.zeros(1, patches), ratio)
@@ -181,29 +181,35 @@ class Protection:
             seeds[part].to(device)).cpu().numpy() for part in parts])
 
 
-def check_strength(cfg):
-    """Refuse strengths that the images have no room for; say how many patches stay visible."""
-    c = cfg.reconstruct
-    if draws_mask(c.method):
-        check_patches(cfg.data.size, cfg.mae.patch, c.mask_ratio)
-    if c.method == 'blur' and math.ceil(3 * c.blur_sigma) >= cfg.data.size:
-        raise InputError(f'reconstruct.blur_sigma = {c.blur_sigma:g} blurs over more than the '
-                         f'{cfg.data.size} pixels of a face: give less than {cfg.data.size / 3:g}')
-
-
 # ------------------------------------------------------------------------------- secret
 
 def release_secret(cfg):
-    """The secret of a run's releases, drawn once: bytes."""
+    """The secret of a run's releases, drawn once: 32 bytes or more."""
     path = Path(cfg.reconstruct.key or Path(cfg.run.folder) / 'release.key')
     if cfg.reconstruct.key and not path.is_file():
         raise InputError(f'reconstruct.key = {path} does not exist: leave it empty to have a new '
                          'secret drawn')
     files.make_once(path, path.exists, lambda: draw_secret(path))
-    secret, drawn = path.read_bytes().strip(), (Path(cfg.data.root) / 'toy.bin').exists()
-    if not drawn and secret == (CONFIGS / 'toy.key').read_bytes().strip():
-        raise InputError(f'reconstruct.key = {path} is known to everybody, and {cfg.data.root} '
-                         'are no drawn faces: set reconstruct.key= for a secret of your own')
+    secret = read_secret(path)
+    if secret == read_secret(CONFIGS / 'toy.key'):
+        if not is_drawn(cfg.data.root):
+            raise InputError(f'reconstruct.key = {path} is known to everybody, and {cfg.data.root} '
+                             'are no drawn faces: set reconstruct.key= for a secret of your own')
+    elif path.stat().st_mode & 0o077:
+        run.say(f'warning: others can read {path}, from which masks, order and labels of the '
+                f'release follow: chmod 600 {path}')
+    return secret
+
+
+def read_secret(path):
+    """The bytes of a key file, which holds 64 or more hex digits; InputError for another."""
+    try:
+        secret = bytes.fromhex(path.read_text(encoding='utf-8-sig').strip())
+    except (OSError, ValueError):
+        secret = b''
+    if len(secret) < 32 or len(set(secret)) < 8:
+        raise InputError(f'{path} holds no secret of 64 hex digits: put the right file back, or, '
+                         'if nothing was released with it, delete it to have a new one drawn')
     return secret
 
 
@@ -217,9 +223,18 @@ def draw_secret(path):
         file.write(secrets.token_hex(32).encode() + b'\n')
 
 
-def secret_seed(secret, purpose):
-    """63-bit seed that reveals nothing of the secret nor of the other purposes' seeds."""
-    return int.from_bytes(hashlib.sha256(secret + purpose.encode()).digest()[:8], 'big') >> 1
+def keyed(secret, *what):
+    """64 bits, int, from a keyed hash of `what`: BLAKE2b with the secret as key (RFC 7693).
+
+    Without the secret nobody can compute, nor tell from chance, one of these numbers, however many
+    others he knows: that is what a keyed hash promises (a pseudorandom function). So who has one
+    original and its mask, or another row's release, learns no other image's mask, place or label.
+    expanded() makes the bits of one image from its number and can be inverted, but that leads to
+    this image's number only.
+    """
+    text = '\0'.join(map(str, what)).encode(errors='surrogateescape')
+    digest = hashlib.blake2b(text, key=hashlib.sha256(secret).digest(), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True)
 
 
 # --------------------------------------------------------------------------------- plan
@@ -239,21 +254,30 @@ class ReleasePlan:
 
 
 def plan_release(folds, secret, cfg):
-    """The ReleasePlan of a config: a pure function of the private images and the secret."""
-    rng = np.random.default_rng(secret_seed(secret, 'order'))
+    """The ReleasePlan of a config: a pure function of the private images and the secret.
+
+    Everything is drawn for this row, seed and strength, so that two releases share no mask, order
+    or label; and by names and contents, so that nothing changes for others when somebody is added
+    or taken out.
+    """
+    c, private = cfg.reconstruct, folds[0].private
+    release = cfg.run.row, cfg.run.seed, c.method, getattr(c, STRENGTH.get(c.method, ''), '')
     fold = np.repeat(np.arange(len(folds)), [len(f.released) for f in folds])
     image = np.concatenate([f.released for f in folds])
-    person = np.unique(folds[0].private.labels[image], return_inverse=True)[1]
-    label = rng.permutation(person.max() + 1)[person]
-    order = rng.permutation(len(image))
-    order = order[np.argsort(label[order], kind='stable')]
+    people, person = np.unique(private.labels[image], return_inverse=True)
+    by_person = np.array([keyed(secret, *release, 'person', private.people[p]) for p in people])
+    label = by_person.argsort().argsort()[person]
+    contents = private.hashes[image].tolist()
+    by_image = np.array([keyed(secret, *release, 'order', content) for content in contents])
+    order = np.lexsort((image, by_image, label))       # equal pictures in the order of the source
+    seeds = torch.tensor([keyed(secret, *release, 'mask', contents[i], private.people[
+        private.labels[image[i]]]) for i in order])
     fold, image, label = fold[order], image[order], label[order]
-    if cfg.reconstruct.images_per_person:
+    if c.images_per_person:
         first = np.searchsorted(label, label)              # where this person's images begin
-        kept = np.arange(len(label)) - first < cfg.reconstruct.images_per_person
-        fold, image, label = fold[kept], image[kept], label[kept]
-    seed = secret_seed(secret, f'masks {cfg.run.seed}') + (cfg.reconstruct.method == 'noise')
-    return ReleasePlan(fold, image, label, batches.image_seeds(seed, 0, image))
+        kept = np.flatnonzero(np.arange(len(label)) - first < c.images_per_person)
+        fold, image, label, seeds = fold[kept], image[kept], label[kept], seeds[kept]
+    return ReleasePlan(fold, image, label, seeds)
 
 
 def release_premises(folds, maes, secret):

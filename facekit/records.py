@@ -239,6 +239,9 @@ class _Bin(pickle._Unpickler):
     def find_class(self, module, name):
         if f'{module}.{name}'.replace('_core', 'core') not in (
                 '_codecs.encode', 'numpy.dtype', 'numpy.core.multiarray.scalar'):
+            if module.startswith('numpy'):
+                raise InputError(f'{self.path}: holds numpy arrays where image files are expected: '
+                                 'pack it anew with image.tobytes() for each, and True or False')
             raise InputError(f'{self.path}: names {f"{module}.{name}"!r:.60}, which no such .bin '
                              'needs, so that the file may be malicious: do not use it')
         return name
@@ -273,6 +276,8 @@ def read_bin(path):
     reader.path, reader.left = path, len(data)
     try:
         images, same = reader.load()
+        if {type(x) for x in same} == {int} and set(same) <= {0, 1}:       # home-made files
+            same = [bool(x) for x in same]
         good = len(images) == 2 * len(same) > 0 and {type(x) for x in same} == {bool}
         good = good and all(type(x) is bytes and x for x in images)
     except InputError:

@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from facekit.config import CONFIGS, namespace, resolve
 from facekit.errors import InputError, printable
 
+VERSION = '2.0'
 TIMEOUT = datetime.timedelta(hours=1)      # of a process that waits for another, as for a cache
 
 
@@ -197,11 +199,14 @@ def command(script, *extra):
 
 def provenance():
     """What a result depends on beside the config: versions, hardware, commit."""
-    described = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'],
-                               cwd=CONFIGS, capture_output=True, text=True).stdout.strip()
+    top, described = (subprocess.run(['git', *words], cwd=CONFIGS, capture_output=True,
+                                     text=True).stdout.strip() for words in (
+        ['rev-parse', '--show-toplevel'], ['describe', '--always', '--dirty', '--abbrev=12']))
+    if not top or Path(top).resolve() != CONFIGS.parent.resolve():
+        described = f'version {VERSION}'       # another repository says nothing about the kit
     device = (torch.cuda.get_device_name() if torch.cuda.is_available()
               else f'CPU, {os.cpu_count()} cores')
-    return {'commit': described or 'unknown', 'device': device, 'processes': world(),
+    return {'commit': described, 'device': device, 'processes': world(),
             'python': sys.version.split()[0], 'torch': torch.__version__,
             'numpy': np.__version__}
 

@@ -1,12 +1,13 @@
 """Who is public and who is private: the folds of a cross-fit, and the proof that nobody is both."""
+import difflib
 import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 
 from facekit import faces
-from facekit.errors import InputError
-from facekit.faces import FaceSet
+from facekit.errors import InputError, counted
+from facekit.faces import FaceSet, FolderSource
 
 
 @dataclass
@@ -22,8 +23,23 @@ class Fold:
 
 
 def not_excluded(faceset, cfg):
-    """Which images of a FaceSet are of nobody in data.exclude: bool (N,)."""
+    """Which images of a FaceSet are of nobody in data.exclude: bool (N,).
+
+    InputError for a name that nobody has, and for a bare number where people have folder names: a
+    position in the folder is no name, as it changes when somebody is added.
+    """
+    numbers = [name for name in cfg.data.exclude if isinstance(name, int)]
+    if numbers and isinstance(faceset.source, FolderSource):
+        raise InputError(f'data.exclude has {numbers[0]}, but people of {faceset.path} are named '
+                         f'by their folder: write data.exclude=[{faceset.people[0]}] (and '
+                         f'"\'{numbers[0]}\'" for a folder of that name)')
     excluded = [str(name) for name in cfg.data.exclude]
+    unknown = sorted(set(excluded) - set(faceset.people.tolist()))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], faceset.people.tolist(), 3)
+        raise InputError(f'data.exclude has {unknown[0]!r}, but nobody in {faceset.path} is '
+                         f'called so: {"did you mean " + " or ".join(near) if near else "see "}'
+                         f'{"?" if near else "how the set names its people"}')
     return ~np.isin(faceset.people, excluded)[faceset.labels]
 
 
@@ -64,7 +80,8 @@ def groups_of(people, cfg):
     if max(wanted) >= cfg.data.folds:
         raise InputError(f'data.release_folds = {wanted} names a group that does not exist: '
                          f'data.folds = {cfg.data.folds} makes 0..{cfg.data.folds - 1}')
-    group = ordered_by_hash(people, cfg.data.split_seed).argsort() % cfg.data.folds
+    group = np.array([int(share_of(name, cfg.data.split_seed) * cfg.data.folds)
+                      for name in people])
     return [(k, group == k) for k in wanted]
 
 
@@ -73,14 +90,16 @@ def held_back_people(public, trainable, cfg):
 
     trainable (N,) bool says whom recognisers could learn from.
     """
-    people = np.unique(public.labels[trainable])
-    order = ordered_by_hash(public.people[people], cfg.data.split_seed + 1)
-    return np.isin(public.labels, people[order][:round(cfg.data.validation * len(people))])
+    held = np.array([share_of(name, f'validation {cfg.data.split_seed}') < cfg.data.validation
+                     for name in public.people])
+    return held[public.labels] & trainable
 
 
-def ordered_by_hash(names, seed):
-    """Order of names by a seeded hash: int64 (len(names),)."""
-    return np.argsort([hashlib.sha256(f'{seed} {name}'.encode()).digest() for name in names])
+def share_of(name, seed):
+    """A number in [0, 1) from a seeded hash of a person's name: whoever else is in a set, it stays
+    the same."""
+    start = hashlib.sha256(f'{seed} {name}'.encode(errors='surrogateescape')).digest()[:8]
+    return (int.from_bytes(start) >> 11) / (1 << 53)
 
 
 def check_disjoint(fold):
@@ -100,10 +119,60 @@ def check_disjoint(fold):
         people = np.unique(private.people[private.labels[fold.released[b]]]).tolist()
         a, b = rows[a[0]], fold.released[b[0]]
         raise InputError(
-            f'image {a} of {public.path} (identity {public.people[public.labels[a]]}) is the '
-            f'same picture as private image {b} of {private.path} (identity '
-            f'{private.people[private.labels[b]]}), {len(shared)} such in all: leave these '
-            f'private people out with data.exclude=[{", ".join(people)}]')
+            f'{public.where(a)} (public, of {public.people[public.labels[a]]}) is the same picture '
+            f'as {private.where(b)} (private, of {private.people[private.labels[b]]}), '
+            f'{len(shared)} such in all: remove the one that is wrong, or leave these private '
+            f'people out with data.exclude=[{", ".join(people)}]')
+
+
+@dataclass
+class ReleaseCounts:
+    """How many of the private set's people and images are released, and why others are not."""
+    people: int               # released
+    images: int               # released
+    of_people: int            # in the set
+    of_images: int
+    excluded_people: int      # by data.exclude
+    excluded_images: int
+    people_with_few: int      # with fewer images than data.min_images
+    people_in_other_folds: int    # that data.release_folds leaves out
+    damaged_images: int       # left out by data.on_corrupt=skip
+
+    def left_out(self):
+        """Counts of who and what is not released, for the manifest."""
+        return {'of_people': self.of_people, 'of_images': self.of_images,
+                'excluded_people': self.excluded_people, 'people_with_few': self.people_with_few,
+                'damaged_images': self.damaged_images}
+
+    def sentence(self, excluded):
+        """What will be released, in a line; `excluded`: the names in data.exclude."""
+        parts = [f'releases {self.people} of {self.of_people} people, '
+                 f'{counted(self.images, "image")}']
+        if excluded:
+            parts.append(f'excluded: {", ".join(map(str, excluded))} '
+                         f'({counted(self.excluded_images, "image")})')
+        if self.people_with_few:
+            parts.append(f'{self.people_with_few} with fewer than data.min_images')
+        if self.people_in_other_folds:
+            parts.append(f'{self.people_in_other_folds} in groups that data.release_folds leaves '
+                         'out')
+        if self.damaged_images:
+            parts.append(counted(self.damaged_images, 'damaged image'))
+        return '; '.join(parts)
+
+
+def count_release(folds, cfg):
+    """The ReleaseCounts of Folds."""
+    private = folds[0].private
+    images = np.bincount(private.labels, minlength=len(private.people))
+    excluded = np.isin(private.people, [str(name) for name in cfg.data.exclude])
+    few = ~excluded & (images < cfg.data.min_images)
+    rows = np.concatenate([f.released for f in folds])
+    released = len(np.unique(private.labels[rows]))
+    return ReleaseCounts(
+        released, len(rows), len(images), len(private), int(excluded.sum()),
+        int(images[excluded].sum()), int(few.sum()),
+        len(images) - int(excluded.sum()) - int(few.sum()) - released, len(private.skipped))
 
 
 def private_digest(folds):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from facekit.files import replacing_folder
+from facekit.files import digest, replacing_folder
 from facekit.images import encode
 from facekit.records import write_bin, write_records
 
@@ -42,6 +42,7 @@ STYLES = torch.tensor([  # volume, hairline, its curve and slope, ripple, half i
     [.00, -1.2, 0, 0, 0, -1], [.05, -.5, 1.2, .1, .01, -1],              # bald, short,
     [.08, -.3, .4, .1, .05, -1], [.08, -.52, 2.2, .7, .01, .12],         # fringe, side parting,
     [.09, -.5, 2.6, .1, .01, .6], [.15, -.44, 1.1, .1, .04, -1]])        # long, curls
+DRAWN = 'drawn.sha256'    # file beside a drawn train.rec: its SHA-256
 SUPER = 2          # drawn at this many times the size, then averaged
 POINTS = 2**17     # drawn at once by a thread: few enough to stay in the processor's cache
 
@@ -198,7 +199,19 @@ def draw_set(folder, identities, per_identity, test_identities, test_pairs, size
         needed, where = np.unique(pairs, axis=0, return_inverse=True)
         test = list(files(identities + needed[:, 0], needed[:, 1]))
         write_bin(draft / 'toy.bin', [test[i] for i in where.ravel()], same)
+        (draft / DRAWN).write_text(digest((draft / 'train.rec').read_bytes()))
     print(f'{folder}: {len(labels)} toy faces drawn in {time.time() - started:.1f} s', flush=True)
+
+
+def is_drawn(folder):
+    """Whether the record set in a folder (or its train.rec) was drawn by draw_set(), to the last
+    byte."""
+    folder = Path(folder).parent if Path(folder).name == 'train.rec' else Path(folder)
+    try:
+        record, told = folder / 'train.rec', (folder / DRAWN).read_text()
+        return told == digest(record.read_bytes())
+    except (OSError, ValueError):
+        return False
 
 
 def test_pairs_of(people, count, seed):

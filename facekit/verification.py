@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import models
-from facekit import embed, files, images
-from facekit.errors import InputError
-from facekit.faces import ImageRows
+from facekit import embed, files, images, run
+from facekit.errors import InputError, counted
+from facekit.faces import ImageRows, warn_if_unaligned
 from facekit.records import read_bin
+from facekit.toy import is_drawn
 
 FOLDS = 10
 CENTRED = ' centred'      # ends the name of a set that was centred on its mean
@@ -139,10 +140,16 @@ def load_pairs(path, size):
                          f'needs both kinds, and {FOLDS} pairs or more')
     number = {}                        # of each distinct image, many of which stand in many pairs
     place = np.array([number.setdefault(bytes(file), len(number)) for file in encoded])
-    pixels = []
+    pixels, cut = [], 0
     for i, file in enumerate(number):
         where = f'{path} image {i} (from 0)'
-        pixels.append(images.fitted(images.decode(file, where), where, size, 'resize'))
+        image = images.decode(file, where)
+        cut += image.shape[1] != image.shape[2]
+        pixels.append(images.fitted(image, where, size, 'resize'))
+    if cut:
+        run.say(f'warning: {counted(cut, "image")} of {path} not square: the middle was cut out')
+    if not is_drawn(path.parent):
+        warn_if_unaligned(np.stack(pixels), path)
     return PairSet(path.stem, np.stack(pixels), place.reshape(-1, 2), same,
                    files.digest(path.read_bytes()))
 

@@ -1,6 +1,7 @@
 """Cache, splits, order and random numbers of a data set."""
 import json
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +19,10 @@ TINY = Path(__file__).parent / 'tiny.yaml'
 
 
 def make_config(folder, *assignments):
-    return config.namespace(config.resolve(TINY, [
+    cfg = config.namespace(config.resolve(TINY, [
         f'run.folder={folder}/run', f'data.root={folder}/faces', f'data.cache={folder}/cache',
         *assignments]))
+    return next(config.variants(cfg, compare=False)).cfg
 
 
 def write_faces(folder, people=8, each=3, form='png', start=0):
@@ -111,7 +113,7 @@ def test_damaged_images_are_named_and_left_out_where_the_config_says_so(tmp_path
         assert np.array_equal(found.images, pixels[kept].permute(0, 2, 3, 1))
         assert found.labels.tolist() == [0, 1, 1, 2] and found.skipped == [1, 4]
         printed = capsys.readouterr().out
-        assert '2 damaged images are left out' in printed
+        assert '2 damaged images left out' in printed
         assert len(set(found.hashes.tolist())) == 4
     [path] = (tmp_path / 'run' / 'log' / 'cache').iterdir()
     log = json.loads(path.read_text())
@@ -163,7 +165,9 @@ def test_a_picture_that_is_public_and_private_stops_the_run(tmp_path):
     write_faces(tmp_path / 'faces')
     write_faces(tmp_path / 'other', start=7)                 # person 7 is in both sets
     cfg = make_config(tmp_path, f'data.public={tmp_path}/other', 'toy.identities=0')
-    with pytest.raises(InputError, match=r'same picture.*identity 7.*3 such'):
+    both = (r'record 3 \(public, of 0\) is the same picture as \S+train.rec record 24 '
+            r'\(private, of 7\), 3 such')
+    with pytest.raises(InputError, match=both):
         split.split(cfg)
     fold = split.split(make_config(tmp_path, f'data.public={tmp_path}/other', 'toy.identities=0',
                                   'data.exclude=[7]'))[0]
@@ -189,12 +193,14 @@ def test_balanced_batches_hold_k_images_of_each_person():
 
 def test_hashes_depend_on_image_epoch_and_seed_alone():
     images = torch.tensor([3, 1, 4, 159])
-    whole = batches.hashed(7, 2, images, 64)
-    assert torch.equal(batches.hashed(7, 2, images[2:3], 64)[0], whole[2])
-    assert not torch.equal(batches.hashed(7, 3, images, 64), whole)
-    assert not torch.equal(batches.hashed(8, 2, images, 64), whole)
-    assert len(batches.hashed(0, 0, torch.arange(2000), 64).unique()) == 128000
-    u = batches.uniform(batches.hashed(1, 0, torch.arange(4000), 64))
+    start = batches.stream(7, 'masks', 2)
+    whole = batches.hashed(start, images, 64)
+    assert torch.equal(batches.hashed(start, images[2:3], 64)[0], whole[2])
+    others = [(7, 'masks', 3), (8, 'masks', 2), (7, 'flips', 2)]
+    assert not any(torch.equal(batches.hashed(batches.stream(*o), images, 64), whole)
+                   for o in others)
+    assert len(batches.hashed(batches.stream(0, 'masks'), torch.arange(2000), 64).unique()) == 128000
+    u = batches.uniform(batches.hashed(batches.stream(1, 'masks'), torch.arange(4000), 64))
     # Mean, variance and correlation with the neighbouring image and column, at five sigma
     assert abs(u.mean() - 0.5) < 0.003 and abs(u.var() - 1 / 12) < 0.003
     for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1])):
@@ -207,7 +213,7 @@ def test_runs_that_start_together_share_one_secret(tmp_path, monkeypatch):
     cfg = make_config(tmp_path, 'reconstruct.key=')
     with ThreadPoolExecutor(3) as pool:
         found = set(pool.map(lambda _: protect.release_secret(cfg), range(3)))
-    assert len(found) == 1 and len(found.pop()) == 64
+    assert len(found) == 1 and len(found.pop()) == 32
 
 
 def test_the_public_secret_of_the_demo_protects_nobody_else(tmp_path):
@@ -217,7 +223,11 @@ def test_the_public_secret_of_the_demo_protects_nobody_else(tmp_path):
     with pytest.raises(InputError, match='known to everybody'):
         protect.release_secret(cfg)
     (tmp_path / 'faces' / 'toy.bin').touch()
-    assert len(protect.release_secret(cfg)) == 64
+    with pytest.raises(InputError, match='known to everybody'):
+        protect.release_secret(cfg)
+    shutil.rmtree(tmp_path / 'faces')
+    toy.draw_set(tmp_path / 'faces', 2, 2, 2, 10, size=16, seed=0)
+    assert len(protect.release_secret(cfg)) == 32
 
 
 def test_release_order_is_secret_and_complete(tmp_path):
@@ -247,7 +257,7 @@ def test_hidden_pixels_do_not_reach_the_release(tmp_path, method, paste):
     model = protect.build_mae(cfg.mae, 32).eval()
     protection = Protection(cfg, FaceMAE(model, torch.rand(3, 32, 32), 0.25))
     originals = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
-    seeds = batches.image_seeds(9, 0, torch.arange(5))
+    seeds = batches.image_seeds(9, torch.arange(5))
     noise = protection.patch_noise(seeds, 32)
     grey = protect.masked(torch.zeros(5, 3, 32, 32), noise, 0.75, 8)
     hidden = (grey > 0).permute(0, 2, 3, 1)
@@ -265,7 +275,7 @@ def test_methods_treat_an_image_alike_in_every_batch(tmp_path, method):
     model = protect.build_mae(cfg.mae, 32).eval()
     protection = Protection(cfg, FaceMAE(model, torch.rand(3, 32, 32), 0.25))
     originals = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
-    seeds = batches.image_seeds(4, 0, torch.tensor([5, 9, 2, 7, 1, 3]))
+    seeds = batches.image_seeds(4, torch.tensor([5, 9, 2, 7, 1, 3]))
     whole = protection(originals, seeds)
     alone = torch.cat([protection(originals[i:i + 1], seeds[i:i + 1]) for i in range(6)])
     assert (whole.int() - alone.int()).abs().max() <= 1

@@ -73,7 +73,7 @@ def test_draw_set(tmp_path, capsys):
     toy.draw_set(folder, 5, 3, 6, 44, size=32, seed=2)
     assert capsys.readouterr().out.count('\n') == 1
     assert sorted(p.name for p in folder.parent.rglob('*')) == [
-        'property', 'toy', 'toy.bin', 'train.idx', 'train.rec']
+        'drawn.sha256', 'property', 'toy', 'toy.bin', 'train.idx', 'train.rec']
     assert (folder / 'property').read_text() == '5,32,32'
     read = records.Records(folder)
     assert read.labels.tolist() == [i for i in range(5) for _ in range(3)]

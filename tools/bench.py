@@ -179,7 +179,7 @@ def stages(b):
                  for batch in (c.batch, cfg.evaluate.batch))
     mae = protect.FaceMAE(protect.build_mae(cfg.mae, cfg.data.size).to(device).eval(),
                           torch.full((3, 1, 1), 0.5, device=device), protect.STD)
-    protection, seeds = protect.Protection(cfg, mae), batches.image_seeds(0, 0, some)
+    protection, seeds = protect.Protection(cfg, mae), batches.image_seeds(0, some)
     b.row('2 reconstruct', c.method, b.timed(
         lambda: protection(store(some), seeds).cpu(), True), len(some))
     b.row('2 reconstruct', f'{c.format} files, one core', b.timed(
@@ -256,6 +256,7 @@ def main(folder, cfg, device, compare):
     name = torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU {os.cpu_count()} cores'
     found = run.provenance() | {'device': name, 'threads': torch.get_num_threads(),
                                     'command': COMMAND, 'config': as_dict(cfg)}
+    cfg = next(variants(cfg, False)).cfg               # with all values resolved
     with tempfile.TemporaryDirectory() as temporary:
         cfg.run.folder = temporary
         b = Bench(cfg, device, Path(temporary))
