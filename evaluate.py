@@ -17,6 +17,7 @@ private originals, for the attackers of evaluate.attacks; the table says what ea
 """
 import contextlib
 import functools
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,12 @@ from rich.console import Console
 from facekit import attacks, embed, faces, files, plots, protect, report, retrieval, run
 from facekit import verification
 from facekit.attack_data import foreign_groups, own_groups
+from facekit.check import check_experiment
 from facekit.config import as_dict, variants
 from facekit.errors import InputError
 from facekit.images import psnr_and_ssim
 from facekit.progress import stage_seconds
-from facekit.split import not_excluded, split
+from facekit.split import count_release, not_excluded, split
 
 
 # ------------------------------------------------------------------------------ one release
@@ -54,6 +56,9 @@ def evaluate(variant, folds, sets, owned, device):
             results['verification'], scores = verification.verify(student, sets, cfg, device)
         if release:
             results |= leakage(variant, folds, release, student, path, owned, device)
+        if folds:
+            results |= {'people': asdict(count_release(folds, cfg)), 'left_out': {
+                str(s.path): s.left_out() for s in (folds[0].private, folds[0].public)}}
         results |= {'seconds': stage_seconds(variant.run), 'made_with': run.provenance(),
                     'config': as_dict(cfg)}
         files.write_json(path, results)
@@ -265,4 +270,4 @@ def main(cfg, device, compare):
 
 
 if __name__ == '__main__':
-    run.launch(main, __doc__, 'evaluate all rows of compare in one table')
+    run.launch(main, check_experiment, __doc__, 'evaluate all rows of compare in one table')

@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 reconstruct.py --config configs/casia.yaml
     python reconstruct.py reconstruct.method=pixelate run.folder=runs/pixelate     # a baseline
     python reconstruct.py reconstruct.photos=FOLDER      # a picture of your own aligned photos
+    python reconstruct.py reconstruct.check=true         # check a finished release once more
 
 Reads   data.root, <run>/fold<k>/mae.pt (method facemae)
 Writes  <run>/<row>/reconstructed/ (train.rec, train.idx, property, manifest.json, README.md),
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from facekit import batches, faces, files, images, plots, protect, records, run
+from facekit.check import check_experiment, check_release_files, check_release_images
 from facekit.config import as_dict, variants
 from facekit.errors import InputError
 from facekit.images import to_float
@@ -94,11 +96,20 @@ def release(variant, folds, device):
     premises = protect.release_premises(folds, maes, secret)
     plan = protect.plan_release(folds, secret, cfg)
     parts = Parts(variant, premises, len(plan.image))
+    protections = [Protection(cfg, mae) for mae in maes]
+
+    def check(folder):
+        check_release_files(folder, plan, secret, data_card)
+        check_release_images(folder, plan, folds[0].private, protections, device)
+
     if (variant.release / 'manifest.json').exists():
         protect.check_release(variant, premises)
         if run.rank() == 0:             # left by a kill between the last two lines of a release
             shutil.rmtree(parts.folder, ignore_errors=True)
-        return run.say(f'{variant.release} is finished: nothing to do')
+        if cfg.reconstruct.check:
+            check(variant.release)
+        return run.say(f'{variant.release} is finished{" and sound" * cfg.reconstruct.check}: '
+                       'nothing to do')
     if protect.draws_mask(cfg.reconstruct.method):
         protect.check_patches(cfg.data.size, cfg.mae.patch, cfg.reconstruct.mask_ratio)
     counts = count_release(folds, cfg)
@@ -110,12 +121,11 @@ def release(variant, folds, device):
         files.write_json(variant.folder / 'release.json', {
             'format': files.FORMAT, 'config': as_dict(cfg), 'premises': premises})
     run.barrier()
-    protections = [Protection(cfg, mae) for mae in maes]
     make_parts(variant, parts, plan, folds[0].private, protections, device)
     run.barrier()
     if run.rank() == 0:
         save_picture(variant, plan, folds[0].private, protections, device)
-        publish(variant, parts, plan, counts)
+        publish(variant, parts, plan, counts, check)
     run.barrier()
     run.say(f'released {len(plan.image)} images of {plan.people} people: {variant.release}')
 
@@ -160,21 +170,27 @@ def make_part(number, plan, source, protections, cfg, stop):
     return out.permute(0, 3, 1, 2)
 
 
-def publish(variant, parts, plan, counts):
-    """Join the parts into insightface records; the folder appears with its manifest or not."""
+def publish(variant, parts, plan, counts, check):
+    """Join the parts into insightface records; the folder appears with its manifest, and only if
+    check(folder) has nothing against it."""
     cfg, c = variant.cfg, variant.cfg.reconstruct
     strength = STRENGTH.get(c.method)
     facts = {'method': c.method, **({strength: getattr(c, strength)} if strength else {}),
              'paste_visible': c.paste_visible and c.method == 'facemae',
              'images': len(plan.image), 'people': plan.people, 'size': cfg.data.size,
-             'format': c.format, 'quality': c.quality, 'left_out': counts.left_out(),
+             'format': c.format, 'quality': c.quality, **counts.left_out(),
              'made_by': f'FaceMAE kit {run.provenance()["commit"]}'}
     with files.replacing_folder(variant.release) as draft:
         records.write_records(draft, parts.image_files(), plan.label, cfg.data.size)
         (draft / 'manifest.json').write_text(json.dumps(facts, indent=1) + '\n')
-        (draft / 'README.md').write_text(DATA_CARD.format(
-            facts='\n'.join(f'- {k}: {v}' for k, v in facts.items())))
+        (draft / 'README.md').write_text(data_card(facts))
+        check(draft)
     shutil.rmtree(parts.folder)
+
+
+def data_card(facts):
+    """README.md of a release with the given manifest."""
+    return DATA_CARD.format(facts='\n'.join(f'- {k}: {v}' for k, v in facts.items()))
 
 
 # -------------------------------------------------------------------------------- pictures
@@ -227,4 +243,4 @@ def main(cfg, device, compare):
 
 
 if __name__ == '__main__':
-    run.launch(main, __doc__, 'make the releases of all rows of compare')
+    run.launch(main, check_experiment, __doc__, 'make the releases of all rows of compare')

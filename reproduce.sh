@@ -18,6 +18,7 @@ run() {
         "$python" "$script" "$@"
     fi
 }
+run evaluate.py --config "$config" --compare --check "$@"
 run train_fr.py --config "$config" stage=teacher "$@"
 run train_fr.py --config "$config" stage=judge "$@"
 run train_mae.py --config "$config" --compare "$@"

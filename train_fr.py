@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import models
 from facekit import batches, embed, faces, files, run
+from facekit.check import check_experiment
 from facekit.config import variants
 from facekit.errors import InputError
 from facekit.faces import FaceSet
@@ -232,4 +233,4 @@ def main(cfg, device, compare):
 
 
 if __name__ == '__main__':
-    run.launch(main, __doc__, 'train the students of all rows of compare')
+    run.launch(main, check_experiment, __doc__, 'train the students of all rows of compare')

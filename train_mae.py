@@ -19,6 +19,7 @@ import torch
 
 import models
 from facekit import batches, embed, files, plots, protect, run
+from facekit.check import check_experiment
 from facekit.config import variants
 from facekit.images import to_float
 from facekit.protect import FaceMAE
@@ -254,4 +255,4 @@ def main(cfg, device, compare):
 
 
 if __name__ == '__main__':
-    run.launch(main, __doc__, 'train the variants of all rows of compare')
+    run.launch(main, check_experiment, __doc__, 'train the variants of all rows of compare')

@@ -47,6 +47,15 @@ class AttackGroup:
             return ImageRows(self.pair_released.images, rows).pixels(), originals.pixels()
         return self.protected(originals, seed), originals.pixels()
 
+    def pair_hidden(self, chosen, seed):
+        """Which patches training_pairs(chosen, seed) hides: float32 (len(chosen), L), 1 = hidden.
+
+        The attacker knows: it is he who protects these images.
+        """
+        seeds = batches.image_seeds(batches.stream(seed, 'attacker'),
+                                    self.pair_originals.rows[chosen])
+        return hidden_patches(self.protection, seeds, self.pair_originals.images.shape[1])
+
     def can_be_released_again(self):
         """Whether another release of the same photos would differ: the method draws something."""
         return bool(self.protection) and self.protection.cfg.reconstruct.method in (
@@ -73,6 +82,12 @@ class AttackGroup:
         if embedder.gallery is None:
             embedder.gallery = embedder.embed(self.originals)
         return embedder.gallery
+
+
+def hidden_patches(protection, seeds, size):
+    """float32 (B, L), 1 where a patch is hidden, of images of `size` pixels with seeds (B,)."""
+    noise = protection.patch_noise(seeds, size)
+    return models.random_masking(noise, protection.cfg.reconstruct.mask_ratio)[2]
 
 
 def some_of(cfg, count):
@@ -102,8 +117,7 @@ def own_groups(variant, folds, maes, release, device):
         people = fold.public.labels[known]
         hidden = None
         if draws_mask(cfg.reconstruct.method):
-            noise = protection.patch_noise(plan.seeds[rows], cfg.data.size)
-            hidden = models.random_masking(noise, cfg.reconstruct.mask_ratio)[2]
+            hidden = hidden_patches(protection, plan.seeds[rows], cfg.data.size)
         groups.append(AttackGroup(
             released=release.select(rows), originals=private.select(fold.released),
             source=np.searchsorted(fold.released, plan.image[rows]),

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from einops import repeat
 
 import models
 from facekit import embed, files, run, verification
 from facekit.embed import Embedder
 from facekit.errors import InputError
-from facekit.images import to_float
+from facekit.mask_attacks import patchwork
 from facekit.retrieval import Attack, Search
 
 NAMES = ('judge', 'pixels', 'insider', 'masked', 'visible', 'linear', 'trained', 'class',
@@ -62,52 +61,6 @@ def repeated(judge, pixels, group):
             if k < 8:
                 total += embedder.embed_images(group.released_again(10**6 + k))
     return Attack(curves['recogniser'][8], curves)
-
-
-# -------------------------------------------------------------------- attackers with masks
-
-def cells(chosen, side, device):
-    """Mean colour of side x side cells of ImageRows in 0..1, (n, 3, side, side), and a guess of
-    how visible they are (n, 1, side, side): their variance v, as v / (v + its image's mean)."""
-    colour, visible = [], []
-    for part in torch.as_tensor(chosen.rows).split(1024):
-        x = to_float(torch.as_tensor(chosen.images[part]).to(device))
-        mean, square = (F.adaptive_avg_pool2d(t, side) for t in (x, x.square()))
-        v = (square - mean.square()).mean(1, keepdim=True).clamp(min=0)
-        colour.append(mean)
-        visible.append(v / (v + v.mean((2, 3), keepdim=True) + 1e-8))
-    return torch.cat(colour), torch.cat(visible)
-
-
-def visible_cells(group, side, device):
-    """1 where a cell of a probe lies in a visible patch, float32 (n, 1, side, side)."""
-    if group.hidden is None:
-        return torch.ones(len(group.source), 1, side, side, device=device)
-    return repeat(1 - group.hidden.to(device), 'n (h w) -> n 1 (h p) (w q)', h=side // 2, p=2, q=2)
-
-
-def patchwork(group, device, original=False):
-    """Nearest original in the visible patches, two by two cells each: the attacker who knows the
-    mask and, as a curve, the one who takes detailed regions for visible. `original` has the
-    visible patches of the original image instead of what was released."""
-    if original and group.hidden is None:
-        return None
-    side = 32 if group.hidden is None else 2 * round(group.hidden.shape[1] ** 0.5)
-    originals = cells(group.originals, side, device)[0]
-    own = originals[group.source]
-    # -sum w (a - b)^2 up to what does not depend on b, as an inner product
-    gallery = torch.cat([originals, originals.square()], 1).flatten(1)
-
-    def search(colour, weight):
-        probes, ceiling = (torch.cat([2 * weight * x, -weight.expand_as(x)], 1).flatten(1)
-                           for x in (colour, own))
-        return Search(probes, gallery, group.source, group.person, ceiling_probes=ceiling)
-
-    known = visible_cells(group, side, device)
-    if original:
-        return Attack(search(own, known))
-    released, guessed = cells(group.released, side, device)
-    return Attack(search(released, known), {'mask': {'estimated': search(released, guessed)}})
 
 
 # -------------------------------------------------------- attackers with other people's pairs
@@ -233,9 +186,9 @@ def attack(name, n, group, owned, student, cfg, device):
         case 'insider':         # trains a recogniser on the release; not kept: 1 GB a row of CASIA
             return nearest(owned.embedder('insider', student), group)
         case 'masked':          # knows the masks, or guesses them
-            return patchwork(group, device)
+            return patchwork(group, cfg, device)
         case 'visible':         # has the visible patches of the original itself
-            return patchwork(group, device, original=True)
+            return patchwork(group, cfg, device, original=True)
         case 'linear':          # has released images of other people and their originals
             return linear(owned.public('judge', n), group)
         case 'trained':         # the same, and trains on them
@@ -310,5 +263,5 @@ def code_digest():
     here = Path(__file__).parent
     paths = [Path(models.__file__), *(here / f'{name}.py' for name in (
         'batches', 'faces', 'images', 'split', 'embed', 'protect', 'verification', 'retrieval',
-        'attack_data', 'attacks'))]
+        'attack_data', 'mask_attacks', 'attacks'))]
     return files.digest(b''.join(path.read_bytes() for path in paths))

@@ -221,7 +221,7 @@ def load_finished(path, made_by, needs=()):
 
 # Keys that change how a thing is made but not what it is
 HARMLESS = {'mae.micro_batch', 'mae.preview_epochs', 'reconstruct.batch', 'reconstruct.photos',
-            'reconstruct.key'}
+            'reconstruct.key', 'reconstruct.check'}
 
 
 def check_premises(state, cfg, keys, path, premises):

@@ -19,7 +19,7 @@ from einops import reduce, repeat
 import models
 from facekit import batches, files, run
 from facekit.config import CONFIGS, quoted
-from facekit.embed import load_weights
+from facekit.embed import is_sound, load_weights
 from facekit.errors import InputError
 from facekit.images import to_float, to_uint8
 from facekit.split import private_digest
@@ -95,7 +95,10 @@ def load_mae(path, cfg, device, made_by):
     except (KeyError, TypeError, AttributeError, RuntimeError):    # a file can hold anything
         raise InputError(f'{path} has a damaged config: delete it and make it again') from None
     load_weights(model, saved, path)
-    return FaceMAE(model.to(device).eval(), saved['mean'].to(device), saved['std'])
+    mean, std, size = saved['mean'], saved['std'], cfg.data.size
+    if mean.shape not in ((3, 1, 1), (3, size, size)) or not is_sound(mean) or not 0 < std < 1e6:
+        raise InputError(f'{path} has a damaged mean or std: delete it and make it again')
+    return FaceMAE(model.to(device).eval(), mean.to(device), std)
 
 
 def load_maes(variant, folds, device):

@@ -211,8 +211,8 @@ def provenance():
             'numpy': np.__version__}
 
 
-def launch(main, doc, compare_help):
-    """Parse the command line and run `main(cfg, device, compare)`.
+def launch(main, check, doc, compare_help):
+    """Parse the command line and run `main(cfg, device, compare)`, or `check(cfg, compare)`.
 
     cfg is the resolved config as nested namespaces (`cfg.mae.lr`). Wrong input becomes one
     sentence. Exit code 0 = done, 2 = wrong input, 130 = stopped by the keyboard.
@@ -221,13 +221,18 @@ def launch(main, doc, compare_help):
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', default=str(CONFIGS / 'toy.yaml'), help='YAML file')
     parser.add_argument('--compare', action='store_true', help=compare_help)
+    parser.add_argument('--check', action='store_true', help='only check, in seconds, whether the '
+                        'whole experiment can be run')
     parser.add_argument('set', nargs='*', metavar='section.key=value', help='see casia.yaml')
     args = parser.parse_intermixed_args()
     folder = 'the run folder'
     try:
         cfg = namespace(resolve(args.config, args.set))
         folder = cfg.run.folder
-        main(cfg, start_processes(cfg), args.compare)
+        if args.check:
+            check(cfg, args.compare)
+        else:
+            main(cfg, start_processes(cfg), args.compare)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

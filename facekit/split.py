@@ -7,7 +7,8 @@ import numpy as np
 
 from facekit import faces
 from facekit.errors import InputError, counted
-from facekit.faces import FaceSet, FolderSource
+from facekit.faces import FaceSet
+from facekit.sources import FolderSource
 
 
 @dataclass
@@ -51,7 +52,12 @@ def split(cfg):
     be public and private.
     """
     private = faces.load(cfg.data.root, cfg)
-    public = faces.load(cfg.data.public, cfg) if cfg.data.public else private
+    return make_folds(private, faces.load(cfg.data.public, cfg) if cfg.data.public else private,
+                      cfg)
+
+
+def make_folds(private, public, cfg):
+    """split() of FaceSets; public is private where one set is both."""
     allowed = not_excluded(private, cfg)
     counts = np.bincount(private.labels, minlength=len(private.people))
     releasable = (counts >= cfg.data.min_images)[private.labels] & allowed
@@ -140,9 +146,8 @@ class ReleaseCounts:
 
     def left_out(self):
         """Counts of who and what is not released, for the manifest."""
-        return {'of_people': self.of_people, 'of_images': self.of_images,
-                'excluded_people': self.excluded_people, 'people_with_few': self.people_with_few,
-                'damaged_images': self.damaged_images}
+        return {name: getattr(self, name) for name in (
+            'of_people', 'of_images', 'excluded_people', 'people_with_few', 'damaged_images')}
 
     def sentence(self, excluded):
         """What will be released, in a line; `excluded`: the names in data.exclude."""

@@ -135,4 +135,7 @@ def load_unfinished(path, cfg, keys, premises, needs):
     saved = files.load_checkpoint(path, needs=('step', 'steps', 'logged', 'sums', 'optimizer',
                                                'scaler', 'config', *needs))
     files.check_premises(saved, cfg, keys, path, premises)
+    if not 0 <= saved['logged'] <= saved['step']:
+        raise InputError(f'{path} has made {saved["step"]} steps and logged {saved["logged"]}: '
+                         'delete it and make it again')
     return saved

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import models
-from facekit import attacks, protect, retrieval, toy, verification
+from facekit import attacks, mask_attacks, protect, retrieval, toy, verification
 from facekit.attack_data import AttackGroup
 from facekit.embed import Embedder
 from facekit.errors import InputError
@@ -139,7 +139,7 @@ def test_an_unprotected_release_gives_the_ceiling():
     person = found['x_same_person']
     assert person['rank1'] == person['ceiling'] and 0.3 < person['rank1'] < 1
     assert tried(partial(attacks.linear, eye), group)['x_same_image']['rank1'] > 0.95
-    assert tried(partial(attacks.patchwork, device='cpu', original=True), group) is None
+    assert tried(partial(attacks.patchwork, cfg=None, device='cpu', original=True), group) is None
 
 
 def test_labels_and_repeated_releases_average_the_protection_away():
@@ -165,12 +165,12 @@ def test_who_knows_the_mask_sees_through_it():
     n = np.arange(80)
     group = AttackGroup(ImageRows(made, n), ImageRows(images, n), n, n // 2,
                         ImageRows(images, n), n + 100, hidden=hidden)
-    found = tried(partial(attacks.patchwork, device='cpu'), group)['x_same_image']
+    found = tried(partial(attacks.patchwork, cfg=None, device='cpu'), group)['x_same_image']
     assert found['rank1'] == found['ceiling'] == 1
     assert found['curve']['mask']['estimated'] > 0.9    # a flat patch gives itself away
     group.hidden = 1 - hidden                        # who looks at the hidden ones sees grey
-    assert tried(partial(attacks.patchwork, device='cpu'), group)['x_same_image']['rank1'] < 0.1
-    assert tried(partial(attacks.patchwork, device='cpu', original=True), group)[
+    assert tried(partial(attacks.patchwork, cfg=None, device='cpu'), group)['x_same_image']['rank1'] < 0.1
+    assert tried(partial(attacks.patchwork, cfg=None, device='cpu', original=True), group)[
         'x_same_image']['rank1'] == 1
 
 
@@ -230,3 +230,64 @@ def test_an_attacker_who_learnt_from_the_victims_is_refused():
     n = ImageRows(np.zeros((3, 8, 8, 3), np.uint8), np.arange(3))
     with pytest.raises(InputError, match='person 5 is attacked'):
         AttackGroup(n, n, n.rows, np.array([5, 5, 9]), n, np.array([3, 5]))
+
+
+def test_equal_embeddings_tie_whatever_the_shapes_of_the_products():
+    """In float32 rounding decided: each image has a twin, so its original is first or second."""
+    torch.manual_seed(0)
+    half = F.normalize(torch.randn(700, 512))
+    gallery = half.repeat(2, 1)[torch.randperm(1400)]
+    for block in (100, 1000, 16384):
+        for count in (3, 700, 1400):
+            found = retrieval.search(gallery[:count], gallery, torch.arange(count),
+                                     torch.arange(1400), block=block)
+            assert (found.rank == 1.5).all()
+
+
+def test_backbones_of_one_file_name_and_files_called_as_an_attack_stay_apart(tmp_path):
+    paths = [tmp_path / 'r50' / 'backbone.pth', tmp_path / 'r100' / 'backbone.pth',
+             tmp_path / 'judge.pt', tmp_path / 'other.pt']
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    names = attacks.short_names(['judge', *map(str, paths)])
+    assert list(names.values()) == ['judge', 'r50/backbone', 'r100/backbone',
+                                    f'{tmp_path.name}/judge', 'other']
+
+
+def test_other_people_are_others_even_where_two_are_left():
+    person = np.array([0] * 9 + [1])
+    rows = np.arange(10).repeat(50)
+    other = verification.of_others(person, rows, np.random.default_rng(0))
+    same = verification.of_same(person, rows, np.random.default_rng(0))
+    assert (person[other] != person[rows]).all() and (person[same] == person[rows]).all()
+    assert set(other[person[rows] == 1]) == set(range(9)) and (same[rows < 9] != rows[rows < 9]).all()
+
+
+def test_masks_are_read_off_a_release_better_by_a_net_than_by_detail():
+    """A reconstruction is smoother where it was guessed: who trains on his own images sees it."""
+    faces = toy.draw(np.arange(400) // 2, np.arange(400), size=32).permute(0, 2, 3, 1).numpy()
+    cfg = SimpleNamespace(
+        evaluate=SimpleNamespace(attack_steps=60), mae=SimpleNamespace(patch=8),
+        reconstruct=SimpleNamespace(method='facemae', mask_ratio=0.75, batch=64))
+
+    class Smoothing(protect.Protection):
+        def __call__(self, images, seeds):
+            x = images.permute(0, 3, 1, 2).float()
+            noise = self.patch_noise(seeds, 32)
+            hidden = protect.masked(torch.zeros_like(x), noise, 0.75, 8) > 0
+            smooth = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+            return torch.where(hidden, smooth, x).permute(0, 2, 3, 1).round().byte()
+
+    protection, n = Smoothing(cfg, None), np.arange(100)
+    seeds = torch.arange(100)
+    released = protection(torch.from_numpy(faces[:100]), seeds).numpy()
+    hidden = models.random_masking(protection.patch_noise(seeds, 32), 0.75)[2]
+    group = AttackGroup(ImageRows(released, n), ImageRows(faces, n), n, n // 2,
+                        ImageRows(faces, np.arange(100, 400)), np.arange(100, 400) // 2,
+                        protection=protection, hidden=hidden)
+    visible = hidden.flatten().numpy() == 0
+    detail = mask_attacks.cells(group.released, 4, 'cpu')[1].flatten().numpy()
+    learnt = mask_attacks.guess_masks(group, cfg, 'cpu').flatten().numpy()
+    by_detail, by_net = (verification.auc(-x, visible) for x in (detail, learnt))
+    assert by_net > 0.95 and by_net > by_detail + 0.1

@@ -80,3 +80,41 @@ def test_rows_share_the_run_folder_and_have_their_own():
         ('facemae', 1): 'runs/toy/seed1', ('mse', 1): 'runs/toy/mse/seed1'}
     assert str(found['mse', 1].mae(0)) == 'runs/toy/fold0/mse_seed1.pt'
     assert found['mse', 0].cfg.irm.weight == 0 and found['facemae', 0].cfg.irm.weight > 0
+
+
+def test_a_key_twice_is_refused_with_both_lines(tmp_path):
+    (tmp_path / 'a.yaml').write_text('mae:\n  epochs: 3\nreconstruct: {}\nmae:\n  batch: 8\n')
+    with pytest.raises(InputError, match=r"has 'mae' twice \(lines 1 and 4\)"):
+        config.resolve(tmp_path / 'a.yaml')
+    (tmp_path / 'a.yaml').write_text('mae:\n  epochs: 3\n  batch: 8\n  epochs: 4\n')
+    with pytest.raises(InputError, match=r"has 'epochs' twice \(lines 2 and 4\)"):
+        config.resolve(tmp_path / 'a.yaml')
+
+
+def variant(*assignments):
+    resolved = config.resolve(config.CONFIGS / 'toy.yaml', assignments)
+    return next(config.variants(config.namespace(resolved), False))
+
+
+def test_a_release_hides_what_its_model_hides_unless_both_are_set():
+    assert variant('mae.mask_ratio=0.9').cfg.reconstruct.mask_ratio == 0.9
+    both = variant('mae.mask_ratio=0.9', 'reconstruct.mask_ratio=0.5').cfg
+    assert (both.mae.mask_ratio, both.reconstruct.mask_ratio) == (0.9, 0.5)
+
+
+@pytest.mark.parametrize('assignment, words', [
+    ('mae.norm_pix_loss=true', 'cannot reconstruct'), ('mae.patch=7', 'does not divide data.size'),
+    ('irm.images_per_identity=5', 'images_per_identity'), ('fr.norm_batch=48', 'fr.norm_batch'),
+    ('reconstruct.method=blur reconstruct.blur_sigma=60', 'blur_sigma'),
+    ('reconstruct.method=pixelate reconstruct.pixelate_block=4096', 'pixelate_block'),
+    ('evaluate.probes=1', 'evaluate.probes'), ('mae.batch=1', 'mae.batch'),
+    ('evaluate.attack_steps=0', 'attack_steps'), ('fr.lr=1e308', 'fr.lr'),
+    ('fr.warmup_epochs=1e308', 'fr.warmup_epochs'),
+    ('compare={a:[run.folder=b]} run.row=a', 'run.folder')])
+def test_what_cannot_end_well_is_said_before_anything_begins(assignment, words):
+    with pytest.raises(InputError, match=words):
+        variant(*assignment.split())
+
+
+def test_a_home_folder_is_found():
+    assert variant('data.root=~/faces').cfg.data.root == str(Path.home() / 'faces')

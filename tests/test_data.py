@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from facekit import attack_data, batches, config, faces, files, images, protect, records, split
-from facekit import toy
+from facekit import sources, toy
 from facekit.errors import InputError
 from facekit.protect import FaceMAE, Protection
 
@@ -59,14 +59,14 @@ def test_a_cache_that_was_not_finished_or_was_damaged_is_built_again(tmp_path):
 def test_runs_that_start_together_decode_a_set_once(tmp_path, monkeypatch, capsys):
     cfg = make_config(tmp_path)
     pixels = write_faces(tmp_path / 'faces').permute(0, 2, 3, 1)
-    built, read = [], faces.RecordSource.read
+    built, read = [], sources.RecordSource.read
 
     def slow(source, i):
         time.sleep(0.05)
         built.append(i)
         return read(source, i)
 
-    monkeypatch.setattr(faces.RecordSource, 'read', slow)
+    monkeypatch.setattr(sources.RecordSource, 'read', slow)
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda _: faces.load(tmp_path / 'faces', cfg).images, range(3)))
     assert all(np.array_equal(images, pixels) for images in found)
@@ -89,10 +89,10 @@ def test_a_folder_per_person_is_read_like_records(tmp_path):
 @pytest.mark.parametrize('make, words', [
     (lambda f: None, ['faces', 'does not exist', 'data.root']),
     (lambda f: write_faces(f) is None or (f / 'train.idx').unlink(), ['train.idx']),
-    (lambda f: records.write_records(f, [b'no image'], [0], 32),
+    (lambda f: records.write_records(f, [b'no image'] * 2, [0, 1], 32),
      ['train.rec record 1', 'data.on_corrupt=skip']),
     (lambda f: records.write_records(
-        f, [images.encode(torch.zeros(3, 40, 32, dtype=torch.uint8))], [0], 32),
+        f, [images.encode(torch.zeros(3, 40, 32, dtype=torch.uint8))] * 2, [0, 1], 32),
      ['32x40', 'data.on_size=resize'])])
 def test_a_wrong_data_set_is_one_sentence(tmp_path, make, words):
     make(tmp_path / 'faces')
@@ -186,6 +186,8 @@ def test_order_visits_every_image_once_an_epoch():
 def test_balanced_batches_hold_k_images_of_each_person():
     labels = np.repeat(np.arange(6), [1, 2, 3, 4, 9, 12])
     order = batches.Order(len(labels), 8, 0, 'mae.batch', labels, per_identity=4)
+    with pytest.raises(InputError, match='does not divide by irm.images_per_identity = 4'):
+        batches.Order(len(labels), 10, 0, 'mae.batch', labels, per_identity=4)
     for step in range(6):
         people, counts = np.unique(labels[order(step)[0]], return_counts=True)
         assert (counts % 4 == 0).all()

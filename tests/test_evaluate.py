@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from facekit import files, images, toy, verification
-from facekit.errors import InputError
-from facekit.faces import FaceSet
+import models
+from facekit import embed, files, images, progress, records, toy, verification
+from facekit.errors import InputError, printable
+from facekit.faces import FaceSet, ImageRows
 from facekit.verification import PairSet
 
 GOLDEN = json.loads((Path(__file__).parent / 'fixtures' / 'verification.json').read_text())
@@ -153,3 +154,45 @@ def test_an_external_checkpoint_may_hold_an_argparse_namespace_but_no_code(tmp_p
         with pytest.raises(InputError, match='safely'):
             files.load_checkpoint(tmp_path / name)
     assert not (tmp_path / 'executed').exists()
+
+
+def test_a_checkpoint_that_was_loaded_can_be_saved_and_loaded_again(tmp_path):
+    torch.save({'net': {'a': torch.ones(2)}, 'step': 3}, tmp_path / 'a.pt')
+    torch.save(files.load_checkpoint(tmp_path / 'a.pt'), tmp_path / 'b.pt')
+    assert files.load_checkpoint(tmp_path / 'b.pt')['step'] == 3
+
+
+def test_pairs_that_are_not_square_are_cut_with_a_warning_not_stretched(tmp_path, capsys):
+    picture = torch.zeros(3, 112, 96, dtype=torch.uint8)
+    picture[:, 8:104] = 200                                          # the middle, 96 x 96
+    encoded = [images.encode(picture, 'png'), images.encode(picture[:, :96], 'png')] * 10
+    records.write_bin(tmp_path / 'a.bin', encoded, [True, False] * 5)
+    loaded = verification.load_pairs(tmp_path / 'a.bin', 96)
+    assert (loaded.images[0] == 200).all() and len(loaded.images) == 2
+    assert 'not square' in capsys.readouterr().out
+
+
+def test_a_full_size_net_is_given_small_batches_on_a_laptop(monkeypatch):
+    asked = []
+    monkeypatch.setattr(embed, 'embed_all', lambda net, store, batch, precision: asked.append(
+        batch) or (torch.ones(1, 2), torch.ones(1, 2)))
+    cfg = SimpleNamespace(evaluate=SimpleNamespace(batch=256),
+                          run=SimpleNamespace(precision='fp32'))
+    for width, size in ((64, 112), (16, 48)):
+        net = models.iresnet(10, width, size, 16)
+        embed.unit_embeddings(net, ImageRows(np.zeros((1, 8, 8, 3), np.uint8), np.arange(1)), cfg,
+                              torch.device('cpu'))
+    assert asked[0] < 100 and asked[1] == 256
+
+
+def test_a_damaged_log_harms_nothing(tmp_path):
+    path = tmp_path / 'log' / 'student.jsonl'
+    path.parent.mkdir()
+    path.write_bytes(b'\xff\xfe\n{"stage": [1]}\n[3]\n{"step": 4, "seconds": 2.5}\n{"step": 9')
+    progress.StageLog(tmp_path, 'student', 10, 5)(6, 1, loss=1.0)
+    assert progress.stage_seconds(tmp_path) == {'student': 2.5}
+    assert [entry['step'] for _, entry in progress.read_log(path)] == [4, 6]
+
+
+def test_characters_that_a_terminal_obeys_are_shown_escaped():
+    assert printable('a\x1b[31m\nb\udcff') == 'a\\x1b[31m\\nb\\udcff'

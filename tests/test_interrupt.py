@@ -3,19 +3,21 @@
 Moments and sizes are random, but seeded; `pytest -m long` tries many more of them.
 """
 import json
+import os
 import random
 import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import Script, log_lines, run, tensors
+from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run, tensors
 
 ROWS = ['--compare', 'compare={mask: [reconstruct.method=mask]}']
 RELEASES = ['run/reconstructed', 'run/release.json', 'run/mask/reconstructed',
@@ -298,3 +300,71 @@ def test_when_a_process_dies_the_others_say_so_and_end(copied, dies, cause):
     assert other.wait(60) == 2, other.err
     assert 'Traceback' not in other.err
     assert re.search('^error: .*another process', other.err, re.MULTILINE), other.err
+
+
+# -------------------------------------------------------------------- two starts of one thing
+
+def test_weights_that_exploded_do_not_replace_the_last_good_ones(copied):
+    """A finite loss can have a gradient whose update is not; it used to be saved."""
+    run(copied, 'train_mae.py', 'mae.epochs=2', 'run.save_minutes=0')
+    code = ('import torch, train_mae; from facekit import run, training; '
+            'real = training.Training.update\n'
+            'def update(self, losses, lr):\n'
+            '    self.parameters[0].grad.fill_(float("inf")) if self.step == 3 else None\n'
+            '    real(self, losses, lr)\n'
+            'training.Training.update = update\n'
+            'run.launch(train_mae.main, None, "", "")')
+    done = subprocess.run(
+        [sys.executable, '-c', code, '--config', str(TINY), 'run.folder=run', 'mae.name=hot',
+         'run.save_minutes=0'], cwd=copied, capture_output=True, text=True,
+        env=os.environ | ENVIRONMENT | {'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 2 and 'a weight of model became' in done.stderr, done.stderr
+    state = torch.load(copied / 'run' / 'fold0' / 'hot.pt', weights_only=True)
+    assert state['step'] == 3 and all(t.isfinite().all() for t in state['model'].values())
+
+
+def test_a_second_start_waits_for_the_first_and_finds_its_work_done(copied):
+    arguments = 'train_mae.py', 'run.save_minutes=0', 'mae.epochs=30'
+    first = Script(copied, *arguments)
+    reach(copied / 'run' / 'fold0' / 'mae.pt', 2)
+    second = Script(copied, *arguments)
+    assert first.wait() == 0 and second.wait() == 0
+    assert 'another run is making' in second.out and 'nothing to do' in second.out
+
+
+def test_another_method_in_the_folder_of_a_release_never_mixes_with_it(copied, finished):
+    """A held-up run's part used to end in the other one's release: originals in a masked set."""
+    shutil.copy(finished[0] / 'run' / 'fold0' / 'mae.pt', copied / 'run' / 'fold0' / 'mae.pt')
+    held_up = ('import time, reconstruct; from facekit import run; real = reconstruct.make_part\n'
+               'def slow(*a):\n'
+               '    made = real(*a); print("made", flush=True); time.sleep(4); return made\n'
+               'reconstruct.make_part = slow\n'
+               'run.launch(reconstruct.main, None, "", "")')
+    first = subprocess.Popen(
+        [sys.executable, '-c', held_up, '--config', str(TINY), 'run.folder=run',
+         'reconstruct.method=none'], cwd=copied, stdout=subprocess.PIPE, text=True,
+        env=os.environ | ENVIRONMENT | {'PYTHONPATH': str(ROOT)})
+    while 'made' not in first.stdout.readline():
+        pass
+    second = Script(copied, 'reconstruct.py', 'reconstruct.method=mask')
+    assert first.wait(60) == 0
+    assert second.wait() == 2 and 'another run is making' in second.out
+    assert 'another reconstruct.method' in second.err
+    facts = json.loads((copied / 'run' / 'reconstructed' / 'manifest.json').read_text())
+    assert facts['method'] == 'none'
+    # And after a kill between its parts the other method takes nothing over
+    shutil.rmtree(copied / 'run' / 'reconstructed')
+    (copied / 'run' / 'reconstructed.parts').mkdir()
+    (copied / 'run' / 'reconstructed.parts' / '0123456789abcdef-0.npz').write_bytes(b'x')
+    run(copied, 'reconstruct.py', 'reconstruct.method=mask')
+    facts = json.loads((copied / 'run' / 'reconstructed' / 'manifest.json').read_text())
+    assert facts['method'] == 'mask' and not (copied / 'run' / 'reconstructed.parts').exists()
+
+
+def test_two_rows_are_evaluated_side_by_side(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    few = 'evaluate.attacks=[pixels]'
+    pair_ = [Script(tmp_path, 'evaluate.py', f'run.row={row}', few) for row in ('mask', 'originals')]
+    assert [script.wait() for script in pair_] == [0, 0]
+    for row in ('mask', 'originals'):
+        assert (tmp_path / 'run' / 'figures' / f'{row}_roc.png').exists()

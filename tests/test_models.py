@@ -12,6 +12,7 @@ from torch import nn
 
 import models
 from facekit import batches, embed
+from facekit.errors import InputError
 from facekit.faces import ImageRows
 
 GOLDEN = json.loads((Path(__file__).parent / 'fixtures' / 'interchange.json').read_text())
@@ -323,3 +324,30 @@ def test_unknown_margin_settings_are_refused():
         models.MarginHead(2, 3, loss='softmax')
     with pytest.raises(ValueError, match="gradient 'none'"):
         models.MarginHead(2, 3, gradient='none')
+
+
+@pytest.mark.parametrize('width', [8, 12])
+def test_narrow_nets_train_in_channels_last_memory(width):
+    """The backward pass of a 1x1 convolution with stride 2 crashed the process at these widths."""
+    net = models.iresnet(10, width, 112, 16).to(memory_format=torch.channels_last)
+    x = torch.randn(24, 3, 112, 112).contiguous(memory_format=torch.channels_last)
+    net(x).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
+
+
+def test_a_shortcut_is_the_strided_convolution():
+    torch.manual_seed(0)
+    shortcut, x = models.Shortcut(6, 10, 1, 2, bias=False), torch.randn(3, 6, 7, 8)
+    torch.testing.assert_close(shortcut(x), F.conv2d(x, shortcut.weight, stride=2))
+
+
+def test_checkpoints_of_arcface_torch_and_of_an_encoder_alone(tmp_path):
+    net = models.iresnet(10, 8, 32, 16)
+    torch.save({'epoch': 3, 'state_dict_backbone': net.state_dict()}, tmp_path / 'gpu_0.pt')
+    read = embed.recogniser(tmp_path / 'gpu_0.pt', torch.device('cpu'))
+    assert all(torch.equal(v, read.state_dict()[k]) for k, v in net.state_dict().items())
+    mae = small_mae()
+    encoder = {k: v for k, v in mae.state_dict().items()
+               if 'decoder' not in k and k != 'mask_token'}
+    with pytest.raises(InputError, match='encoder only'):
+        embed.load_weights(mae, {'model': encoder}, 'mae_pretrain.pth')

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from facekit.errors import InputError
-from facekit.faces import FolderSource
+from facekit.sources import FolderSource
 from facekit.images import decode, encode
 from facekit.records import Records, pack, payload, read_bin, write_bin, write_records
 
@@ -558,3 +558,43 @@ def test_damaged_images_give_one_sentence():
             refused += 1
             assert 'image 7' in one_sentence(error)
     assert refused > 50
+
+
+def glint_like(folder, images, identities):
+    """A record set of as many tiny records, with a header as float32 keeps it."""
+    folder.mkdir()
+    total = 1 + images + identities
+    rec = np.zeros((total, 10), '<u4')                          # 40 bytes a record
+    rec[:, 0], rec[:, 1] = 0xced7230a, 28
+    rec[1 + images:, 1], rec[1 + images:, 2] = 32, 2            # identities: two labels, no image
+    rec[0, 1:] = [32, 2, 0, 0, 0, 0, 0, *np.array([1 + images, total], '<f4').view('<u4')]
+    (folder / 'train.rec').write_bytes(rec.tobytes())
+    keys = np.arange(total)
+    lines = np.char.add(np.char.add(keys.astype('S8'), b'\t'), (40 * keys).astype('S9'))
+    (folder / 'train.idx').write_bytes(b'\n'.join(lines.tolist()) + b'\n')
+    return folder
+
+
+@pytest.mark.parametrize('images', [(1 << 24) + 2, (1 << 24) - 1])
+def test_a_header_beyond_what_float32_counts_is_read(tmp_path, images):
+    """Glint360K's own header is such a one: 17,091,657 images."""
+    found = Records(glint_like(tmp_path / 'set', images, 3))
+    assert len(found) == images and found.keys[-1] == images
+
+
+def test_bin_of_a_home_made_kind(tmp_path):
+    images, same = pairs()
+    (tmp_path / 'a.bin').write_bytes(pickle.dumps((images, [1, 0])))
+    assert read_bin(tmp_path / 'a.bin')[1].tolist() == [True, False]
+    arrays = [np.frombuffer(x, np.uint8) for x in images]
+    for protocol in range(5):
+        (tmp_path / 'a.bin').write_bytes(pickle.dumps((arrays, same), protocol))
+        with pytest.raises(InputError, match='tobytes'):
+            read_bin(tmp_path / 'a.bin')
+
+
+def test_one_key_for_all_records_is_told_what_helps(tmp_path):
+    raw_set(tmp_path, [payload(0, 0, b'a' * 30), payload(1, 1, b'b' * 30)])
+    (tmp_path / 'train.idx').write_text('0\t0\n0\t64\n')
+    with pytest.raises(InputError, match='pack the set anew with a key for each image'):
+        Records(tmp_path)

@@ -1,14 +1,18 @@
 """The scripts as users run them: the pipeline, several processes, wrong inputs."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
-from conftest import ROOT, TINY, log_lines, run
-from facekit import images, records
+from conftest import ROOT, TINY, Script, log_lines, run
+from facekit import images, protect, records
+from facekit import run as process
+from facekit.config import namespace
+from facekit.errors import InputError
 
 
 def test_the_pipeline_writes_what_it_promises(finished):
@@ -25,6 +29,9 @@ def test_the_pipeline_writes_what_it_promises(finished):
     assert originals['privacy']['pixels_same_image']['rank1'] == 1
     assert originals['reconstruction']['psnr'] > 90                  # PNG: nothing is lost
     assert {'commit', 'torch', 'device'} <= set(results['made_with'])
+    assert results['people']['people'] == 10 and results['people']['of_people'] == 24
+    assert results['left_out'][f'{folder}/faces'] == {'damaged images': 0,
+                                                      'images equal to another one': 0}
     assert results['config']['mae']['dim'] == 32 and results['seconds']['train_mae/fold0/mae'] > 0
     assert originals['privacy']['judge_same_image']['tar@far=1e-3'] == 1
     assert {'linear_same_image', 'masked_same_image', 'visible_same_image', 'trained_same_image',
@@ -222,3 +229,82 @@ def test_tiny_names_only_known_keys():
     known = yaml.safe_load((ROOT / 'configs' / 'casia.yaml').read_text())
     for section, content in yaml.safe_load(TINY.read_text()).items():
         assert section == 'compare' or set(content) <= set(known[section])
+
+
+def test_another_teacher_does_not_continue_a_half_trained_mae(copied):
+    run(copied, 'train_mae.py')
+    path = copied / 'run' / 'fold0' / 'teacher.pt'
+    state = torch.load(path, weights_only=True)
+    state['net']['fc.bias'] += 0.1
+    torch.save(state, path)
+    assert 'another teacher' in run(copied, 'train_mae.py', code=2)
+
+
+def test_more_epochs_are_a_new_training_from_the_finished_weights(finished, copied):
+    shutil.copytree(finished[0] / 'run', copied / 'run', dirs_exist_ok=True)
+    printed = run(copied, 'train_fr.py', 'fr.epochs=8', code=2)
+    assert 'fr.epochs (5.0 then, 8.0 now)' in printed and 'fr.init=run/fr.pt' in printed
+    words = 'run.folder=further', 'release=run/mask/reconstructed', 'fr.epochs=1'
+    printed = run(copied, 'train_fr.py', 'fr.init=run/fr.pt', *words)
+    assert 'training further/fr.pt' in printed
+
+
+@pytest.mark.parametrize('environment, words', [
+    ({'WORLD_SIZE': '2'}, 'torchrun'), ({'WORLD_SIZE': '2', 'RANK': '0'}, 'torchrun')])
+def test_a_cluster_that_sets_half_of_the_environment_is_a_sentence(finished, environment, words):
+    script = Script(finished[0], 'train_fr.py', **environment)
+    assert script.wait(60) == 2 and words in script.err and 'Traceback' not in script.err
+
+
+def test_two_processes_on_one_gpu_are_refused(monkeypatch):
+    cfg = SimpleNamespace(run=SimpleNamespace(device='auto'))
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    with pytest.raises(InputError, match='no GPU of its own'):
+        process.choose_device(cfg)
+
+
+def test_the_whole_experiment_is_checked_in_seconds_before_the_first_stage(finished, tmp_path):
+    assert 'releases 10 of 24 people' in run(finished[0], 'evaluate.py', '--check', '--compare')
+    for words, sentence in (
+            ('evaluate.sets=[nowhere.bin]', 'nowhere.bin'), ('fr.batch=400', 'fr.batch = 400'),
+            ('data.root=no/faces', 'does not exist'), ('teacher.checkpoint=no.pt', 'no.pt'),
+            ('evaluate.attacks=[psychic]', 'psychic'), ('mae.norm_pix_loss=true', 'leak'),
+            ('data.exclude=[999]', '999'), ('fr.depth=12', 'fr.depth'), ('mae.heads=5', 'does not divide by 5')):
+        assert sentence in run(finished[0], 'evaluate.py', '--check', words, code=2)
+    before = {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
+    run(finished[0], 'train_mae.py', '--check', 'run.folder=new')
+    assert before == {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
+
+
+def test_a_checkpoint_damaged_in_structure_is_one_sentence(copied):
+    run(copied, 'train_mae.py', 'mae.epochs=3')
+    path = copied / 'run' / 'fold0' / 'mae.pt'
+    whole = torch.load(path, weights_only=True)
+    config_ = whole['config']
+    for damage in ({'optimizer': {}}, {'config': {**config_, 'mae': torch.ones(2)}}, {'step': -1},
+                   {'premises': 3}, {'sums': torch.ones(7)}):
+        torch.save({**whole, 'step': 5, **damage}, path)
+        printed = run(copied, 'train_mae.py', 'mae.epochs=3', code=2)
+        assert 'Traceback' not in printed and 'error: ' in printed, damage
+    cfg = namespace(config_)
+    for damage in ({'model': {'a': {'b': torch.ones(1)}}}, {'mean': torch.ones(2, 2)},
+                   {'std': -1.0}, {'std': 'a'}, {'config': {}}, {'step': 'a'}, {'config': {
+                       **config_, 'mae': {**config_['mae'], 'depth': 'x'}}}):
+        torch.save({**whole, **damage}, path)
+        with pytest.raises(InputError):
+            protect.load_mae(path, cfg, torch.device('cpu'), '')
+    torch.save(whole, path)
+    assert protect.load_mae(path, cfg, torch.device('cpu'), '').std == 0.25
+    cfg.mae.patch = 4
+    with pytest.raises(InputError, match='mae.patch = 8'):
+        protect.load_mae(path, cfg, torch.device('cpu'), '')
+
+
+def test_a_run_of_the_version_before_is_refused_in_a_sentence(copied):
+    run(copied, 'train_mae.py', 'mae.epochs=3')
+    path = copied / 'run' / 'fold0' / 'mae.pt'
+    state = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in state.items() if k not in ('format', 'premises')}, path)
+    assert 'earlier version of this kit' in run(copied, 'train_mae.py', 'mae.epochs=3', code=2)

@@ -291,4 +291,4 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--peers', default='')
     own, sys.argv[1:] = parser.parse_known_args()
-    run.launch(lambda *rest: main(own.peers, *rest), __doc__, argparse.SUPPRESS)
+    run.launch(lambda *rest: main(own.peers, *rest), None, __doc__, argparse.SUPPRESS)

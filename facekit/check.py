@@ -1,0 +1,157 @@
+"""Checks before the first stage and behind a release: what cannot end well is said, and nothing is
+published that is not what it should be."""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import models
+from facekit import attacks, files, images, protect, run, verification
+from facekit.config import CHOICES, variants
+from facekit.errors import InputError
+from facekit.faces import FaceSet
+from facekit.records import Records, read_bin
+from facekit.sources import open_source
+from facekit.split import count_release, make_folds
+
+SAMPLE = 16       # images of a release that are made once more
+
+
+# ---------------------------------------------------------------------- a whole experiment
+
+def check_experiment(cfg, compare):
+    """Say what a run will do, or refuse what one of its stages could not end; takes seconds.
+
+    Nothing is decoded, trained or written.
+    """
+    rows = list(variants(cfg, compare))
+    for variant in rows:
+        check_models(variant.cfg)
+        attacks.check_names(variant.cfg.evaluate.attacks)
+        for section in ('teacher', 'judge'):
+            path = getattr(variant.cfg, section).checkpoint
+            if path and not Path(path).is_file():
+                raise InputError(f'{section}.checkpoint = {path} does not exist: check the path')
+    if cfg.reconstruct.key:
+        protect.read_secret(Path(cfg.reconstruct.key))
+    drawn = cfg.data.root == cfg.toy.root and not Path(cfg.data.root).exists()
+    if drawn:
+        run.say(f'toy faces will be drawn into {cfg.data.root}')
+    else:
+        check_people(cfg, rows)
+    for path in (verification.find_set(name, cfg) for name in cfg.evaluate.sets):
+        if not (drawn and path.name == 'toy.bin'):
+            read_bin(path)
+    names = ', '.join(f'{v.name} (seed {v.seed})' for v in rows)
+    run.say(f'checked: {len(rows)} of {names}; results will be in {cfg.run.folder}')
+
+
+def check_models(cfg):
+    """Refuse sizes of nets that do not fit each other; on the meta device nothing is allocated."""
+    with torch.device('meta'):
+        if cfg.reconstruct.method == 'facemae':
+            protect.build_mae(cfg.mae, cfg.data.size)
+        for section in ('teacher', 'judge', 'fr'):
+            try:
+                models.iresnet(getattr(cfg, section).depth, 1)
+            except ValueError as error:
+                raise InputError(f'{section}.depth: {error}') from None
+    if protect.draws_mask(cfg.reconstruct.method):
+        for ratio in {cfg.mae.mask_ratio, cfg.reconstruct.mask_ratio}:
+            protect.check_patches(cfg.data.size, cfg.mae.patch, ratio)
+
+
+def check_people(cfg, rows):
+    """Refuse a split that leaves a stage too few images, told from labels alone."""
+    private = undecoded(cfg.data.root)
+    public = undecoded(cfg.data.public, len(private)) if cfg.data.public else private
+    folds = make_folds(private, public, cfg)
+    run.say(count_release(folds, cfg).sentence(cfg.data.exclude))
+    released = sum(len(f.released) for f in folds)
+    for variant in rows:
+        c = variant.cfg
+        for key, batch, count in (
+                ('mae.batch', c.mae.batch, min(len(f.mae) for f in folds)),
+                ('fr.batch', c.fr.batch, min(released, *(len(f.train) for f in folds)))):
+            if batch > count:
+                raise InputError(f'{key} = {batch} is larger than the smallest set it is taken '
+                                 f'from, {count} images: use a smaller one')
+
+
+def undecoded(path, first=0):
+    """The FaceSet at `path` without its images; numbers from `first` on stand for their hashes."""
+    source = open_source(Path(path))
+    count = len(source.labels)
+    return FaceSet(Path(path), None, source.labels, source.people,
+                   np.arange(first, first + count, dtype=np.uint64), [], source)
+
+
+# --------------------------------------------------------------------------- one release
+
+def check_release_files(folder, plan, secret, card):
+    """Refuse a release whose files are not exactly what it may hold.
+
+    folder: of the release; plan: its ReleasePlan; card: a function that makes README.md from
+    manifest.json. What is written is compared with what may be written, so that no path, name or
+    label of the source needs to be searched for.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    expected = ['README.md', 'manifest.json', 'property', 'train.idx', 'train.rec']
+    refuse(names != expected, folder, f'holds {names}, not {expected}')
+    facts = files.read_json(folder / 'manifest.json')
+    words = {word for choices in CHOICES.values() for word in choices}
+    for key, value in facts.items():
+        known = isinstance(value, (int, float)) or value in words or key == 'made_by' and (
+            re.fullmatch(r'FaceMAE kit [\w. -]+', str(value)))
+        refuse(not known, folder, f'has {key} = {value!r} in its manifest')
+    refuse((folder / 'README.md').read_text() != card(facts), folder, 'has another README.md')
+    released = Records(folder)
+    refuse(not np.array_equal(released.labels, plan.label), folder,
+           f'has {len(released)} images whose labels are not the {len(plan.label)} of its plan')
+    refuse(facts['images'] != len(plan.label) or facts['people'] != plan.people, folder,
+           'has other counts in its manifest')
+    for path in folder.iterdir():
+        content = files.open_bytes(path)
+        refuse(any(content.find(form) >= 0 for form in (
+            secret, secret.hex().encode(), secret.hex().upper().encode())), path,
+            'holds the secret')
+
+
+def check_release_images(folder, plan, private, protections, device):
+    """Refuse a release whose images are not those of its plan, or that read a hidden pixel.
+
+    A sample of originals is protected once more and compared with what stands in the release,
+    which shows, too, that nobody else's image is there; then with their hidden patches changed,
+    which must not change a bit.
+    """
+    released, cfg = Records(folder), protections[0].cfg
+    for i in np.unique(np.linspace(0, len(plan.image) - 1, SAMPLE).astype(int)):
+        protection, seeds = protections[plan.fold[i]], plan.seeds[i:i + 1].to(device)
+        original = torch.from_numpy(private.select(plan.image[i:i + 1]).pixels()).to(device)
+        again = protection(original, seeds)
+        stored = images.decode(released[i], f'{folder} image {i}').permute(1, 2, 0)
+        fresh = images.decode(images.encode(again[0].cpu().permute(2, 0, 1),
+                                            cfg.reconstruct.format, cfg.reconstruct.quality), 'it')
+        # Other hardware rounds otherwise, another image differs by more than ten times as much
+        error = (stored.float() - fresh.permute(1, 2, 0)).abs().mean().item()
+        refuse(error > 2, folder, f'has another image at {i} than its plan (error {error:.1f})')
+        if protect.draws_mask(cfg.reconstruct.method):
+            noise, size = protection.patch_noise(seeds, cfg.data.size), cfg.data.size
+            black = torch.zeros(1, 3, size, size, device=device)
+            hidden = protect.masked(black, noise, cfg.reconstruct.mask_ratio, cfg.mae.patch) > 0
+            changed = torch.where(hidden.permute(0, 2, 3, 1), 255 - original, original)
+            refuse(not torch.equal(protection(changed, seeds), again), folder,
+                   f'would tell hidden pixels (image {i})')
+            patches = (size // cfg.mae.patch) ** 2
+            share = round(patches * cfg.reconstruct.mask_ratio) / patches
+            refuse(abs(hidden.float().mean().item() - share) > 1e-6, folder,
+                   f'hides another share of pixels than {share:.4f}')
+
+
+def refuse(wrong, path, text):
+    """InputError about a release, if something is wrong."""
+    if wrong:
+        raise InputError(f'{path} {text}: it must not be published; delete it, make it again, and '
+                         'report this if it stays')

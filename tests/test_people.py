@@ -1,0 +1,270 @@
+"""Nobody is released by mistake: names, exclusions, what is passed over, the secret, the check."""
+import json
+import os
+import re
+import shutil
+import stat
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import run
+from facekit import check, config, faces, images, protect, records, split, toy
+from facekit.errors import InputError
+from test_data import make_config, write_faces
+
+
+def folder_of_people(root, people=12, each=3):
+    """A folder per person, named id_000 and so on."""
+    for person in range(people):
+        (root / f'id_{person:03}').mkdir(parents=True)
+        drawn = toy.draw(np.full(each, person), np.arange(each), 32)
+        for i, image in enumerate(drawn):
+            (root / f'id_{person:03}' / f'{i}.png').write_bytes(images.encode(image, 'png'))
+    return root
+
+
+def released_people(cfg):
+    """{name of a released person: number of the fold} of a config."""
+    return {str(name): fold.k for fold in split.split(cfg)
+            for name in fold.private.people[np.unique(fold.private.labels[fold.released])]}
+
+
+def test_adding_a_person_changes_nobody_elses_group_order_or_exclusion(tmp_path):
+    """A new folder used to shift all labels: who was excluded was released, another left out."""
+    root = folder_of_people(tmp_path / 'faces')
+    cfg = make_config(tmp_path, 'data.exclude=[id_005]', 'data.release_folds=[]')
+    before = released_people(cfg)
+    folds = split.split(cfg)
+    plan = protect.plan_release(folds, b'secret', cfg)
+    order = [str(folds[0].private.people[folds[0].private.labels[i]]) for i in plan.image]
+    for name in ('.ipynb_checkpoints', 'aaa', 'zzz'):
+        shutil.copytree(root / 'id_003', root / name)
+        for file in (root / name).iterdir():                          # other pictures
+            file.write_bytes(images.encode(torch.randint(0, 256, (3, 32, 32),
+                                                         dtype=torch.uint8), 'png'))
+    after = released_people(cfg)
+    assert 'id_005' not in before | after and len(before) == 11
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {'aaa', 'zzz'}             # the hidden one is nobody
+    folds = split.split(cfg)
+    later = protect.plan_release(folds, b'secret', cfg)
+    names = [str(folds[0].private.people[folds[0].private.labels[i]]) for i in later.image]
+    assert [name for name in names if name in before] == order
+    seeds = dict(zip(zip(folds[0].private.hashes[later.image].tolist()), later.seeds.tolist()))
+    assert set(plan.seeds.tolist()) <= set(seeds.values())
+
+
+@pytest.mark.parametrize('exclude, words', [
+    ('[id_05]', ["'id_05'", 'did you mean', 'id_005']), ('[5]', ['5', 'named', 'id_000']),
+    ('[{a: 1}]', ['names of people'])])
+def test_an_exclusion_that_matches_nobody_is_refused(tmp_path, exclude, words):
+    folder_of_people(tmp_path / 'faces')
+    with pytest.raises(InputError) as error:
+        split.split(make_config(tmp_path, f'data.exclude={exclude}'))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_an_unknown_label_is_refused_and_a_known_one_taken_out(tmp_path):
+    write_faces(tmp_path / 'faces')
+    with pytest.raises(InputError, match='999'):
+        split.split(make_config(tmp_path, 'data.exclude=[999]'))
+    assert '5' not in released_people(make_config(tmp_path, 'data.exclude=[5]',
+                                                  'data.release_folds=[]'))
+
+
+def test_what_will_be_released_is_said_with_everybody_who_is_not(tmp_path):
+    root = folder_of_people(tmp_path / 'faces')
+    (root / 'id_001' / '2.png').unlink()
+    cfg = make_config(tmp_path, 'data.exclude=[id_005]', 'data.min_images=3')
+    folds = split.split(cfg)
+    counts = split.count_release(folds, cfg)
+    released = len(released_people(cfg))
+    said = counts.sentence(cfg.data.exclude)
+    assert said.startswith(f'releases {released} of 12 people, {3 * released} images; excluded: '
+                           'id_005 (3 images); 1 with fewer than data.min_images')
+    assert counts.people_in_other_folds == 10 - released
+
+
+def test_what_a_folder_holds_beside_images_is_counted_and_named(tmp_path, capsys):
+    root = folder_of_people(tmp_path / 'faces', people=3)
+    image = images.decode((root / 'id_000' / '0.png').read_bytes(), '')
+    from PIL import Image
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    for name in ('a.webp', 'a.bmp', 'A.JPG', 'a.jfif', 'a.jpeg'):
+        form = {'.webp': 'WEBP', '.bmp': 'BMP'}.get(name[-5:].lower(), 'JPEG')
+        form = 'BMP' if name.endswith('bmp') else form
+        picture.save(root / 'id_001' / name, form)
+    for name in ('x.heic', 'y.heic', 'notes.txt', '.DS_Store'):
+        (root / 'id_002' / name).write_bytes(b'x')
+    (root / '__MACOSX').mkdir()
+    (root / 'list.txt').write_text('x')
+    (root / 'link').symlink_to(root / 'id_000')
+    found = faces.load(root, make_config(tmp_path))
+    assert len(found) == 9 + 5 and found.people.tolist() == ['id_000', 'id_001', 'id_002']
+    said = capsys.readouterr().out
+    for words in ('file that ends in .heic: 2 (id_002/x.heic, id_002/y.heic)',
+                  'file that ends in .txt: 1', 'hidden: 2', 'link to a folder: 1',
+                  'file beside the folders of people: 1'):
+        assert words in said, said
+
+
+def make_single_person(root):
+    files_ = [images.encode(x) for x in toy.draw(np.zeros(4, int), np.arange(4), 32)]
+    records.write_records(root, files_, [0] * 4, 32)
+
+
+def make_too_deep(root):
+    folder_of_people(root / 'CASIA')
+
+
+def make_other_record(root):
+    write_faces(root)
+    for ending in ('rec', 'idx'):
+        (root / f'train.{ending}').rename(root / f'file.{ending}')
+
+
+@pytest.mark.parametrize('make, path, words', [
+    (make_single_person, '', ['one person', 'label']),
+    (make_too_deep, '', ['CASIA', 'name that']),
+    (make_other_record, '', ['file.rec', 'name the file itself']),
+    (write_faces, 'train.idx', ['index', 'train.rec']),
+    (lambda root: (root.mkdir(), (root / 'faces.zip').write_bytes(b'PK')), 'faces.zip',
+     ['faces.zip is a file', 'unpack'])])
+def test_a_set_that_is_none_is_told_what_it_is(tmp_path, make, path, words):
+    make(tmp_path / 'faces')
+    with pytest.raises(InputError) as error:
+        faces.load(tmp_path / 'faces' / path, make_config(tmp_path))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_toy_faces_are_drawn_where_the_config_says_and_nowhere_else(tmp_path):
+    with pytest.raises(InputError, match='does not exist'):
+        faces.load(tmp_path / 'faces', make_config(tmp_path))
+    assert not (tmp_path / 'faces').exists()
+    cfg = make_config(tmp_path, f'toy.root={tmp_path}/faces')
+    assert len(faces.load(tmp_path / 'faces', cfg)) == 144
+
+
+def test_photos_that_are_not_square_lose_their_edges_and_a_warning_says_so(tmp_path, capsys):
+    image = torch.zeros(3, 40, 32, dtype=torch.uint8)
+    image[:, 4:36] = 200                                              # the middle, 32 x 32
+    other = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    records.write_records(tmp_path / 'faces', [images.encode(image, 'png'),
+                                               images.encode(other, 'png')], [0, 1], 32)
+    found = faces.load(tmp_path / 'faces', make_config(tmp_path, 'data.on_size=resize'))
+    assert (found.images[0] == 200).all()
+    assert '1 image of' in (said := capsys.readouterr().out) and 'not square' in said
+
+
+# -------------------------------------------------------------------------------- the secret
+
+@pytest.mark.parametrize('text', [b'', b'a', b'password', b'0' * 64, b'\0' * 64, b'ab' * 31])
+def test_a_secret_worth_nothing_is_refused(tmp_path, text):
+    (tmp_path / 'my.key').write_bytes(text)
+    with pytest.raises(InputError, match='64 hex digits'):
+        protect.read_secret(tmp_path / 'my.key')
+
+
+def test_the_public_secret_is_known_in_every_spelling_and_one_that_others_read_is_named(
+        tmp_path, capsys):
+    write_faces(tmp_path / 'faces')
+    public = (config.CONFIGS / 'toy.key').read_bytes().strip()
+    for text in (public.upper(), b'\xef\xbb\xbf' + public, public + b'\n\n'):
+        (tmp_path / 'my.key').write_bytes(text)
+        with pytest.raises(InputError, match='known to everybody'):
+            protect.release_secret(make_config(tmp_path, f'reconstruct.key={tmp_path}/my.key'))
+    cfg = make_config(tmp_path)
+    assert len(protect.release_secret(cfg)) == 32
+    path = tmp_path / 'run' / 'release.key'
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and not capsys.readouterr().out
+    path.chmod(0o644)
+    protect.release_secret(cfg)
+    assert 'others can read' in capsys.readouterr().out
+
+
+def test_releases_share_no_mask_order_or_label_and_one_seed_tells_no_other(tmp_path):
+    write_faces(tmp_path / 'faces', people=30, each=4)
+    plans = []
+    for words in ((), ('run.seed=1',), ('reconstruct.method=mask',), ('run.row=a',
+                  'compare={a: []}'), ('reconstruct.method=mask', 'mae.mask_ratio=0.5')):
+        cfg = make_config(tmp_path, 'data.release_folds=[]', *words)
+        plans.append(protect.plan_release(split.split(cfg), b'secret', cfg))
+    seeds = torch.cat([plan.seeds for plan in plans])
+    assert len(seeds.unique()) == len(seeds) == 5 * 120
+    for a, b in zip(plans, plans[1:]):
+        assert (a.image != b.image).mean() > 0.9
+    # Bits of the seeds of neighbours are as often equal as not (five standard errors)
+    bits = (seeds[:, None] >> torch.arange(64) & 1).float()
+    assert abs((bits[1:] == bits[:-1]).float().mean() - 0.5) < 2.5 / (600 * 64) ** 0.5
+
+
+# ---------------------------------------------------------------------------- the release
+
+def test_a_release_that_is_not_what_it_should_be_is_not_left_behind(finished, tmp_path):
+    """Each kind of damage to a finished release is found by its check."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / 'run' / 'reconstructed'
+    again = 'reconstruct.py', 'reconstruct.check=true'
+    assert 'finished and sound' in run(tmp_path, *again)
+    facts = json.loads((folder / 'manifest.json').read_text())
+    secret = (tmp_path / 'run' / 'release.key').read_text().strip()
+    release = records.Records(folder)
+    content, labels = [bytes(x) for x in release], release.labels.tolist()
+    original = bytes(records.Records(tmp_path / 'faces')[0])
+
+    def rewrite(images_, labels_):
+        records.write_records(folder, images_, labels_, 32)
+
+    damages = {
+        'not \\[': lambda: (folder / 'source.txt').write_text('x'),
+        'in its manifest': lambda: (folder / 'manifest.json').write_text(
+            json.dumps(facts | {'folder': '/home/me/faces'})),
+        'another README': lambda: (folder / 'README.md').write_text('of id_005'),
+        'labels are not': lambda: rewrite(content[:-1], labels[:-1]),
+        'another image at 0': lambda: rewrite([original, *content[1:]], labels),
+        'holds the secret': lambda: rewrite([*content[:-1], content[-1] + secret.encode()],
+                                            labels)}
+    for words, damage in damages.items():
+        shutil.rmtree(folder)
+        shutil.copytree(finished[0] / 'run' / 'reconstructed', folder)
+        damage()
+        printed = run(tmp_path, *again, code=2)
+        assert re.search(words, printed) and 'must not be published' in printed, printed
+
+
+def test_a_method_that_reads_hidden_pixels_is_not_released(tmp_path, monkeypatch):
+    write_faces(tmp_path / 'faces')
+    cfg = make_config(tmp_path, 'reconstruct.method=mask', 'data.release_folds=[]')
+    folds = split.split(cfg)
+    plan = protect.plan_release(folds, b'secret', cfg)
+    protections = [protect.Protection(cfg, None)] * len(folds)
+    released = protections[0].of_rows(folds[0].private.select(plan.image), plan.seeds,
+                                      torch.device('cpu'))
+    encoded = [images.encode(torch.from_numpy(x).permute(2, 0, 1), 'png') for x in released]
+    records.write_records(tmp_path / 'out', encoded, plan.label, 32)
+    arguments = tmp_path / 'out', plan, folds[0].private, protections, torch.device('cpu')
+    check.check_release_images(*arguments)
+    honest = protect.masked
+    monkeypatch.setattr(check.protect.Protection, '__call__', lambda self, faces, seeds: (
+        images.to_uint8(honest(x := images.to_float(faces), self.patch_noise(seeds, 32), 0.75, 8)
+                        + x.mean() / 100)))
+    with pytest.raises(InputError, match='hidden pixels'):
+        check.check_release_images(*arguments)
+
+
+def test_a_kit_inside_another_repository_does_not_name_that(finished, tmp_path):
+    import subprocess
+    import sys
+    from conftest import ROOT
+    shutil.copytree(ROOT, tmp_path / 'outer' / 'kit', ignore=shutil.ignore_patterns(
+        '.git', '.venv', 'results', 'runs', 'datasets', '__pycache__'))
+    for words in (['init', '-q'], ['-c', 'user.name=x', '-c', 'user.email=x', 'commit', '-q',
+                                   '--allow-empty', '-m', 'secret']):
+        subprocess.run(['git', *words], cwd=tmp_path / 'outer', check=True)
+    told = subprocess.run(
+        [sys.executable, '-c', 'from facekit import run; print(run.provenance()["commit"])'],
+        cwd=tmp_path / 'outer' / 'kit', capture_output=True, text=True, check=True,
+        env={k: v for k, v in os.environ.items() if k != 'GIT_DIR'}).stdout.strip()
+    assert told == 'version 2.0'
