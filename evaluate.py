@@ -9,12 +9,15 @@
 
 Reads   evaluate.sets (.bin), <run>/<row>/fr.pt, <run>/<row>/reconstructed, <run>/fold<k>/judge.pt
 Writes  <run>/<row>/results.json (external.json for others' models and releases),
-        with --compare all rows in <run>/results.json and <run>/table.txt, and <run>/figures/*.png
+        with --compare all rows in <run>/results.json, table.txt and report.html (one page),
+        and <run>/figures/*.png
 
 Utility is insightface's ten-fold verification. Leakage is retrieval: how often the original of a
 released image (same image), or another photo of its person (same person), comes first among all
 private originals, for the attackers of evaluate.attacks; the table says what each of them has.
 """
+import facekit  # noqa: F401 (first: says what is not installed)
+
 import contextlib
 import functools
 from dataclasses import asdict
@@ -31,7 +34,8 @@ from facekit.check import check_experiment
 from facekit.config import as_dict, variants
 from facekit.errors import InputError
 from facekit.images import psnr_and_ssim
-from facekit.progress import stage_seconds
+from facekit.page import write_page
+from facekit.progress import StageLog, stage_seconds
 from facekit.split import count_release, not_excluded, split
 
 
@@ -120,9 +124,13 @@ def leakage(variant, folds, release, student, path, owned, device):
     figures, cosines = attack_all(variant, groups, student, owned, device)
     released = np.concatenate([g.released.pixels() for g in groups])
     originals = np.concatenate([g.originals.images[g.originals.rows[g.source]] for g in groups])
-    if run.rank() == 0:
-        plots.privacy_pictures(figures, cosines, released, originals, variant.run / 'figures',
-                               cfg.run.row or 'release')
+    if run.rank() == 0 and cosines:
+        folder, row = variant.run / 'figures', cfg.run.row or 'release'
+        plots.histogram(cosines, folder / f'{row}_attacks.png')
+        rank1 = {name: figures[f'{name}_same_image']['rank1'] for name in cosines}
+        strongest = max(rank1, key=rank1.get)
+        plots.save_most_linked(strongest, rank1[strongest], cosines[strongest][0], released,
+                               originals, folder / f'{row}_most_linked.png')
     return {'attacked': digest, 'privacy': figures,
             'reconstruction': psnr_and_ssim(released, originals, device)}
 
@@ -132,7 +140,9 @@ def attack_all(variant, groups, student, owned, device):
     compare cosines {attack: (of true pairs (n,), of others (n,))}."""
     cfg, figures, cosines = variant.cfg, {}, {}
     names = attacks.short_names(cfg.evaluate.attacks)
-    for entry, name in names.items():
+    log = StageLog(cfg.run.folder, f'evaluate/{variant.label}'.rstrip('/'), len(names))
+    for number, (entry, name) in enumerate(names.items()):
+        log.announce(f'attack {name}')
         if entry == 'membership' or entry == 'insider' and not student:
             continue
         tried = [attacks.attack(entry, n, group, owned, student, cfg, device)
@@ -147,6 +157,7 @@ def attack_all(variant, groups, student, owned, device):
             if accepted is not None:
                 found['same_image']['tar@far=1e-3'] = accepted
         figures |= {f'{name}_{kind}': values for kind, values in found.items()}
+        log(number + 1, (number + 1) * sum(len(g.source) for g in groups), attack=name)
     if 'membership' in names:
         figures |= membership(variant, groups, student, owned, device)
     return figures, cosines
@@ -218,25 +229,35 @@ def leads(scores, method):
 
 
 def write_comparison(cfg, results, scores, method):
-    """results.json, table.txt and plots of all rows; returns the tables.
+    """results.json, table.txt, report.html and plots of all rows; returns the Sheets.
 
     results = {row: [results of each seed]}, scores as for leads().
     """
     folder, ahead = Path(cfg.run.folder), leads(scores, method)
-    tables = report.tables(results)
-    gains = report.differences(ahead, method)
-    tables[len(gains):len(gains)] = gains              # after as many tables of utility
+    sheets = report.tables(results, ahead, method, cfg.reference)
     own = next((r for r in results.get(method, []) if r['seed'] == cfg.run.seed), {})
+    released = {name: r for name, r in results.items() if 'privacy' in r[0]}
     with files.only_writer(folder / 'results.json'):
         files.write_json(folder / 'results.json', {'rows': results, 'ahead': ahead, **own})
         with files.replacing(folder / 'table.txt') as file:
-            console = Console(width=120, record=True, quiet=True)
-            console.print(*tables)
+            console = Console(width=80, record=True, quiet=True)
+            for sheet in sheets:
+                sheet.print(console)
             file.write(console.export_text().encode())
-        released = {name: r for name, r in results.items() if 'privacy' in r[0]}
         plots.tradeoff_plot(released, folder / 'figures')
         plots.effort_plots(released, folder / 'figures')
-    return tables
+        write_page(folder, sheets, own)
+    return sheets
+
+
+def say_where(cfg, compare):
+    """Where tables, pictures and the release are."""
+    folder, names = Path(cfg.run.folder), ('table.txt', 'results.json')[not compare:]
+    run.say(f'tables    {", ".join(str(folder / name) for name in names)}')
+    run.say(f'pictures  {folder / "figures"}')
+    run.say(f'release   {folder / "reconstructed"}')
+    if compare:
+        run.say(f'all of it on one page: open {folder / "report.html"}')
 
 
 def main(cfg, device, compare):
@@ -264,9 +285,11 @@ def main(cfg, device, compare):
         prefix = 'external_' if cfg.evaluate.model or cfg.release else prefix
         plots.verification_plots({row: of_sets[name] for row, of_sets in first.items()
                                   if name in of_sets}, Path(cfg.run.folder, 'figures'), prefix)
-    tables = (write_comparison(cfg, results, scores, ready[0].name) if compare
-              else report.tables(results))
-    Console().print(*tables)
+    sheets = (write_comparison(cfg, results, scores, ready[0].name) if compare
+              else report.tables(results, {}, '', cfg.reference))
+    for sheet in sheets:
+        sheet.print(Console())
+    say_where(cfg, compare)
 
 
 if __name__ == '__main__':

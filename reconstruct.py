@@ -15,6 +15,8 @@ Labels are renumbered and images reordered by a secret in release.key, which is 
 masks come from it, too. Every image of fold k is made by the model that never saw its people.
 An interrupted release continues where it was; the result is the same for any number of processes.
 """
+import facekit  # noqa: F401 (first: says what is not installed)
+
 import json
 import math
 import shutil
@@ -206,11 +208,12 @@ def save_picture(variant, plan, private, protections, device):
 
 def show(originals, seeds, protection, path):
     """Picture of uint8 originals (B, H, W, 3), what the mask leaves of them, what is released."""
-    rows, cfg = [to_float(originals), to_float(protection(originals, seeds))], protection.cfg
+    rows, cfg = {'original': to_float(originals)}, protection.cfg
     if cfg.reconstruct.method == 'facemae':
-        noise = protection.patch_noise(seeds, originals.shape[1])
-        rows.insert(1, protect.masked(rows[0], noise, cfg.reconstruct.mask_ratio, cfg.mae.patch))
-    plots.save_grid(rows, path)
+        noise, ratio = protection.patch_noise(seeds, originals.shape[1]), cfg.reconstruct.mask_ratio
+        rows[f'visible {100 - 100 * ratio:.0f} %'] = protect.masked(rows['original'], noise, ratio,
+                                                                   cfg.mae.patch)
+    plots.save_grid(rows | {'released': to_float(protection(originals, seeds))}, path)
 
 
 def picture_of_photos(variant, device):

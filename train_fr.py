@@ -13,6 +13,8 @@ BatchNorm sees fr.norm_batch images at a time and its running statistics take on
 mean of all of them, so that a run does not depend on the number of processes. The same command
 continues an interrupted run exactly.
 """
+import facekit  # noqa: F401 (first: says what is not installed)
+
 import math
 from dataclasses import dataclass
 from pathlib import Path

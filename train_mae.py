@@ -12,6 +12,8 @@ The loss is mae.mse_weight * (squared error, see mae.mse_on) + irm.weight * IRM,
 that the frozen teacher sees the same relations among the reconstructions of a batch as among its
 originals (FaceMAE, arXiv 2205.11090). The same command continues an interrupted run exactly.
 """
+import facekit  # noqa: F401 (first: says what is not installed)
+
 import math
 from dataclasses import dataclass
 
@@ -161,7 +163,8 @@ def save_preview(mae, images, noise, ratio, path):
     with torch.no_grad():
         pred, mask = mae.model(mae.normalise(x), noise, ratio)
     visible = torch.where(mask[:, :, None] > 0, 0.5, mae.model.patchify(x))
-    plots.save_grid([x, mae.model.unpatchify(visible), mae.to_pixels(pred)], path)
+    plots.save_grid({'original': x, 'visible': mae.model.unpatchify(visible),
+                     'reconstructed': mae.to_pixels(pred)}, path)
 
 
 def train(variant, fold, device):
@@ -235,8 +238,8 @@ def train(variant, fold, device):
         if training.log_due():
             correlation = relation_correlation(
                 gather_rows(originals), gather_rows(z.detach()),
-                cfg.irm.relations).nan_to_num().item() if originals is not None else 0.0
-            training.write_log(relations=correlation,
+                cfg.irm.relations).nan_to_num().item() if originals is not None else None
+            training.write_log(() if originals is not None else ('irm',), relations=correlation,
                                **(validation.figures(objective) if validation else {}))
         if save_due:
             training.save()

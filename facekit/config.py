@@ -71,8 +71,9 @@ def read_yaml(path):
     """The mapping in a YAML file, read without constructing anything but plain values."""
     path = Path(path)
     if not os.path.isfile(path):           # False, too, for a path that no file can have
-        raise InputError(f'config {path} does not exist: name one of '
-                         f'{", ".join(sorted(str(p) for p in CONFIGS.glob("*.yaml")))}')
+        near = [p for p in CONFIGS.glob('*.yaml') if p.stem == path.stem] or [
+            f'configs/{name}.yaml' for name in sorted(p.stem for p in CONFIGS.glob('*.yaml'))]
+        raise InputError(f'config {path} does not exist: name {" or ".join(map(str, near))}')
     try:
         content = yaml.load(path.read_text(encoding='utf-8'), UniqueKeys)
     except Exception as e:                 # PyYAML raises of many kinds where a value has a tag
@@ -142,6 +143,15 @@ def check_row(name, changes):
     return changes
 
 
+def check_reference(name, values):
+    """The values of one published row: accuracy in per cent by verification set, and a source."""
+    if not isinstance(values, dict) or 'source' not in values or not all(
+            isinstance(v, (int, float)) for key, v in values.items() if key != 'source'):
+        raise InputError(f'reference.{name} = {quoted(values)}: write {{source: "paper, table", '
+                         'lfw: 99.5}')
+    return values
+
+
 def overlay(config, changes, where):
     """Set the keys in `changes` (nested dict) in `config`, or say what is wrong in `where`."""
     try:
@@ -154,11 +164,15 @@ def set_keys(config, changes):
     """Set the keys in `changes` in `config`; unknown keys and types are refused."""
     for section, content in changes.items():
         if section not in config:
-            known = difflib.get_close_matches(str(section), config, 1) or sorted(config)
+            known = [f'{name}.{section}' for name, keys in config.items()
+                     if isinstance(keys, dict) and section in keys]
+            known = known or difflib.get_close_matches(str(section), config, 1) or sorted(config)
             raise InputError(f'key {quoted(section)} is unknown: did you mean '
                              f'{" or ".join(map(repr, known))}?')
         if section == 'compare' and isinstance(content, dict):
             config[section] = {str(name): check_row(name, row) for name, row in content.items()}
+        elif section == 'reference' and isinstance(content, dict):
+            config[section] = {str(name): check_reference(name, r) for name, r in content.items()}
         elif not isinstance(config[section], dict):
             config[section] = check_value(section, content, config[section])
         elif not isinstance(content, dict):
@@ -208,7 +222,7 @@ def resolve(path, assignments=()):
 
 def namespace(config):
     """Nested dicts as namespaces; `as_dict` is the way back."""
-    return SimpleNamespace(**{k: namespace(v) if isinstance(v, dict) and k != 'compare' else v
+    return SimpleNamespace(**{k: namespace(v) if isinstance(v, dict) and k not in ('compare', 'reference') else v
                               for k, v in config.items()})
 
 

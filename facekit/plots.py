@@ -1,22 +1,51 @@
-"""Pictures of a run: faces, ROC, score histograms, privacy against utility."""
+"""Pictures of a run: faces, ROC, score histograms, privacy against utility, attackers' effort."""
 import numpy as np
 import torch
-from torchvision.utils import make_grid
+from PIL import Image, ImageDraw, ImageFont
 
 from facekit import files, run
-from facekit.images import encode, to_float
+from facekit.images import to_uint8
 
-COLOURS = '#1b6ca8', '#d1495b', '#66a182', '#edae49', '#5d576b', '#8d96a3'
+TRUE, OTHERS = '#1b6ca8', '#d1495b'            # of score histograms
+MARGIN, GAP, TEXT = 96, 3, 13                  # of face grids: left margin, gap, font size, pixels
 
-def save_grid(image_rows, path):
-    """Write a picture of several rows of images, each a float tensor (N, 3, H, W) in 0..1."""
-    images = torch.cat([row.detach().float().cpu() for row in image_rows]).clamp(0, 1)
-    grid = make_grid(images, nrow=len(image_rows[0]), padding=2, pad_value=1)
-    if grid.shape[1] < 400:           # small faces would be a stamp on a screen
-        grid = grid.repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+# ------------------------------------------------------------------------------- faces
+
+def save_grid(rows, path, title=''):
+    """Write a picture of rows of faces, {label: float images (N, 3, H, W) in 0..1}, as PNG.
+
+    Small faces are shown at twice their size.
+    """
+    faces = [to_uint8(images.detach().float().cpu()).numpy() for images in rows.values()]
+    count, side = len(faces[0]), faces[0].shape[1]
+    scale = 2 if count * side < 400 else 1
+    step, top = scale * side + GAP, TEXT + 2 * GAP if title else 0
+    picture = Image.new('RGB', (MARGIN + count * step, top + len(faces) * step), 'white')
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(TEXT)
+    draw.text((GAP, GAP), title, 'black', font)
+    for r, (label, images) in enumerate(zip(rows, faces)):
+        draw.text((GAP, top + r * step + step // 2), label, 'black', font, anchor='lm')
+        for i, image in enumerate(images):
+            face = Image.fromarray(image).resize((scale * side,) * 2, Image.NEAREST)
+            picture.paste(face, (MARGIN + i * step, top + r * step))
     with files.replacing(path) as file:
-        file.write(encode((grid * 255).round().byte(), 'png'))
+        picture.save(file, 'PNG', optimize=True)
 
+
+def save_most_linked(attack, rank1, cosines, released, originals, path):
+    """The ten probes whose original an attack scores highest, original above.
+
+    cosines (n,) of probes with their originals; released, originals uint8 (n, H, W, 3).
+    """
+    best = cosines.argsort()[::-1][:10]
+    rows = {label: torch.as_tensor(x[best].copy()).permute(0, 3, 1, 2) / 255
+            for label, x in (('original', originals), ('released', released))}
+    save_grid(rows, path, f'surest links of the attacker "{attack}" (finds {100 * rank1:.0f} %): '
+              f'cosine {cosines[best[0]]:.2f} to {cosines[best[-1]]:.2f}')
+
+
+# ------------------------------------------------------------------------------- plots
 
 def plotting():
     """matplotlib.pyplot, or None and a line that says what is missing."""
@@ -24,39 +53,53 @@ def plotting():
         import matplotlib
     except ImportError:
         run.say('matplotlib is not installed (pip install -r requirements-dev.txt): '
-                    'no ROC, histogram and privacy plots')
+                'no ROC, histogram and privacy plots')
         return None
     matplotlib.use('Agg')
     from matplotlib import pyplot
     return pyplot
 
 
-def save_plot(figure, path, x, y):
-    """Write a figure whose axes are labelled x and y as PNG."""
+def colours_of(names):
+    """{name: colour}, no two alike."""
+    from matplotlib import colormaps
+    count = len(names)
+    palette = next((colormaps[name].colors for name in ('tab10', 'tab20')
+                    if count <= len(colormaps[name].colors)),
+                   colormaps['turbo'](np.linspace(0, 1, count)))
+    return dict(zip(names, palette))
+
+
+def save_plot(figure, path):
+    """Write a figure as PNG, without the upper and right lines of its axes."""
     for axes in figure.axes:
-        axes.set(xlabel=x, ylabel=y)
         axes.spines[['top', 'right']].set_visible(False)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False)
     with files.replacing(path) as file:
         figure.savefig(file, format='png', dpi=120, bbox_inches='tight')
     plotting().close(figure)
 
 
-def histogram(curves, path):
-    """Score histograms side by side; `curves` = {name: (cosines of true pairs, of others)}."""
+def legend_beside(axes):
+    """The legend to the right of the axes, where it covers no curve."""
+    axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize=8)
+
+
+def histogram(cosines, path):
+    """Score histograms side by side; cosines = {name: (of true pairs (n,), of others (m,))}."""
     if not (plt := plotting()):
         return
-    high, wide = -(-len(curves) // 6), min(len(curves), 6)
+    high, wide = -(-len(cosines) // 6), min(len(cosines), 6)
     figure, panels = plt.subplots(high, wide, figsize=(3.2 * wide, 3 * high), sharey=True,
                                   squeeze=False)
-    for panel in panels.flat[len(curves):]:
+    for panel in panels.flat[len(cosines):]:
         panel.remove()
-    for panel, (name, both) in zip(panels.flat, curves.items()):
-        for cosines, colour, label in zip(both, COLOURS, ('true pairs', 'others')):
-            panel.hist(cosines, 40, (-1, 1), density=True, alpha=0.6, color=colour, label=label)
-        panel.set_title(name)
-    save_plot(figure, path, 'cosine', '')
+    for panel, (name, both) in zip(panels.flat, cosines.items()):
+        for values, colour, label in zip(both, (TRUE, OTHERS), ('true pairs', 'others')):
+            panel.hist(values, 40, (-1, 1), density=True, alpha=0.6, color=colour, label=label)
+        panel.set(title=name, xlabel='cosine')
+    panels[0, 0].set_ylabel('density')
+    legend_beside(panels.flat[min(wide, len(cosines)) - 1])
+    save_plot(figure, path)
 
 
 def verification_plots(scores, folder, prefix=''):
@@ -65,101 +108,80 @@ def verification_plots(scores, folder, prefix=''):
     if not (plt := plotting()):
         return
     figure, axes = plt.subplots(figsize=(5, 4))
-    for (name, s), colour in zip(scores.items(), COLOURS * 9):
+    for name, colour in colours_of(scores).items():
+        s = scores[name]
         order = s.distance.argsort()
         tar = s.same[order].cumsum() / s.same.sum()
         far = (~s.same[order]).cumsum() / (~s.same).sum()
         axes.plot(far, tar, label=name, color=colour)
-    axes.set_xscale('log')
-    axes.set_xlim(1e-3, 1)
-    save_plot(figure, folder / f'{prefix}roc.png', 'false accept rate', 'true accept rate')
+    axes.set(xscale='log', xlim=(1e-3, 1), xlabel='false accept rate', ylabel='true accept rate')
+    legend_beside(axes)
+    save_plot(figure, folder / f'{prefix}roc.png')
     cosines = {name: 1 - s.distance / 2 for name, s in scores.items()}
     histogram({name: (c[scores[name].same], c[~scores[name].same]) for name, c in cosines.items()},
               folder / f'{prefix}scores.png')
 
 
-def privacy_pictures(figures, cosines, released, originals, folder, name):
-    """The scores of true and false pairs of a release, and its ten most linked pairs.
-
-    cosines = {attack: (true (N,), false (N,))}; released and originals uint8 (N, H, W, 3). Linked
-    by the strongest of these attacks: top released images, below their originals.
-    """
-    if cosines:
-        histogram(cosines, folder / f'{name}_attacks.png')
-        strongest = max(cosines, key=lambda a: figures[f'{a}_same_image']['rank1'])
-        best = cosines[strongest][0].argsort()[::-1][:10]
-        save_grid([to_float(torch.as_tensor(x[best].copy())) for x in (released, originals)],
-                  folder / f'{name}_most_linked.png')
-
-
-def leakage_of(result, kind='same_image'):
-    """Rank-1 of the judge and of the strongest attack on this release, NaN without one.
+def strongest_attack(privacy, kind):
+    """Rank 1 of the strongest attack of a question, {attack_kind: figures}; NaN without one.
 
     Attacks that hold more than the release do not count: several releases, the original's own
-    patches, the secret masks; whoever guesses the masks counts."""
-    rank1 = {a: f['rank1'] for a, f in result['privacy'].items()
-             if a.endswith(kind) and not a.startswith(('visible', 'repeated', 'masked'))}
-    rank1 |= {'guessed': f['curve']['mask']['estimated'] for a, f in result['privacy'].items()
-              if a == f'masked_{kind}'}
-    return {'judge': rank1.get(f'judge_{kind}', np.nan),
-            'strongest attack': max(rank1.values(), default=np.nan)}
+    patches, the secret masks; whoever guesses the masks counts.
+    """
+    rank1 = [figures['rank1'] for name, figures in privacy.items() if name.endswith(kind)
+             and not name.startswith(('visible', 'repeated', 'masked'))]
+    guessed = privacy.get(f'masked_{kind}', {}).get('curve', {}).get('mask', {}).values()
+    return max([*rank1, *guessed], default=np.nan)
 
 
 def tradeoff_plot(found, folder):
-    """Leakage against utility; `found` = {row: [results of each seed]}.
+    """Leakage against utility, a panel for each question; found = {row: [results of each seed]}.
 
-    One point a row for the stock judge and one for the strongest attack; the same method at
-    several mask ratios is joined by a line.
+    Each row has a colour: its square is the strongest attack, its dot the judge alone.
     """
-    points, curves, chance = {}, {}, np.nan
-    for row, results in found.items():
-        if not any(r['privacy'] for r in results) or not results[0]['verification']:
-            continue
-        accuracy = np.mean([s['accuracy'] for r in results for s in r['verification'].values()])
-        chance = next((f['chance'] for a, f in results[0]['privacy'].items()
-                       if a.endswith('same_image')), np.nan)
-        points[row] = {name: (100 * np.mean([leakage_of(r)[name] for r in results]),
-                              100 * accuracy) for name in ('judge', 'strongest attack')}
-        c = results[0]['config']
-        if c['reconstruct']['method'] in ('facemae', 'mask'):
-            weights = c['mae']['mse_weight'], c['irm']['weight'], c['reconstruct']['paste_visible']
-            curves.setdefault((c['reconstruct']['method'], *weights), []).append(
-                (c['reconstruct']['mask_ratio'], row))
-    if not points or not (plt := plotting()):
+    rows = {row: results for row, results in found.items()
+            if results[0]['privacy'] and results[0]['verification']}
+    if not rows or not (plt := plotting()):
         return
-    figure, axes = plt.subplots(figsize=(6, 4.5))
-    for name, marker, colour in (('judge', 'o', COLOURS[0]), ('strongest attack', 's', COLOURS[1])):
-        axes.plot(*zip(*(p[name] for p in points.values())), marker, color=colour, label=name)
-        for curve in curves.values():
-            axes.plot(*zip(*(points[row][name] for _, row in sorted(curve))), '-', lw=0.8,
-                      color=colour)
-    axes.axvline(100 * chance, color='grey', ls=':', lw=1)
-    figure.canvas.draw()              # settles where the points are
-    taken = []                        # of names that would overlap, the upper one moves up
-    for row, p in sorted(points.items(), key=lambda item: item[1]['strongest attack'][1]):
-        x, y = axes.transData.transform(p['strongest attack'])
-        at = max([y, *(other + 14 for beside, other in taken if abs(x - beside) < 80)])
-        taken.append((x, at))
-        axes.annotate(row, p['strongest attack'], textcoords='offset points',
-                      xytext=(6, 4 + (at - y) * 72 / figure.dpi))
-    save_plot(figure, folder / 'tradeoff.png',
-              'originals found first from their released image, %',
-              'verification accuracy, mean of sets, %')
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    for panel, (kind, asked) in zip(panels, (('same_person', 'another photo of the person'),
+                                             ('same_image', 'the very original'))):
+        for row, colour in colours_of(rows).items():
+            accuracy = 100 * np.mean([s['accuracy'] for r in rows[row]
+                                      for s in r['verification'].values()])
+            strongest, judge = (100 * np.mean([figure_of(r['privacy']) for r in rows[row]])
+                                for figure_of in (
+                lambda privacy: strongest_attack(privacy, kind),
+                lambda privacy: privacy.get(f'judge_{kind}', {}).get('rank1', np.nan)))
+            panel.plot([judge, strongest], [accuracy] * 2, '-', color=colour, lw=1)
+            panel.plot(judge, accuracy, 'o', color=colour, ms=5)
+            panel.plot(strongest, accuracy, 's', color=colour, ms=6, label=row)
+        chances = [figures['chance'] for r in next(iter(rows.values()))
+                   for name, figures in r['privacy'].items() if name.endswith(kind)]
+        if chances:
+            panel.axvline(100 * chances[0], color='grey', ls=':', lw=1, label='chance')
+        panel.set(xlabel=f'{asked} is found first, %')
+    panels[0].set_ylabel('verification accuracy, mean of sets, %')
+    panels[0].set_title('square: strongest attack, dot: judge', loc='left', fontsize=8)
+    legend_beside(panels[1])
+    save_plot(figure, folder / 'tradeoff.png')
 
 
 def effort_plots(found, folder):
     """What more effort buys the attacker: leakage over the pairs that the linear attack learns
-    from, and over repeated releases. `found` = {row: [results of each seed]}."""
+    from, and over repeated releases; found = {row: [results of each seed]}."""
     for attack, x in (('linear', 'pairs of other people'), ('repeated', 'releases of each photo')):
         curves = {(row, series): points for row, results in found.items() for series, points in
                   results[0]['privacy'].get(f'{attack}_same_image', {}).get('curve', {}).items()}
         if not curves or not (plt := plotting()):
             continue
         figure, axes = plt.subplots(figsize=(6, 4.5))
+        colours = colours_of(found)
         for (row, series), points in curves.items():
-            at = [int(n) for n in points]
-            axes.plot(at, [100 * p for p in points.values()], marker='o', ms=3,
-                      label=f'{row}, {series}', color=COLOURS[list(found).index(row) % 6],
+            axes.plot([int(n) for n in points], [100 * p for p in points.values()], marker='o',
+                      ms=3, label=f'{row}, {series}', color=colours[row],
                       ls='-' if series in ('ridge', 'recogniser') else ':')
         axes.set_xscale('log', base=2)
-        save_plot(figure, folder / f'{attack}.png', x, 'original found first, %')
+        axes.set(xlabel=x, ylabel='original found first, %')
+        legend_beside(axes)
+        save_plot(figure, folder / f'{attack}.png')

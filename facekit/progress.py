@@ -2,7 +2,10 @@
 import contextlib
 import datetime
 import json
+import os
 import resource
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -34,20 +37,57 @@ class StageLog:
         return max(time.time() - self.begin, 1e-9)
 
     def __call__(self, step, images, **values):
-        """Log `values` at `step`; `images` is how many the run has taken since it (re)started."""
+        """Log `values` at `step`; `images` is how many the run has taken since it (re)started.
+
+        None is the value of what is not active, and is shown as "-".
+        """
         if run.rank():
             return
-        seconds, memory = self.seconds(), peak_memory() / 2 ** 30
-        left = seconds / max(step - self.first, 1) * (self.total - step)
+        seconds = self.seconds()
         values = {k: float(f'{v:.6g}') if isinstance(v, float) else v for k, v in values.items()}
         entry = {'stage': self.stage, 'step': step, **values,
                  'images_per_second': round(images / seconds, 1), 'seconds': round(seconds, 2),
-                 'memory_gib': round(memory, 2)}
+                 'memory_gib': round(peak_memory() / 2 ** 30, 2)}
         with open(self.path, 'a') as file:
             file.write(json.dumps(entry) + '\n')
-        shown = '  '.join(f'{k} {v:.4g}' for k, v in values.items())
-        print(f'[{self.stage}] {step}/{self.total}  {shown}  {images / seconds:,.0f} images/s  '
-              f'ETA {datetime.timedelta(seconds=round(left))}  {memory:.1f} GiB', flush=True)
+        left = seconds / max(step - self.first, 1) * (self.total - step)
+        self.show(step, f'{images / seconds:,.0f} img/s', left, values)
+
+    def show(self, step, speed, left, values):
+        """One line that is overwritten in a terminal, or a line of its own elsewhere.
+
+        `left`: seconds until the end of the stage. What does not fit is in the log.
+        """
+        shown = '  '.join(f'{k} {as_text(k, v)}' for k, v in values.items() if k != 'lr')
+        left = datetime.timedelta(seconds=round(left))
+        stage = ' '.join(filter(None, [os.environ.get('STAGE'), self.stage]))
+        if not sys.stdout.isatty():
+            print(f'[{stage}] {step}/{self.total}  {left} left  {speed}  {shown}'[:100], flush=True)
+            return
+        done = round(12 * step / self.total)
+        overwrite(f'[{stage}] {"━" * done}{"·" * (12 - done)} {step}/{self.total} {left} {speed}  '
+                  f'{shown}', step == self.total)
+
+    def announce(self, text):
+        """Say what is being done in a terminal's live line; it is not logged."""
+        if run.rank() == 0 and sys.stdout.isatty():
+            overwrite(f'[{self.stage}] {text} ...', False)
+
+
+def overwrite(line, last):
+    """Replace the live line of a terminal; the last one of a stage remains."""
+    width = shutil.get_terminal_size().columns - 1
+    sys.stdout.write('\r\x1b[K' + line[:width] + '\n' * last)
+    sys.stdout.flush()
+
+
+def as_text(key, value):
+    """A value of a log line for people."""
+    if value is None:
+        return '-'
+    if key == 'accuracy':
+        return f'{100 * value:.1f} %'
+    return f'{value:.3g}' if isinstance(value, (int, float)) else str(value)
 
 
 def read_log(path):

@@ -1,112 +1,201 @@
-"""Tables of a comparison: what a release is worth, what it gives away, by how much it is ahead.
+"""Tables of a comparison, for the screen, a file and the page of a run.
 
-They are gathered from {row: [results.json of each seed]}.
+They are gathered from {row: [results.json of each seed]}: what a release is worth, what it gives
+away, by how much the method is ahead, and whether the paper's two claims are reached.
 """
+from dataclasses import dataclass
+
 import numpy as np
+from rich import box
 from rich.table import Column, Table
 
+from facekit.plots import strongest_attack
+
 HAS = {        # what the attacker has, printed beside every number
-    'judge': 'a recogniser of other people, off the shelf',
+    'judge': 'a recogniser of other people',
     'teacher': 'the very recogniser that shaped the release',
     'pixels': 'nothing: compares 16 x 16 pixels',
     'masked': 'the masks: compares visible pixels only',
+    'guess': 'a guess of the masks: compares visible pixels only',
     'visible': 'the unmasked patches of the original itself',
     'insider': 'the release: trains a recogniser on it',
     'linear': 'released images of other people and their originals: a linear map',
     'trained': 'the same pairs: trains a recogniser to see both alike',
     'class': 'the labels: averages all images of a person',
     'repeated': 'eight releases of the same photos with other masks',
-    'membership_reconstruction': 'the model: AUC of telling the public faces it learnt from',
-    'membership_recogniser': 'the recogniser of the release: AUC of telling who is in it',
 }
-MEANS = {
-    'same_image': 'who holds the photo learns which released image was made of it',
-    'same_person': 'who holds another photo of a person finds that person in the release',
+QUESTIONS = {
+    'same_person': 'person: who holds another photo of a person finds that person first, %',
+    'same_image': 'photo: who holds the very photo finds what was made of it first, %',
 }
+MEASURES = {'acc.': 'accuracy', 'AUC': 'auc', 'TAR@1%': 'tar@far=1e-2'}
+WIDE = 4           # attackers side by side in 80 columns
 
 
-def differences(ahead, method):
-    """By how much a method is ahead of other rows, in points, as tables of two sets each; `ahead`
-    = {row: {set: figures of verification.paired_difference()}}."""
-    tables = []
-    for names in two_by_two(next(iter(ahead.values()), {})):
-        tables.append(Table(
-            f'{method} minus', *(Column(f'{n} {m}', justify='right') for n in names
-                                 for m in ('acc.', 'TAR@FAR 1%')), title_justify='left',
-            title='points [95 % interval over pairs and seeds]'))
-        for row, sets in ahead.items():
-            tables[-1].add_row(row, *('{:+.1f} [{:+.1f}, {:+.1f}]'.format(*(100 * np.array(x)))
-                                      for n in names for x in sets[n].values()))
-    return tables
+@dataclass
+class Sheet:
+    """A table: a title, names of columns, and rows of texts as long."""
+    title: str
+    columns: list
+    rows: list
+    text: bool = False        # whether all columns are text, not only the first
+
+    def print(self, console):
+        """On a rich console of 80 columns or more."""
+        justify = 'left' if self.text else 'right'
+        table = Table(self.columns[0], *(Column(c, justify=justify) for c in self.columns[1:]),
+                      box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(self.title, style='bold', highlight=False)
+        console.print(table)
 
 
-def two_by_two(names):
-    """The names of verification sets as tables have room for them."""
-    names = list(names)
-    return [names[i:i + 2] for i in range(0, len(names), 2)]
+def tables(found, ahead, method, references):
+    """All Sheets of a comparison.
 
-
-def tables(found):
-    """Utility, leakage and who the attackers are, in per cent, as rich tables;
-    `found` = {row: [results of each seed]}."""
+    found = {row: [results of each seed]}; ahead: see lead_sheets(); method: its row; references:
+    published or repeated rows of the config.
+    """
     released = {row: results for row, results in found.items() if 'privacy' in results[0]}
-    rows = list(released.items())
-    leakage = [leakage_table(dict(rows[i:i + 7])) for i in range(0, len(rows), 7)]
-    return [*utility_tables(found), *leakage, *([attackers_table(released)] if released else [])]
+    sheets = [*utility_sheets(found, references), *lead_sheets(ahead, method)]
+    if released:
+        sheets += [*leakage_sheets(released), *membership_sheets(released),
+                   *claim_sheets(released, method), attackers_sheet(released)]
+    return sheets
 
 
-def utility_tables(found):
-    """Verification of people who are in no training, two sets a table."""
-    measures = {'acc.': 'accuracy', 'AUC': 'auc', 'TAR@FAR 1%': 'tar@far=1e-2'}
-    made = []
-    for names in two_by_two(next(iter(found.values()))[0]['verification']):
-        made.append(Table(
-            'released set',
-            *(Column(f'{n} {m}', justify='right') for n in names for m in measures),
-            title_justify='left', title='utility: verification of other people, %'))
-        for row, results in found.items():
-            made[-1].add_row(row, *(cell([r['verification'][n][key] for r in results])
-                                    for n in names for key in measures.values()))
-    return made
+def utility_sheets(found, references):
+    """Verification of people who are in no training, a Sheet for each set; published rows below."""
+    sheets = []
+    for name in next(iter(found.values()))[0]['verification']:
+        rows = [[row, *(cell([r['verification'][name][key] for r in results])
+                        for key in MEASURES.values())] for row, results in found.items()]
+        rows += [[f'{row} (published)', f'{values[name]:.1f}', '', '']
+                 for row, values in references.items() if name in values]
+        sheets.append(Sheet(f'utility: verification of other people on {name}, %',
+                            ['released set', *MEASURES], rows))
+    return sheets
 
 
-def leakage_table(released):
-    """Rank-1 or AUC of every attack, a column for each of the rows `released`."""
-    table = Table('attack', *(Column(row, justify='right') for row in released),
-                  Column('chance', justify='right'), title_justify='left',
-                  title='leakage: found at the first guess, % [95 % interval over people]')
-    for attack in dict.fromkeys(a for results in released.values() for a in results[0]['privacy']):
-        cells, chance = [], ''
-        for results in released.values():
-            figures = [r['privacy'][attack] for r in results if attack in r['privacy']]
-            if not figures:
-                cells.append('')
-                continue
-            key = 'rank1' if 'rank1' in figures[0] else 'auc'
-            cells.append(cell([f[key] for f in figures], figures[0].get('rank1_ci')))
-            chance = f'{100 * figures[0].get("chance", 0.5):.2f}'
-        table.add_row(attack.replace('_', ' '), *cells, chance)
-    table.add_row('PSNR, dB', *(f'{np.mean([r["reconstruction"]["psnr"] for r in results]):.1f}'
-                                for results in released.values()))
-    return table
+def leakage_sheets(released):
+    """Rank 1 of every attack, a Sheet for each question and a few attackers, with chance below."""
+    sheets = []
+    for kind, title in QUESTIONS.items():
+        figures = {row: [with_guess(r['privacy'], kind) for r in results]
+                   for row, results in released.items()}
+        names = list(dict.fromkeys(a for seeds in figures.values() for a in seeds[0]))
+        for some in (names[i:i + WIDE] for i in range(0, len(names), WIDE)):
+            rows = [[row, *(cell([s[a]['rank1'] for s in seeds if a in s],
+                                 seeds[0].get(a, {}).get('rank1_ci')) for a in some)]
+                    for row, seeds in figures.items()]
+            chance = [next((f'{100 * s[a]["chance"]:.2f}' for seeds in figures.values()
+                            for s in seeds if a in s), '') for a in some]
+            sheets.append(Sheet(title, ['released set', *some], [*rows, ['chance', *chance]]))
+    quality = [[row, *(f'{np.mean([r["reconstruction"][key] for r in results]):.{digits}f}'
+                       for key, digits in (('psnr', 1), ('ssim', 3)))]
+               for row, results in released.items()]
+    return [*sheets, Sheet('image quality (says nothing of identity)',
+                           ['released set', 'PSNR, dB', 'SSIM'], quality)]
 
 
-def attackers_table(released):
-    """What each of the attackers has, and what the two questions mean."""
-    table = Table('attacker', 'what it has', title='who tries', title_justify='left')
-    attacks = {a for results in released.values() for a in results[0]['privacy']}
-    for name, has in HAS.items():
-        if any(attack.startswith(name) for attack in attacks):
-            table.add_row(name.replace('_', ' '), has)
-    for kind, meaning in MEANS.items():
-        table.add_row(kind.replace('_', ' '), meaning)
-    return table
+def with_guess(privacy, kind):
+    """{attack: figures} of one question; who guesses the masks stands as an attacker of its own."""
+    found = {name.removesuffix(f'_{kind}'): figures for name, figures in privacy.items()
+             if name.endswith(kind)}
+    guesses = found.get('masked', {}).get('curve', {}).get('mask')
+    if guesses:
+        found['guess'] = {'rank1': max(guesses.values()), 'chance': found['masked']['chance']}
+    return found
+
+
+def membership_sheets(released):
+    """How well it can be told who was in a training, AUC in per cent; no Sheet if not tried."""
+    names = {'membership_reconstruction': 'of the model', 'membership_recogniser': 'of the student'}
+    rows = [[row, *(cell([r['privacy'][name]['auc'] for r in results if name in r['privacy']])
+                    for name in names)] for row, results in released.items()]
+    if not any(text for row in rows for text in row[1:]):
+        return []
+    return [Sheet('who was in the training can be told, AUC, % (chance 50)',
+                  ['released set', *names.values()], rows)]
+
+
+def attackers_sheet(released):
+    """What each of the attackers has."""
+    tried = {a for results in released.values() for kind in QUESTIONS
+             for a in with_guess(results[0]['privacy'], kind)}
+    return Sheet('attackers', ['attacker', 'what it has'], [
+        [name, HAS.get(name, 'a recogniser that you named')] for name in sorted(
+            tried, key=lambda name: (list(HAS).index(name) if name in HAS else 99, name))],
+        text=True)
+
+
+def lead_sheets(ahead, method):
+    """By how much the method is ahead of other rows, in points; ahead = {row: {set: figures of
+    verification.paired_difference()}}."""
+    names = next(iter(ahead.values()), {})
+    return [Sheet(
+        f'{method} minus ..., points on {name} [95 % interval over pairs and seeds]',
+        [f'{method} minus', 'acc.', 'TAR@1%'],
+        [[row, *('{:+.1f} [{:+.1f}, {:+.1f}]'.format(*(100 * np.array(x)))
+                 for x in sets[name].values())] for row, sets in ahead.items()])
+        for name in names]
+
+
+# ------------------------------------------------------------------- the paper's two claims
+
+def claim_sheets(released, method):
+    """The two claims of the abstract beside what was measured: at most half of the runner-up's
+    error on each set, and a fifth less leakage than what is worth no more; no Sheet without a
+    method and a distortion to compare it with."""
+    own = released.get(method)
+    distortions = {row: results for row, results in released.items() if row != method and
+                   results[0]['config']['reconstruct']['method'] not in ('facemae', 'none')}
+    if not own or not distortions or not own[0]['verification']:
+        return []
+
+    def mean(results, figure):
+        return float(np.mean([figure(r) for r in results]))
+
+    rows = []
+    for name in own[0]['verification']:
+        error, others = (lambda r: 1 - r['verification'][name]['accuracy']), {}
+        others = {row: mean(results, error) for row, results in distortions.items()}
+        best = min(others, key=others.get)
+        rows.append([f'half of the error of the best distortion on {name}', verdict(
+            mean(own, error) / others[best] <= 0.5),
+            f'{100 * mean(own, error):.1f} against {100 * others[best]:.1f} ({best})'])
+
+    def accuracy(r):
+        return np.mean([s['accuracy'] for s in r['verification'].values()])
+
+    useful = {row: results for row, results in distortions.items()
+              if mean(results, accuracy) >= mean(own, accuracy)}
+    for kind, word in (('same_person', 'person'), ('same_image', 'photo')):
+        leak = {row: mean(results, lambda r: strongest_attack(r['privacy'], kind))
+                for row, results in useful.items()}
+        ours = mean(own, lambda r: strongest_attack(r['privacy'], kind))
+        claim = f'a fifth less leakage ({word}) than a distortion of no less use'
+        if not leak or not np.isfinite(ours):
+            rows.append([claim, 'cannot be said', 'no distortion here is worth as much'])
+            continue
+        least = min(leak, key=leak.get)
+        rows.append([claim, verdict(ours <= 0.8 * leak[least]),
+                     f'{100 * ours:.1f} against {100 * leak[least]:.1f} ({least})'])
+    return [Sheet("the paper's claims", ['claim', 'verdict', 'measured, %'], rows, text=True)]
+
+
+def verdict(reached):
+    """The word for a claim."""
+    return 'reached' if reached else 'not reached'
 
 
 def cell(values, interval=None):
-    """Shares 0..1 of several seeds, or of one with its interval, as per cent."""
+    """Shares 0..1 of several seeds, or of one with its interval, as per cent; '' without any."""
     values = 100 * np.array(values)
     if len(values) > 1:
         return f'{values.mean():.1f} ±{values.std(ddof=1):.1f}'
-    bounds = ' [{:.0f}, {:.0f}]'.format(*(100 * np.array(interval))) if interval else ''
-    return f'{values[0]:.1f}{bounds}'
+    if not len(values):
+        return ''
+    low, high = 100 * np.array(interval or [0, 0])
+    return f'{values[0]:.1f}' + (f' [{low:.0f}, {high:.0f}]' if low < high else '')

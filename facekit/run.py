@@ -219,7 +219,7 @@ def launch(main, check, doc, compare_help):
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--config', default=str(CONFIGS / 'toy.yaml'), help='YAML file')
+    parser.add_argument('--config', help='YAML file; also as the first word (default: the toy)')
     parser.add_argument('--compare', action='store_true', help=compare_help)
     parser.add_argument('--check', action='store_true', help='only check, in seconds, whether the '
                         'whole experiment can be run')
@@ -227,7 +227,10 @@ def launch(main, check, doc, compare_help):
     args = parser.parse_intermixed_args()
     folder = 'the run folder'
     try:
-        cfg = namespace(resolve(args.config, args.set))
+        words = args.set
+        if not args.config and words and '=' not in words[0]:
+            args.config, *words = words
+        cfg = namespace(resolve(args.config or CONFIGS / 'toy.yaml', words))
         folder = cfg.run.folder
         if args.check:
             check(cfg, args.compare)

@@ -78,14 +78,16 @@ class Training:
         """Whether the step just made ends with a log line."""
         return self.step % self.cfg.run.log_every == 0 or self.step == self.steps
 
-    def write_log(self, **more):
-        """Write the log line: mean losses since the last one, and `more` figures.
+    def write_log(self, inactive=(), **more):
+        """Write the log line: mean losses since the last one, without those that are `inactive`,
+        and `more` figures.
 
         Here the host waits for the device for the first time since the last line.
         """
         losses = (run.mean(self.sums) / (self.step - self.logged)).tolist()
         losses = dict(zip(self.loss_names, losses))
         self.check_finite(losses)
+        losses |= dict.fromkeys(inactive)
         self.log(self.step, (self.step - self.first) * self.batch, **losses, **more,
                  lr=self.learning_rate)
         self.sums.zero_()

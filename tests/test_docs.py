@@ -1,0 +1,134 @@
+"""README and docs: the code runs as it stands, commands name what exists, figures are true."""
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import models
+from conftest import ROOT
+from facekit import config
+
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+
+
+def blocks(path, language):
+    """The fenced blocks of a page in one language ('' = commands)."""
+    return re.findall(rf'^```{language}\n(.*?)^```', path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    """Every command of the pages, from blocks and from inline code."""
+    for page in PAGES:
+        text = [line.split('#')[0].strip() for block in blocks(page, '')
+                for line in block.splitlines()]
+        text += re.findall(r'`([^`\n]+)`', page.read_text())
+        for line in text:
+            line = re.sub(r'^GPUS=\d+ ', '', line)
+            if re.match(r'(python|\./reproduce\.sh) \S+\.(py|yaml)', line):
+                yield page.name, line
+
+
+def test_commands_are_found():
+    assert len(list(commands())) > 14
+
+
+@pytest.mark.parametrize('page, line', commands())
+def test_a_command_names_a_script_a_config_and_keys_that_exist(page, line):
+    words = shlex.split(line)
+    script = ROOT / words[0] if words[0].startswith('./') else ROOT / words[1]
+    assert script.is_file()
+    rest = [w for w in words[1 if words[0].startswith('./') else 2:] if not w.startswith('--')]
+    path = ROOT / (rest.pop(0) if rest and rest[0].endswith('.yaml') else 'configs/toy.yaml')
+    resolved = config.resolve(path, rest)
+    list(config.variants(config.namespace(resolved), compare=True))
+
+
+def test_the_readmes_code_runs_beside_copies_of_the_two_files(tmp_path):
+    for name in ('models.py', 'irm.py'):
+        shutil.copy(ROOT / name, tmp_path)
+        assert 'SPDX-License-Identifier: MIT' in (tmp_path / name).read_text()
+    [code] = blocks(ROOT / 'README.md', 'python')
+    (tmp_path / 'readme.py').write_text(code + 'assert mae.cls_token.grad.abs().sum() > 0\n')
+    subprocess.run([sys.executable, 'readme.py'], cwd=tmp_path, check=True, timeout=200)
+
+
+def test_the_two_files_train_alone(tmp_path):
+    """Ten steps in an empty folder: the loss falls."""
+    for name in ('models.py', 'irm.py'):
+        shutil.copy(ROOT / name, tmp_path)
+    code = '''
+import torch
+from irm import irm_loss
+from models import MAE, MarginHead, folded, iresnet, masked_mse
+torch.manual_seed(0)
+teacher = iresnet(10, 8, 32, 16)
+teacher.train()(torch.randn(16, 3, 32, 32))
+teacher = folded(teacher)
+mae = MAE(32, 8, 32, 2, 2, 32, 1, 2)
+optimizer = torch.optim.AdamW(mae.parameters(), 3e-3)
+images, losses = torch.rand(16, 3, 32, 32), []
+for step in range(10):
+    pred, mask = mae(2 * images - 1, torch.rand(16, 16), 0.5)
+    rebuilt = mae.unpatchify(pred)
+    loss = masked_mse(pred, mae.patchify(2 * images - 1), mask)
+    loss = loss + irm_loss(teacher(2 * images - 1), teacher(rebuilt))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < losses[0], losses
+'''
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=100)
+
+
+def test_the_renaming_of_hugging_faces_keys_gives_ours():
+    [code] = blocks(ROOT / 'docs' / 'usage.md', 'python')
+    scope = {'torch': torch}
+    exec(code, scope)
+    ours = models.MAE(32, 8, 32, 2, 2, 16, 1, 2).state_dict()
+    theirs = {}
+    for key, value in ours.items():
+        if key.startswith('decoder_blocks'):
+            key = key.replace('decoder_blocks', 'decoder.decoder_layers')
+        elif key.startswith('blocks'):
+            key = key.replace('blocks', 'vit.encoder.layer')
+        elif key.startswith('decoder'):
+            key = key.replace('decoder_', 'decoder.decoder_')
+        elif key.startswith('norm'):
+            key = f'vit.layer{key}'
+        elif key == 'mask_token':
+            key = 'decoder.mask_token'
+        else:
+            key = {'cls_token': 'vit.embeddings.cls_token',
+                   'pos_embed': 'vit.embeddings.position_embeddings'}.get(
+                key, key.replace('patch_embed.proj',
+                                 'vit.embeddings.patch_embeddings.projection'))
+        for mine, his in (('attn.proj', 'attention.output.dense'),
+                          ('mlp.fc1', 'intermediate.dense'), ('mlp.fc2', 'output.dense'),
+                          ('norm1', 'layernorm_before'), ('norm2', 'layernorm_after')):
+            key = key.replace(mine, his)
+        if 'attn.qkv' in key:
+            for part, tensor in zip(('query', 'key', 'value'), value.chunk(3)):
+                theirs[key.replace('attn.qkv', f'attention.attention.{part}')] = tensor
+        else:
+            theirs[key] = value
+    renamed = scope['from_hugging_face'](theirs)
+    assert renamed.keys() == ours.keys()
+    assert all(torch.equal(renamed[k], v) for k, v in ours.items())
+
+
+def test_the_readme_is_short_and_says_what_it_must_at_once():
+    text = (ROOT / 'README.md').read_text()
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1300
+    assert 'not anonymous' in ' '.join(text.split()[:110])
+
+
+def test_a_script_without_its_packages_says_what_to_do():
+    done = subprocess.run([sys.executable, '-S', str(ROOT / 'train_mae.py')],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and '.venv/bin/activate' in done.stderr
+    assert 'Traceback' not in done.stderr
