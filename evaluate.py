@@ -16,7 +16,7 @@ Utility is insightface's ten-fold verification. Leakage is retrieval: how often 
 released image (same image), or another photo of its person (same person), comes first among all
 private originals, for the attackers of evaluate.attacks; the table says what each of them has.
 """
-import facekit  # noqa: F401 (first: says what is not installed)
+import facekit.start  # noqa: F401 (first: says what is not installed)
 
 import contextlib
 import functools
@@ -41,55 +41,55 @@ from facekit.split import count_release, not_excluded, split
 
 # ------------------------------------------------------------------------------ one release
 
-def evaluate(variant, folds, sets, owned, device):
+def evaluate(variant, folds, sets, recognisers, device):
     """Everything about one row, written to its results; returns them and its PairScores by set.
 
-    sets: PairSets; owned: attacks.Owned. Others' work does not overwrite the run's own.
+    sets: PairSets; recognisers: attacks.Recognisers. Results of others' releases and models have
+    a file of their own.
     """
     cfg = variant.cfg
     external = cfg.evaluate.model or cfg.release
     path = variant.folder / 'external.json' if external else variant.results
     with files.only_writer(path):
-        saved = load_student(variant)
+        student, learnt_from = load_student(variant, device)
         release = faces.load_release(variant) if cfg.release or folds else None
-        student = None
-        if saved and learnt_from(saved, release, variant):
-            student = embed.recogniser_from(saved, student_path(variant), device)
+        if student and release and not cfg.evaluate.model:
+            student = student if fits(variant, learnt_from, release) else None
         results, scores = {'row': variant.name, 'seed': variant.seed, 'verification': {}}, {}
         if student:
             results['verification'], scores = verification.verify(student, sets, cfg, device)
         if release:
-            results |= leakage(variant, folds, release, student, path, owned, device)
+            results |= leakage(variant, folds, release, student, path, recognisers, device)
         if folds:
-            results |= {'people': asdict(count_release(folds, cfg)), 'left_out': {
-                str(s.path): s.left_out() for s in (folds[0].private, folds[0].public)}}
+            results |= {'people': asdict(count_release(folds, cfg)),
+                        'left_out': {side: getattr(folds[0], side).left_out()
+                                     for side in ('private', 'public')}}
+        # Who asked to be left out is nobody's business: their number is enough
+        config = as_dict(cfg)
+        config['data']['exclude'] = len(cfg.data.exclude)
         results |= {'seconds': stage_seconds(variant.run), 'made_with': run.provenance(),
-                    'config': as_dict(cfg)}
+                    'config': config}
         files.write_json(path, results)
     return results, scores
 
 
-def student_path(variant):
-    """Checkpoint of the recogniser that is evaluated."""
-    return Path(variant.cfg.evaluate.model or variant.student)
+def load_student(variant, device):
+    """The recogniser that is evaluated and the digest of the images it learnt from; None and ''
+    where a foreign release has no recogniser of its own."""
+    path = Path(variant.cfg.evaluate.model or variant.student)
+    if variant.cfg.release and not run.broadcast(path.exists()):
+        say_no_student(variant)
+        return None, ''
+    saved = files.load_finished(path, run.command('train_fr.py'))
+    learnt_from = files.entry(saved, 'premises').get('set of images')
+    return embed.recogniser_from(saved, path, device), learnt_from
 
 
-def load_student(variant):
-    """The checkpoint of the recogniser, or None where a foreign release has none of its own."""
-    path = student_path(variant)
-    if not variant.cfg.release or path.exists():
-        return files.load_finished(path, run.command('train_fr.py'))
-    say_no_student(variant)
-    return None
-
-
-def learnt_from(saved, release, variant):
-    """Whether a recogniser learnt from the FaceSet `release`; one that should have is refused."""
-    cfg = variant.cfg
-    if not release or cfg.evaluate.model or files.entry(saved, 'premises').get(
-            'set of images') == release.digest(np.arange(len(release))):
+def fits(variant, learnt_from, release):
+    """Whether a student learnt from the FaceSet `release`; of an own release it must have."""
+    if learnt_from == release.digest(np.arange(len(release))):
         return True
-    if not cfg.release:
+    if not variant.cfg.release:
         raise InputError(f'{variant.student} was trained on another release: delete it and run '
                          f'`{run.command("train_fr.py")}`')
     say_no_student(variant)
@@ -98,11 +98,11 @@ def learnt_from(saved, release, variant):
 
 def say_no_student(variant):
     """Say what is missing where a foreign release has no recogniser."""
-    run.say(f'no recogniser of {variant.cfg.release} in {student_path(variant)}: no utility and '
-            f'no insider (first run `{run.command("train_fr.py")}` with another run.folder)')
+    run.say(f'no recogniser of {variant.cfg.release} in {variant.student}: no utility and no '
+            f'insider (first run `{run.command("train_fr.py")}` with another run.folder)')
 
 
-def leakage(variant, folds, release, student, path, owned, device):
+def leakage(variant, folds, release, student, path, recognisers, device):
     """The attacks on one release and its image quality, or those of an earlier run of the same.
 
     Returns {'attacked': digest, 'privacy': figures by attack, 'reconstruction': quality}.
@@ -114,30 +114,38 @@ def leakage(variant, folds, release, student, path, owned, device):
         maes = protect.load_maes(variant, folds, device)
         premises = protect.release_premises(folds, maes, protect.release_secret(cfg))
         protect.check_release(variant, premises)
-        digest = attacked(variant, folds, premises)
+        digest, before = attack_digest(variant, folds, premises), {}
         with contextlib.suppress(InputError):              # missing or damaged: made again
             before = files.read_json(path)
-            if before.get('attacked') == digest:
-                run.say(f'the attacks of {path} are kept')
-                return {key: before[key] for key in ('attacked', 'privacy', 'reconstruction')}
+        if run.broadcast(before.get('attacked') == digest):
+            run.say(f'the attacks of {path} are kept')
+            return {key: before[key] for key in ('attacked', 'privacy', 'reconstruction')}
         groups = own_groups(variant, folds, maes, release, device)
-    figures, cosines = attack_all(variant, groups, student, owned, device)
+    figures, cosines = attack_all(variant, groups, student, recognisers, device)
     released = np.concatenate([g.released.pixels() for g in groups])
-    originals = np.concatenate([g.originals.images[g.originals.rows[g.source]] for g in groups])
+    originals = np.concatenate([g.sources().pixels() for g in groups])
     if run.rank() == 0 and cosines:
-        folder, row = variant.run / 'figures', cfg.run.row or 'release'
-        plots.histogram(cosines, folder / f'{row}_attacks.png')
+        prefix = picture_prefix(variant)
+        plots.histogram({name: (c.true, c.others) for name, c in cosines.items()},
+                        f'{prefix}attacks.png')
         rank1 = {name: figures[f'{name}_same_image']['rank1'] for name in cosines}
         strongest = max(rank1, key=rank1.get)
-        plots.save_most_linked(strongest, rank1[strongest], cosines[strongest][0], released,
-                               originals, folder / f'{row}_most_linked.png')
+        plots.save_most_linked(strongest, rank1[strongest], cosines[strongest].true, released,
+                               originals, f'{prefix}most_linked.png')
     return {'attacked': digest, 'privacy': figures,
             'reconstruction': psnr_and_ssim(released, originals, device)}
 
 
-def attack_all(variant, groups, student, owned, device):
+def picture_prefix(variant):
+    """How the names of a row's pictures begin: folder and row, others' work apart."""
+    external = variant.cfg.evaluate.model or variant.cfg.release
+    name = 'external' if external else (variant.label or 'release').replace('/', '_')
+    return variant.run / 'figures' / f'{name}_'
+
+
+def attack_all(variant, groups, student, recognisers, device):
     """All attacks of evaluate.attacks on AttackGroups: {attack_kind: figures}, and of those that
-    compare cosines {attack: (of true pairs (n,), of others (n,))}."""
+    compare single images {attack: retrieval.Cosines}."""
     cfg, figures, cosines = variant.cfg, {}, {}
     names = attacks.short_names(cfg.evaluate.attacks)
     log = StageLog(cfg.run.folder, f'evaluate/{variant.label}'.rstrip('/'), len(names))
@@ -145,38 +153,36 @@ def attack_all(variant, groups, student, owned, device):
         log.announce(f'attack {name}')
         if entry == 'membership' or entry == 'insider' and not student:
             continue
-        tried = [attacks.attack(entry, n, group, owned, student, cfg, device)
+        tried = [attacks.attack(entry, n, group, recognisers, student, cfg, device)
                  for n, group in enumerate(groups) if len(group.source)]
-        tried = [attack for attack in tried if attack]
-        if not tried:
+        if not (tried := [attack for attack in tried if attack]):
             continue
-        found = retrieval.figures_of(tried)
-        if (pair := retrieval.cosines_of(tried)) is not None:
-            cosines[name] = pair
-            accepted = retrieval.accepted_share(tried)
-            if accepted is not None:
-                found['same_image']['tar@far=1e-3'] = accepted
-        figures |= {f'{name}_{kind}': values for kind, values in found.items()}
+        of_questions = retrieval.figures_of(tried)
+        if pairs := retrieval.cosines_of(tried):
+            cosines[name] = pairs
+            if np.isfinite(pairs.accepted):
+                of_questions['same_image']['tar@far=1e-3'] = pairs.accepted
+        figures |= {f'{name}_{kind}': values for kind, values in of_questions.items()}
         log(number + 1, (number + 1) * sum(len(g.source) for g in groups), attack=name)
     if 'membership' in names:
-        figures |= membership(variant, groups, student, owned, device)
+        figures |= membership(variant, groups, student, recognisers, device)
     return figures, cosines
 
 
-def membership(variant, groups, student, owned, device):
-    """Whether who was in the training of the MAE or of the student can be told: {name: figures}."""
+def membership(variant, groups, student, recognisers, device):
+    """Whether one can tell who was in the training of the MAE or student: {name: figures}."""
     figures, own = {}, not variant.cfg.release
     if variant.cfg.reconstruct.method == 'facemae' and own:
         figures['membership_reconstruction'] = attacks.reconstruction_membership(groups)
     if student and own and len(groups[0].outsiders):
         head = files.load_checkpoint(variant.student)['head']['weight']
         figures['membership_recogniser'] = attacks.recogniser_membership(
-            owned.embedder('student', student), F.normalize(head).to(device), groups)
+            recognisers.embedder('student', student), F.normalize(head).to(device), groups)
     return figures
 
 
-def attacked(variant, folds, premises):
-    """What the attacks on a row depend on, in 64 hex digits: results that bear them are kept."""
+def attack_digest(variant, folds, premises):
+    """What the attacks on a row depend on, 64 hex digits: equal ones mean equal results."""
     cfg = variant.cfg
     nets = [cfg.judge.checkpoint, cfg.teacher.checkpoint, *cfg.evaluate.attacks, variant.student,
             *(variant.run / f'fold{f.k}' / f'{role}.pt' for f in folds
@@ -207,8 +213,9 @@ def floors(cfg, folds, sets, device):
 
 def ready_variants(cfg, compare):
     """The Variants whose student is there, or all if none is; names those that are to come."""
-    every = list(variants(cfg, compare))
-    ready = [v for v in every if v.student.exists()] or every
+    every = variants(cfg, compare)
+    exist = run.broadcast([v.student.exists() for v in every])      # the same on all processes
+    ready = [v for v, exists in zip(every, exist) if exists] or every
     if later := [f'{v.name} (seed {v.seed})' for v in every if v not in ready]:
         run.say(f'without a student yet, left out: {", ".join(later)}')
     return ready
@@ -228,17 +235,18 @@ def leads(scores, method):
     return ahead
 
 
-def write_comparison(cfg, results, scores, method):
+def write_comparison(cfg, results, scores):
     """results.json, table.txt, report.html and plots of all rows; returns the Sheets.
 
     results = {row: [results of each seed]}, scores as for leads().
     """
-    folder, ahead = Path(cfg.run.folder), leads(scores, method)
-    sheets = report.tables(results, ahead, method, cfg.reference)
+    folder, method = Path(cfg.run.folder), cfg.reconstruct.method
+    ahead = leads(scores, method)
     own = next((r for r in results.get(method, []) if r['seed'] == cfg.run.seed), {})
     released = {name: r for name, r in results.items() if 'privacy' in r[0]}
     with files.only_writer(folder / 'results.json'):
         files.write_json(folder / 'results.json', {'rows': results, 'ahead': ahead, **own})
+        sheets = report.tables(results, ahead, method, cfg.reference)
         with files.replacing(folder / 'table.txt') as file:
             console = Console(width=80, record=True, quiet=True)
             for sheet in sheets:
@@ -268,24 +276,23 @@ def main(cfg, device, compare):
     folds = [] if cfg.evaluate.model or cfg.release else split(cfg)
     if len(folds) == 1 and len(folds[0].validation):
         sets.append(verification.held_back(folds[0]))
-    owned = attacks.Owned(cfg, folds, sets, device)
+    recognisers = attacks.Recognisers(cfg, folds, sets, device)
     results = floors(cfg, folds, sets, device) if compare and sets and folds else {}
     scores = {}
     ready = ready_variants(cfg, compare)
     for variant in ready:
-        of_row, of_sets = evaluate(variant, folds, sets, owned, device)
-        results.setdefault(variant.name, []).append(of_row)
-        scores.setdefault(variant.name, {})[variant.seed] = of_sets
+        row_results, row_scores = evaluate(variant, folds, sets, recognisers, device)
+        results.setdefault(variant.name, []).append(row_results)
+        scores.setdefault(variant.name, {})[variant.seed] = row_scores
     if run.rank():
         return
     first = {row: next(iter(seeds.values())) for row, seeds in scores.items()}
-    name = next((name for of_sets in first.values() for name in of_sets), None)
+    name = next((name for row_scores in first.values() for name in row_scores), None)
     if name:
-        prefix = '' if compare else f'{ready[0].label or "release"}_'.replace('/', '_')
-        prefix = 'external_' if cfg.evaluate.model or cfg.release else prefix
-        plots.verification_plots({row: of_sets[name] for row, of_sets in first.items()
-                                  if name in of_sets}, Path(cfg.run.folder, 'figures'), prefix)
-    sheets = (write_comparison(cfg, results, scores, ready[0].name) if compare
+        prefix = f'{cfg.run.folder}/figures/' if compare else picture_prefix(ready[0])
+        plots.verification_plots({row: row_scores[name] for row, row_scores in first.items()
+                                  if name in row_scores}, prefix)
+    sheets = (write_comparison(cfg, results, scores) if compare
               else report.tables(results, {}, '', cfg.reference))
     for sheet in sheets:
         sheet.print(Console())
@@ -293,4 +300,4 @@ def main(cfg, device, compare):
 
 
 if __name__ == '__main__':
-    run.launch(main, check_experiment, __doc__, 'evaluate all rows of compare in one table')
+    run.launch(main, check_experiment)

@@ -15,7 +15,7 @@ Labels are renumbered and images reordered by a secret in release.key, which is 
 masks come from it, too. Every image of fold k is made by the model that never saw its people.
 An interrupted release continues where it was; the result is the same for any number of processes.
 """
-import facekit  # noqa: F401 (first: says what is not installed)
+import facekit.start  # noqa: F401 (first: says what is not installed)
 
 import json
 import math
@@ -104,7 +104,7 @@ def release(variant, folds, device):
         check_release_files(folder, plan, secret, data_card)
         check_release_images(folder, plan, folds[0].private, protections, device)
 
-    if (variant.release / 'manifest.json').exists():
+    if run.broadcast((variant.release / 'manifest.json').exists()):
         protect.check_release(variant, premises)
         if run.rank() == 0:             # left by a kill between the last two lines of a release
             shutil.rmtree(parts.folder, ignore_errors=True)
@@ -203,14 +203,15 @@ def save_picture(variant, plan, private, protections, device):
     some = places[np.linspace(0, len(places) - 1, 8).astype(int)]
     originals = torch.from_numpy(private.select(plan.image[some]).pixels()).to(device)
     show(originals, plan.seeds[some].to(device), protections[plan.fold[0]],
-         variant.run / 'figures' / f'{variant.cfg.run.row or "release"}.png')
+         variant.run / 'figures' / f'{(variant.label or "release").replace("/", "_")}.png')
 
 
 def show(originals, seeds, protection, path):
     """Picture of uint8 originals (B, H, W, 3), what the mask leaves of them, what is released."""
     rows, cfg = {'original': to_float(originals)}, protection.cfg
     if cfg.reconstruct.method == 'facemae':
-        noise, ratio = protection.patch_noise(seeds, originals.shape[1]), cfg.reconstruct.mask_ratio
+        noise = protection.patch_noise(seeds, originals.shape[1])
+        ratio = cfg.reconstruct.mask_ratio
         rows[f'visible {100 - 100 * ratio:.0f} %'] = protect.masked(rows['original'], noise, ratio,
                                                                    cfg.mae.patch)
     plots.save_grid(rows | {'released': to_float(protection(originals, seeds))}, path)
@@ -223,7 +224,7 @@ def picture_of_photos(variant, device):
     if not paths:
         raise InputError(f'reconstruct.photos = {folder} holds no .jpg or .png: name a folder '
                          'of face photos')
-    fold = (cfg.data.release_folds or [0])[0]
+    fold = 0 if cfg.data.public else (cfg.data.release_folds or [0])[0]
     mae = protect.load_mae(variant.mae(fold), cfg, device, run.command('train_mae.py'))
     photos = torch.stack([torch.from_numpy(np.array(images.fitted(
         images.decode(files.open_bytes(f), f), f, cfg.data.size, 'resize')))
@@ -232,13 +233,14 @@ def picture_of_photos(variant, device):
     seeds = batches.image_seeds(batches.stream(cfg.run.seed, 'photos'),
                                 torch.arange(len(photos), device=device))
     path = variant.run / 'figures' / 'photos.png'
-    show(photos, seeds, Protection(cfg, mae), path)
+    if run.rank() == 0:
+        show(photos, seeds, Protection(cfg, mae), path)
     run.say(f'{len(photos)} photos, masked, reconstructed: {path}')
 
 
 def main(cfg, device, compare):
     if cfg.reconstruct.photos:
-        return picture_of_photos(next(variants(cfg, False)), device)
+        return picture_of_photos(variants(cfg, False)[0], device)
     folds = split(cfg)
     for variant in variants(cfg, compare):
         with files.only_writer(variant.release):
@@ -246,4 +248,4 @@ def main(cfg, device, compare):
 
 
 if __name__ == '__main__':
-    run.launch(main, check_experiment, __doc__, 'make the releases of all rows of compare')
+    run.launch(main, check_experiment)

@@ -13,7 +13,7 @@ BatchNorm sees fr.norm_batch images at a time and its running statistics take on
 mean of all of them, so that a run does not depend on the number of processes. The same command
 continues an interrupted run exactly.
 """
-import facekit  # noqa: F401 (first: says what is not installed)
+import facekit.start  # noqa: F401 (first: says what is not installed)
 
 import math
 from dataclasses import dataclass
@@ -47,7 +47,8 @@ class Recogniser:
     epochs: float
     seed: int                 # of initialisation and data order
     fixed: list               # sections and keys of the config that must not change
-    key: str                  # section that names depth, width and epochs, for sentences
+    key: str                  # section of the config: teacher, judge or fr
+    init: str = ''            # backbone to start from
 
 
 def learning_rate(step, total, steps_per_epoch, cfg):
@@ -126,59 +127,55 @@ def norm_batch(share, cfg):
     return part
 
 
-def train(cfg, what, device):
+def train(cfg, task, device):
     """Train one Recogniser; a generator, which yields after each step, so that tools/bench.py can
     time the very steps."""
-    c, path = cfg.fr, what.path
+    c, path = cfg.fr, task.path
     share = run.own_share(c.batch, 'fr.batch')
     part = norm_batch(share, c)
-    order = batches.Order(len(what.rows), c.batch, what.seed, 'fr.batch')
-    steps = max(1, round(what.epochs * order.steps_per_epoch))
-    premises = {'set of images': what.faces.digest(what.rows)}
-    saved = load_unfinished(path, cfg, FIXED + what.fixed, premises, ['net', 'head'])
+    order = batches.Order(len(task.rows), c.batch, task.seed, 'fr.batch')
+    steps = max(1, round(task.epochs * order.steps_per_epoch))
+    premises = {'set of images': task.faces.digest(task.rows)}
+    saved = load_unfinished(path, cfg, FIXED + task.fixed, premises, ['net', 'head'])
     if saved and saved['step'] >= steps:
         return run.say(f'{path} is finished ({steps} steps): nothing to do')
-    people, labels = np.unique(what.faces.labels[what.rows], return_inverse=True)
-    run.say(f'training {path} on {len(what.rows)} images of {len(people)} people, {steps} steps')
+    people, labels = np.unique(task.faces.labels[task.rows], return_inverse=True)
+    run.say(f'training {path} on {len(task.rows)} images of {len(people)} people, {steps} steps')
 
-    torch.manual_seed(what.seed)
+    torch.manual_seed(batches.stream(task.seed, f'{task.key} weights'))
     try:
-        net = models.iresnet(what.depth, what.width, cfg.data.size, c.dim)
+        net = models.iresnet(task.depth, task.width, cfg.data.size, c.dim)
     except ValueError as error:
-        raise InputError(f'{what.key}.depth: {error}') from None
-    if c.init and not saved:
-        embed.load_weights(net, files.load_checkpoint(c.init), c.init)
+        raise InputError(f'{task.key}.depth: {error}') from None
+    if task.init and not saved:
+        embed.load_weights(net, files.load_checkpoint(task.init), task.init)
     head = models.MarginHead(c.dim, len(people), c.loss, c.scale, c.margin_gradient).to(device)
     net = net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         [p for p in [*net.parameters(), *head.parameters()] if p.requires_grad],
         momentum=c.momentum, weight_decay=c.weight_decay, fused=device.type == 'cuda')
-    training = Training(cfg, path, what.stage, {'net': net, 'head': head}, optimizer, steps,
-                        c.batch, ('loss', 'accuracy'), device, {'premises': premises})
-    training.resume(saved)
+    training = Training(cfg, path, task.stage, {'net': net, 'head': head}, optimizer, steps,
+                        c.batch, ('loss', 'accuracy'), device, {'premises': premises}, saved)
     if cfg.run.compile:
         net.compile()
-    store = batches.Store(what.faces.select(what.rows), device)
+    store = batches.Store(task.faces.select(task.rows), device)
     labels, statistics = torch.as_tensor(labels, device=device), NormStatistics(net)
 
     while training.step < steps:
-        chosen, epoch = order(training.step)
-        numbers = torch.from_numpy(chosen[share]).to(device)
-        flip = batches.hashed(batches.stream(what.seed, 'flips', epoch), numbers, 1)[:, 0] > 0
-        u = batches.uniform(batches.hashed(batches.stream(what.seed, 'augmentation', epoch),
-                                           numbers, 10))
-        images, target = batches.flipped(store(numbers), flip), labels[numbers]
-        parts = list(zip(images.split(part), target.split(part), u.split(part)))
-        now = margin(training.step, steps, c)
-        losses = torch.zeros(2, device=device)
+        batch, epoch = order(training.step)
+        rows = torch.from_numpy(batch[share]).to(device)
+        flip, random = random_numbers(task, epoch, rows)
+        images, target = batches.flipped(store(rows), flip), labels[rows]
+        parts = list(zip(images.split(part), target.split(part), random.split(part)))
+        current_margin, losses = margin(training.step, steps, c), torch.zeros(2, device=device)
         statistics.begin()
-        for x, y, chances in parts:
+        for x, y, u in parts:
             x = embed.for_recogniser(x, net)
             if c.augment:
-                x = augmented(x, chances, c.augment)
+                x = augmented(x, u, c.augment)
             with run.autocast(device, cfg.run.precision):
                 z = net(x)
-            logits = head(z, y, now)
+            logits = head(z, y, current_margin)
             loss = F.cross_entropy(logits, y)
             training.backward(loss / len(parts))
             statistics.collect()
@@ -187,13 +184,21 @@ def train(cfg, what, device):
         statistics.finish(len(parts))
         training.update(losses, learning_rate(training.step, steps, order.steps_per_epoch, c))
 
-        save_due = training.save_due()
         if training.log_due():
-            training.write_log(margin=now)
-        if save_due:
+            training.write_log(margin=current_margin)
+        if training.save_due():
             training.save()
         yield
     training.end()
+
+
+def random_numbers(task, epoch, rows):
+    """Which images are mirrored, bool (B,), and random numbers in (0, 1) for augmented(),
+    (B, 10)."""
+    flips, others = (batches.hashed(batches.stream(task.seed, f'{task.key} {purpose}', epoch),
+                                    rows, columns)
+                     for purpose, columns in (('flips', 1), ('augmentation', 10)))
+    return flips[:, 0] > 0, batches.uniform(others)
 
 
 def train_public(cfg, role, device):
@@ -212,18 +217,16 @@ def train_student(variant, device):
     """The recogniser of a release."""
     cfg = variant.cfg
     released = faces.load_release(variant)
-    if not cfg.release:
-        split(cfg)                      # refuses people or images that are public and private
     run_training(cfg, Recogniser(
         f'student/{variant.label}'.rstrip('/'), variant.student, released,
         np.arange(len(released)), cfg.fr.depth, cfg.fr.width, cfg.fr.epochs, cfg.run.seed,
-        ['fr', 'run.seed'], 'fr'), device)
+        ['fr', 'run.seed'], 'fr', cfg.fr.init), device)
 
 
-def run_training(cfg, what, device):
+def run_training(cfg, task, device):
     """All steps of a Recogniser, while no other run writes its checkpoint."""
-    with files.only_writer(what.path):
-        for _ in train(cfg, what, device):
+    with files.only_writer(task.path):
+        for _ in train(cfg, task, device):
             pass
 
 
@@ -235,4 +238,4 @@ def main(cfg, device, compare):
 
 
 if __name__ == '__main__':
-    run.launch(main, check_experiment, __doc__, 'train the students of all rows of compare')
+    run.launch(main, check_experiment)

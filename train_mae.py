@@ -12,7 +12,7 @@ The loss is mae.mse_weight * (squared error, see mae.mse_on) + irm.weight * IRM,
 that the frozen teacher sees the same relations among the reconstructions of a batch as among its
 originals (FaceMAE, arXiv 2205.11090). The same command continues an interrupted run exactly.
 """
-import facekit  # noqa: F401 (first: says what is not installed)
+import facekit.start  # noqa: F401 (first: says what is not installed)
 
 import math
 from dataclasses import dataclass
@@ -121,31 +121,56 @@ class ValidationBatch:
     noise: torch.Tensor       # int64 (B, L), fixed
     originals: torch.Tensor   # float32 (B, d), the teacher's embeddings
 
+    @classmethod
+    def of(cls, fold, teacher, patches, cfg, device):
+        """That of a Fold, or None if nobody was kept from training: its first 256 images, not a
+        sample, so that people have several."""
+        if not len(fold.validation):
+            return None
+        images = torch.from_numpy(fold.public.select(fold.validation[:256]).pixels()).to(device)
+        noise = batches.hashed(batches.stream(cfg.run.seed, 'validation masks'),
+                               torch.arange(len(images), device=device), patches)
+        return cls(images, noise, embed.embed_batch(teacher, images, cfg.run.precision))
+
     @torch.no_grad()
     def figures(self, objective):
-        """For the log: IRM; what it would be if the reconstructions were strangers to each other,
-        where IRM alone tends to stall; correlation of the relations; mean cosine of a
+        """For the log: IRM; what it would be if the reconstructions were unrelated, where
+        IRM alone tends to stall; correlation of the relations; mean cosine of a
         reconstruction with its original."""
         size, kind = objective.cfg.mae.micro_batch, objective.cfg.irm.relations
         kind = 'cosine' if kind == 'direct' else kind
         z = objective.embeddings(zip(self.images.split(size), self.noise.split(size)))
         different = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
         r, s = relations(self.originals, kind)[different], relations(z, kind)[different]
-        return {'held_irm': (r - s).square().mean().item(),
-                'held_strangers': r.square().mean().item() + 1 / z.shape[1],
-                'held_relations': relation_correlation(self.originals, z, kind).item(),
-                'held_cosine': torch.cosine_similarity(self.originals, z).mean().item()}
+        return {'validation_irm': (r - s).square().mean().item(),
+                'unrelated_irm': r.square().mean().item() + 1 / z.shape[1],
+                'validation_relations': relation_correlation(self.originals, z, kind).item(),
+                'validation_cosine': torch.cosine_similarity(self.originals, z).mean().item()}
 
 
 # -------------------------------------------------------------------------- the training
 
 def load_teacher(cfg, fold, device):
-    """The frozen recogniser phi with its BatchNorms folded, or None if nothing asks for it."""
+    """The frozen recogniser phi with its BatchNorms folded and the digest of its weights, or None
+    and None if nothing asks for it."""
     if not cfg.irm.weight and not len(fold.validation):
-        return None
+        return None, None
     path = cfg.teacher.checkpoint or f'{cfg.run.folder}/fold{fold.k}/teacher.pt'
-    return models.folded(embed.recogniser(path, device, run.command('train_fr.py',
-                                                                    'stage=teacher')))
+    net = embed.recogniser(path, device, run.command('train_fr.py', 'stage=teacher'))
+    return models.folded(net), files.digest_of_weights(net.state_dict())
+
+
+def embed_originals(cfg, teacher, store):
+    """The teacher's embeddings of all originals and their mirror images, float32 (2, N, d), or
+    None where few are asked for or they would take a quarter of the free memory.
+
+    The only augmentation is a flip, so that two embeddings of each image are all there are.
+    """
+    needed = 2 * len(store) * teacher.fc.out_features * 4
+    if (not cfg.irm.weight or cfg.mae.epochs - cfg.irm.warmup_epochs <= 2
+            or needed > run.free_memory(store.device) / 4):
+        return None
+    return torch.stack(embed.embed_all(teacher, store, cfg.mae.micro_batch, cfg.run.precision))
 
 
 def make_optimizer(model, cfg, device):
@@ -157,14 +182,13 @@ def make_optimizer(model, cfg, device):
                              betas=(0.9, 0.95), fused=device.type == 'cuda')
 
 
-def save_preview(mae, images, noise, ratio, path):
-    """Picture of originals, what the model sees, and what it makes of it."""
-    x = to_float(images)
+def save_preview(mae, images, noise, cfg, path):
+    """Picture of originals, their visible patches, and what the model makes of them."""
+    x, ratio = to_float(images), cfg.mae.mask_ratio
     with torch.no_grad():
-        pred, mask = mae.model(mae.normalise(x), noise, ratio)
-    visible = torch.where(mask[:, :, None] > 0, 0.5, mae.model.patchify(x))
-    plots.save_grid({'original': x, 'visible': mae.model.unpatchify(visible),
-                     'reconstructed': mae.to_pixels(pred)}, path)
+        rebuilt = mae.reconstruct(x, noise, ratio, cfg)
+    plots.save_grid({'original': x, 'visible': protect.masked(x, noise, ratio, cfg.mae.patch),
+                     'rebuilt': rebuilt}, path)
 
 
 def train(variant, fold, device):
@@ -176,10 +200,10 @@ def train(variant, fold, device):
     order = batches.Order(len(fold.mae), c.batch, cfg.run.seed, 'mae.batch',
                           fold.public.labels[fold.mae], cfg.irm.images_per_identity)
     steps = max(1, round(c.epochs * order.steps_per_epoch))
-    teacher = load_teacher(cfg, fold, device)
+    teacher, teacher_digest = load_teacher(cfg, fold, device)
     premises = {'set of images': fold.public.digest(fold.mae)}
     if teacher:
-        premises['teacher'] = files.digest_of_weights(teacher.state_dict())
+        premises['teacher'] = teacher_digest
     saved = load_unfinished(path, cfg, FIXED, premises, ['model', 'mean', 'std'])
     if saved and saved['step'] >= steps:
         return run.say(f'{path} is finished ({steps} steps): nothing to do')
@@ -193,58 +217,52 @@ def train(variant, fold, device):
     store = batches.Store(fold.public.select(fold.mae), device)
     mean = mean_face(store) if c.mean_face else torch.full((3, 1, 1), 0.5)
     objective = Objective(cfg, FaceMAE(model, mean.to(device), protect.STD), teacher)
-    original_embeddings = None
-    if cfg.irm.weight and c.epochs - cfg.irm.warmup_epochs > 2:
-        # The only augmentation is a flip, so the originals need to be embedded only twice
-        original_embeddings = torch.stack(embed.embed_all(teacher, store, c.micro_batch,
-                                                          cfg.run.precision))   # (2, N, d)
+    original_embeddings = embed_originals(cfg, teacher, store) if teacher else None
     if cfg.run.compile and device.type == 'cuda':      # on the CPU it makes these nets slower
         for net in filter(None, (model, teacher)):
             net.compile()
-    validation = None
-    if len(fold.validation):            # the first, not a sample, so that people have several
-        images = torch.from_numpy(fold.public.select(fold.validation[:256]).pixels()).to(device)
-        noise = batches.hashed(batches.stream(cfg.run.seed, 'validation masks'),
-                               torch.arange(len(images), device=device), patches)
-        validation = ValidationBatch(images, noise, embed.embed_batch(teacher, images,
-                                                                      cfg.run.precision))
-
+    validation = ValidationBatch.of(fold, teacher, patches, cfg, device)
     training = Training(
         cfg, path, f'train_mae/fold{fold.k}/{path.stem}', {'model': model},
         make_optimizer(model, cfg, device), steps, c.batch, ('mse', 'irm'), device,
-        {'mean': mean.cpu(), 'std': protect.STD, 'premises': premises})
-    training.resume(saved)
+        {'mean': mean.cpu(), 'std': protect.STD, 'premises': premises}, saved)
     preview_every = max(1, round(c.preview_epochs * order.steps_per_epoch))
     relate_from = round(cfg.irm.warmup_epochs * order.steps_per_epoch)
 
     while training.step < steps:
-        chosen, epoch = order(training.step)
-        numbers = torch.from_numpy(chosen[share]).to(device)
-        flip = batches.hashed(batches.stream(cfg.run.seed, 'flips', epoch), numbers, 1)[:, 0] > 0
-        noise = batches.hashed(batches.stream(cfg.run.seed, 'masks', epoch), numbers, patches)
-        images, originals = batches.flipped(store(numbers), flip), None
+        batch, epoch = order(training.step)
+        rows = torch.from_numpy(batch[share]).to(device)
+        flip = batches.hashed(batches.stream(cfg.run.seed, 'flips', epoch), rows, 1)[:, 0] > 0
+        noise = batches.hashed(batches.stream(cfg.run.seed, 'masks', epoch), rows, patches)
+        images, originals = batches.flipped(store(rows), flip), None
         if cfg.irm.weight and training.step >= relate_from:
-            originals = (
-                original_embeddings[flip.long(), numbers] if original_embeddings is not None else
-                torch.cat([embed.embed_batch(teacher, part, cfg.run.precision)
-                           for part in images.split(c.micro_batch)]))
+            originals = (original_embeddings[flip.long(), rows]
+                         if original_embeddings is not None else
+                         torch.cat([embed.embed_batch(teacher, part, cfg.run.precision)
+                                    for part in images.split(c.micro_batch)]))
         losses, z = objective.backward(images, noise, originals, training.backward)
         training.update(losses, learning_rate(training.step, steps, c))
 
         if c.preview_epochs and training.step % preview_every == 0 and run.rank() == 0:
-            save_preview(objective.mae, images[:8], noise[:8], c.mask_ratio,
+            save_preview(objective.mae, images[:8], noise[:8], cfg,
                          variant.run / 'figures' / f'{path.stem}_fold{fold.k}.png')
-        save_due = training.save_due()
         if training.log_due():
-            correlation = relation_correlation(
-                gather_rows(originals), gather_rows(z.detach()),
-                cfg.irm.relations).nan_to_num().item() if originals is not None else None
-            training.write_log(() if originals is not None else ('irm',), relations=correlation,
-                               **(validation.figures(objective) if validation else {}))
-        if save_due:
+            write_log(training, originals, z, validation, objective)
+        if training.save_due():
             training.save()
         yield
     training.end()
+
+
+def write_log(training, originals, z, validation, objective):
+    """A log line, with the correlation of the relations of the last batch; originals and z are its
+    embeddings (B, d), None while the relations do not act."""
+    watched = validation.figures(objective) if validation else {}
+    if originals is None:
+        return training.write_log(['irm'], relations=None, **watched)
+    correlation = relation_correlation(gather_rows(originals), gather_rows(z.detach()),
+                                       objective.cfg.irm.relations)
+    training.write_log(relations=correlation.nan_to_num().item(), **watched)
 
 
 def main(cfg, device, compare):
@@ -258,4 +276,4 @@ def main(cfg, device, compare):
 
 
 if __name__ == '__main__':
-    run.launch(main, check_experiment, __doc__, 'train the variants of all rows of compare')
+    run.launch(main, check_experiment)

@@ -1,4 +1,4 @@
-"""What attackers meet and what they have: groups of victims, from own folds or a foreign release."""
+"""What attackers meet and have: groups of people, from own folds or a foreign release."""
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +31,7 @@ class AttackGroup:
     hidden: torch.Tensor | None = None   # float32 (n, L), 1 where a probe's patch was masked
     outsiders: ImageRows | None = None   # images of people who are in no training and no release
     device: torch.device = torch.device('cpu')
-    embedded: dict = field(default_factory=dict)    # unit embeddings of `released` by Embedder.name
+    embedded: dict = field(default_factory=dict)   # {Embedder.name: embeddings of `released`}
 
     def __post_init__(self):
         if shared := set(self.pair_person) & set(self.person):
@@ -39,45 +39,45 @@ class AttackGroup:
                              'this is an error of the split, please report it')
 
     def training_pairs(self, chosen, seed):
-        """Pairs `chosen` of the M, protected with `seed`: two uint8 arrays (len(chosen), H, W, 3),
-        protected images and their originals."""
-        originals = ImageRows(self.pair_originals.images, self.pair_originals.rows[chosen])
+        """Pairs `chosen` (int64 (B,)) of the M, protected with `seed`: protected images and their
+        originals, two uint8 arrays (B, H, W, 3)."""
+        originals = self.pair_originals.take(chosen)
         if self.pair_released:
-            rows = self.pair_released.rows[chosen]
-            return ImageRows(self.pair_released.images, rows).pixels(), originals.pixels()
+            return self.pair_released.take(chosen).pixels(), originals.pixels()
         return self.protected(originals, seed), originals.pixels()
 
     def pair_hidden(self, chosen, seed):
-        """Which patches training_pairs(chosen, seed) hides: float32 (len(chosen), L), 1 = hidden.
-
-        The attacker knows: it is he who protects these images.
-        """
+        """Which patches training_pairs(chosen, seed) hides: float32 (B, L), 1 = hidden. Known to
+        the attacker, who protected these images."""
         seeds = batches.image_seeds(batches.stream(seed, 'attacker'),
                                     self.pair_originals.rows[chosen])
         return hidden_patches(self.protection, seeds, self.pair_originals.images.shape[1])
 
-    def can_be_released_again(self):
+    def is_random(self):
         """Whether another release of the same photos would differ: the method draws something."""
         return bool(self.protection) and self.protection.cfg.reconstruct.method in (
             'facemae', 'mask', 'noise')
 
-    def released_again(self, seed):
+    def released_with(self, seed):
         """The n probes made once more with other masks or noise: uint8 (n, H, W, 3)."""
-        return self.protected(ImageRows(self.originals.images,
-                                        self.originals.rows[self.source]), seed)
+        return self.protected(self.sources(), seed)
+
+    def sources(self):
+        """ImageRows of the original of each probe."""
+        return self.originals.take(self.source)
 
     def protected(self, chosen, seed):
         """ImageRows protected with numbers drawn from `seed`: uint8 (len(chosen), H, W, 3)."""
         seeds = batches.image_seeds(batches.stream(seed, 'attacker'), chosen.rows)
         return self.protection.of_rows(chosen, seeds, self.device)
 
-    def view_released(self, embedder):
+    def probe_embeddings(self, embedder):
         """Unit embeddings (n, d) of the probes, made once."""
         if embedder.name not in self.embedded:
             self.embedded[embedder.name] = embedder.embed(self.released)
         return self.embedded[embedder.name]
 
-    def view_originals(self, embedder):
+    def gallery_embeddings(self, embedder):
         """Unit embeddings (N, d) of the gallery, made once for all rows of a comparison."""
         if embedder.gallery is None:
             embedder.gallery = embedder.embed(self.originals)
@@ -140,6 +140,9 @@ def foreign_groups(cfg, release, device):
     half = np.array([share_of(name, 0) < 0.5 for name in originals.people])[originals.labels]
     probes = some_of(cfg, len(half))
     pairs = len(some_of(cfg, min(half.sum(), (~half).sum())))
+    if half.all() or not half.any():
+        raise InputError(f'the {len(originals.people)} people of {originals.path} all fall into '
+                         'one half, whose attackers know nobody: bring more people')
     groups = []
     for side in (True, False):
         gallery, known = np.flatnonzero(half == side), np.flatnonzero(half != side)

@@ -14,21 +14,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import models
-from facekit import embed, files, run, verification
+from facekit import batches, embed, files, run, verification
 from facekit.embed import Embedder
 from facekit.errors import InputError
 from facekit.mask_attacks import patchwork
 from facekit.retrieval import Attack, Search
 
 NAMES = ('judge', 'pixels', 'insider', 'masked', 'visible', 'linear', 'trained', 'class',
-         'repeated')
+         'repeated', 'teacher', 'membership')
 
 
 # ------------------------------------------------------------ attackers with the release alone
 
 def nearest(embedder, group):
     """The nearest original, as an Embedder sees both."""
-    return Attack(Search(group.view_released(embedder), group.view_originals(embedder),
+    return Attack(Search(group.probe_embeddings(embedder), group.gallery_embeddings(embedder),
                          group.source, group.person, embedder.threshold))
 
 
@@ -41,25 +41,25 @@ def by_class(judge, pixels, group):
         total = torch.zeros(int(index.max()) + 1, z.shape[1], device=z.device)
         return F.normalize(total.index_add_(0, torch.as_tensor(index, device=z.device), z))
 
-    by_judge, by_pixels = (Search(means(group.view_released(e), asked),
-                                  means(group.view_originals(e), index), released, None)
+    by_judge, by_pixels = (Search(means(group.probe_embeddings(e), asked),
+                                  means(group.gallery_embeddings(e), index), released, None)
                            for e in (judge, pixels))
     return Attack(by_judge, {'seen by': {'pixels': by_pixels}})
 
 
 def repeated(judge, pixels, group):
     """The mean embedding of k releases of each image under different masks."""
-    if not group.can_be_released_again():
+    if not group.is_random():
         return None
     curves = {}
     for embedder, name in ((judge, 'recogniser'), (pixels, 'pixels')):
-        total, curves[name] = group.view_released(embedder).clone(), {}
+        total, curves[name] = group.probe_embeddings(embedder).clone(), {}
         for k in range(1, 9):
             if k in (1, 2, 4, 8):
-                curves[name][k] = Search(F.normalize(total), group.view_originals(embedder),
+                curves[name][k] = Search(F.normalize(total), group.gallery_embeddings(embedder),
                                          group.source, group.person)
             if k < 8:
-                total += embedder.embed_images(group.released_again(10**6 + k))
+                total += embedder.embed_images(group.released_with(10**6 + k))
     return Attack(curves['recogniser'][8], curves)
 
 
@@ -90,8 +90,8 @@ def linear(judge, group):
     parts = [[judge.embed_images(images) for images in group.training_pairs(chosen, 1)]
              for chosen in np.array_split(np.arange(count), count // 2048 + 1)]
     x, y = (torch.cat(z).double() for z in zip(*parts))
-    probes, gallery = (z.double() for z in (group.view_released(judge),
-                                            group.view_originals(judge)))
+    probes, gallery = (z.double() for z in (group.probe_embeddings(judge),
+                                            group.gallery_embeddings(judge)))
     curves, sizes = {'ridge': {}, 'rotation': {}}, [16, 64, 256, 1024, 4096, 16384]
     for n in [count, *(n for n in sizes[::-1] if n < count)]:
         centre, target = x[:n].mean(0), y[:n].mean(0)
@@ -120,7 +120,7 @@ def trained(judge, group, cfg, device):
         images = torch.cat([torch.as_tensor(x).to(device)
                             for x in group.training_pairs(chosen, 2 + step)])
         flip = torch.rand(size, device=device).lt(0.5).repeat(2)
-        images = torch.where(flip[:, None, None, None], images.flip(2), images)
+        images = batches.flipped(images, flip)
         with run.autocast(device, cfg.run.precision.replace('fp16', 'fp32')):
             z = net(embed.for_recogniser(images, net))
         z, w = F.normalize(z.float()).chunk(2)
@@ -138,20 +138,21 @@ def trained(judge, group, cfg, device):
 
 # ------------------------------------------------------------------- who owns which net
 
-class Owned:
+class Recognisers:
     """The recognisers that attackers of a run own, loaded once for all rows of a comparison.
 
-    Those that are kept hold the embeddings of the originals, too, which are the same in all rows.
+    Those in the cache hold the embeddings of the originals, too, which are the same in all rows.
     """
 
     def __init__(self, cfg, folds, sets, device):
         """sets: PairSets, the first of which fixes the thresholds at FAR 1e-3."""
         self.cfg, self.folds, self.sets, self.device = cfg, folds, sets, device
-        self.kept = {}                 # (path or 'pixels', number of a group) -> Embedder
+        self.cache = {}                 # (path or 'pixels', number of a group) -> Embedder
 
     def pixels(self, n):
         """The Embedder of plain pixels for group n."""
-        return self.kept.setdefault(('pixels', n), Embedder('pixels', None, self.cfg, self.device))
+        new = Embedder('pixels', None, self.cfg, self.device)
+        return self.cache.setdefault(('pixels', n), new)
 
     def public(self, role, n, path=''):
         """The Embedder of group n that was trained on public people: role is 'teacher' or
@@ -159,53 +160,53 @@ class Owned:
         k = self.folds[n].k if self.folds else 0
         path = str(path or getattr(self.cfg, role).checkpoint
                    or Path(self.cfg.run.folder, f'fold{k}', f'{role}.pt'))
-        if (path, n) not in self.kept:
+        if (path, n) not in self.cache:
             made_by = run.command('train_fr.py', f'stage={role}')
-            self.kept[path, n] = self.embedder(
+            self.cache[path, n] = self.embedder(
                 path, embed.recogniser(path, self.device, made_by))
-        return self.kept[path, n]
+        return self.cache[path, n]
 
     def embedder(self, name, net):
-        """An Embedder that is not kept, with its threshold."""
+        """An Embedder that is not cached, with its threshold."""
         threshold = verification.threshold_of(net, self.sets, self.cfg, self.device)
         return Embedder(name, net, self.cfg, self.device, threshold)
 
 
-def attack(name, n, group, owned, student, cfg, device):
+def attack(name, n, group, recognisers, student, cfg, device):
     """The Attack of evaluate.attacks called `name` on group n, or None where it makes no sense.
 
-    owned: Owned; student: the recogniser that was trained on the release.
+    recognisers: Recognisers; student: the recogniser that was trained on the release.
     """
     match name:
         case 'judge':           # has a recogniser of other people
-            return nearest(owned.public('judge', n), group)
+            return nearest(recognisers.public('judge', n), group)
         case 'teacher':         # has the very recogniser that shaped the release
-            return nearest(owned.public('teacher', n), group)
+            return nearest(recognisers.public('teacher', n), group)
         case 'pixels':          # has nothing
-            return nearest(owned.pixels(n), group)
-        case 'insider':         # trains a recogniser on the release; not kept: 1 GB a row of CASIA
-            return nearest(owned.embedder('insider', student), group)
+            return nearest(recognisers.pixels(n), group)
+        case 'insider':         # trains a recogniser on the release; uncached: 1 GB a row of CASIA
+            return nearest(recognisers.embedder('insider', student), group)
         case 'masked':          # knows the masks, or guesses them
             return patchwork(group, cfg, device)
         case 'visible':         # has the visible patches of the original itself
             return patchwork(group, cfg, device, original=True)
         case 'linear':          # has released images of other people and their originals
-            return linear(owned.public('judge', n), group)
+            return linear(recognisers.public('judge', n), group)
         case 'trained':         # the same, and trains on them
-            return trained(owned.public('judge', n), group, cfg, device)
+            return trained(recognisers.public('judge', n), group, cfg, device)
         case 'class':           # averages all images of a label
-            return by_class(owned.public('judge', n), owned.pixels(n), group)
+            return by_class(recognisers.public('judge', n), recognisers.pixels(n), group)
         case 'repeated':        # has eight releases of the same photos
-            return repeated(owned.public('judge', n), owned.pixels(n), group)
-    return nearest(owned.public('teacher', n, name), group)       # a backbone somewhere
+            return repeated(recognisers.public('judge', n), recognisers.pixels(n), group)
+    return nearest(recognisers.public('teacher', n, name), group)       # a backbone somewhere
 
 
 def check_names(wanted):
     """Refuse names in evaluate.attacks that are no attack and no file."""
     for name in wanted:
-        if name not in (*NAMES, 'teacher', 'membership') and not Path(name).is_file():
-            raise InputError(f'evaluate.attacks has {name!r}: choose from teacher, membership, '
-                             f'{", ".join(NAMES)}, or name an insightface backbone')
+        if name not in NAMES and not Path(name).is_file():
+            raise InputError(f'evaluate.attacks has {name!r}: choose from {", ".join(NAMES)}, or '
+                             'name an insightface backbone')
 
 
 def short_names(wanted):
@@ -242,10 +243,12 @@ def reconstruction_membership(groups):
 
     members, others = [], []
     for group in groups:
-        originals = group.originals.images[group.originals.rows[group.source]]
-        public = np.arange(len(group.pair_person))
-        members.append(sum(score(*group.training_pairs(public, seed)) for seed in range(2, 6)))
-        others.append(sum(score(group.released_again(seed), originals) for seed in range(2, 6)))
+        originals = group.sources().pixels()
+        others.append(sum(score(group.released_with(seed), originals) for seed in range(2, 6)))
+        blocks = np.array_split(np.arange(len(group.pair_person)),
+                                len(group.pair_person) // 2048 + 1)
+        members += [sum(score(*group.training_pairs(block, seed)) for seed in range(2, 6))
+                    for block in blocks]
     return membership(np.concatenate(members), np.concatenate(others))
 
 

@@ -1,7 +1,7 @@
 """Batches on the device: which images, in which order, with which random numbers.
 
-What is random about an image depends on (seed, purpose, epoch, image number) alone, never on batch,
-process or device, so that a run can be interrupted or spread over more GPUs.
+What is random about an image depends on (seed, purpose, epoch, image number) alone, never on
+batch, process or device, so that a run can be interrupted or spread over more GPUs.
 """
 import hashlib
 import warnings
@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import torch
 
+from facekit import run
 from facekit.errors import InputError
 
 
@@ -26,7 +27,7 @@ class Store:
             self.images = torch.as_tensor(np.asarray(chosen.images))
         if device.type == 'cuda':
             needed = len(self.rows) * self.images[0].numel()
-            if needed < torch.cuda.mem_get_info(device)[0] / 2:
+            if needed < run.free_memory(device) / 2:
                 self.images = torch.cat([self.images[part].to(device)
                                          for part in self.rows.split(4096)])
                 self.rows = torch.arange(len(self.rows), device=device)
@@ -47,7 +48,7 @@ class Order:
 
     Each epoch is a seeded permutation of 0..count-1 whose last incomplete batch is dropped. With
     `per_identity` = k, batches hold k images of each of batch / k identities; people with fewer
-    than k are filled up by repetition. `key` is the config's name of the batch size, for sentences.
+    than k are filled up by repetition. `key` is the config's name of the batch size.
     """
 
     def __init__(self, count, batch, seed, key, labels=None, per_identity=0):

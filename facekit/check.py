@@ -1,6 +1,5 @@
 """Checks before the first stage and behind a release: what cannot end well is said, and nothing is
 published that is not what it should be."""
-import json
 import re
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def check_experiment(cfg, compare):
 
     Nothing is decoded, trained or written.
     """
-    rows = list(variants(cfg, compare))
+    rows = variants(cfg, compare)
     for variant in rows:
         check_models(variant.cfg)
         attacks.check_names(variant.cfg.evaluate.attacks)
@@ -70,6 +69,8 @@ def check_people(cfg, rows):
     folds = make_folds(private, public, cfg)
     run.say(count_release(folds, cfg).sentence(cfg.data.exclude))
     released = sum(len(f.released) for f in folds)
+    if len(folds) == 1 and cfg.data.validation:
+        verification.check_held_back(folds[0])
     for variant in rows:
         c = variant.cfg
         for key, batch, count in (
@@ -130,19 +131,20 @@ def check_release_images(folder, plan, private, protections, device):
     for i in np.unique(np.linspace(0, len(plan.image) - 1, SAMPLE).astype(int)):
         protection, seeds = protections[plan.fold[i]], plan.seeds[i:i + 1].to(device)
         original = torch.from_numpy(private.select(plan.image[i:i + 1]).pixels()).to(device)
-        again = protection(original, seeds)
+        expected = protection(original, seeds)
         stored = images.decode(released[i], f'{folder} image {i}').permute(1, 2, 0)
-        fresh = images.decode(images.encode(again[0].cpu().permute(2, 0, 1),
-                                            cfg.reconstruct.format, cfg.reconstruct.quality), 'it')
+        encoded = images.encode(expected[0].cpu().permute(2, 0, 1), cfg.reconstruct.format,
+                                cfg.reconstruct.quality)
+        decoded = images.decode(encoded, 'image made for comparison')
         # Other hardware rounds otherwise, another image differs by more than ten times as much
-        error = (stored.float() - fresh.permute(1, 2, 0)).abs().mean().item()
+        error = (stored.float() - decoded.permute(1, 2, 0)).abs().mean().item()
         refuse(error > 2, folder, f'has another image at {i} than its plan (error {error:.1f})')
         if protect.draws_mask(cfg.reconstruct.method):
             noise, size = protection.patch_noise(seeds, cfg.data.size), cfg.data.size
             black = torch.zeros(1, 3, size, size, device=device)
             hidden = protect.masked(black, noise, cfg.reconstruct.mask_ratio, cfg.mae.patch) > 0
             changed = torch.where(hidden.permute(0, 2, 3, 1), 255 - original, original)
-            refuse(not torch.equal(protection(changed, seeds), again), folder,
+            refuse(not torch.equal(protection(changed, seeds), expected), folder,
                    f'would tell hidden pixels (image {i})')
             patches = (size // cfg.mae.patch) ** 2
             share = round(patches * cfg.reconstruct.mask_ratio) / patches

@@ -19,7 +19,9 @@ import yaml
 from facekit.errors import InputError
 
 # Names in a run folder, which no row of a comparison may have
-TAKEN = 'fold', 'seed', 'figures', 'reconstructed', 'cache', 'faces', 'log'
+RESERVED = 'fold', 'seed', 'figures', 'reconstructed', 'cache', 'faces', 'log'
+# What rows cannot set: they share faces, split, teacher, judge and run folder
+SHARED = 'data.', 'toy.', 'teacher.', 'judge.', 'run.'
 CONFIGS = Path(__file__).parent.parent / 'configs'
 CHOICES = {
     'stage': ('teacher', 'judge', 'student'),
@@ -36,12 +38,13 @@ CHOICES = {
     'fr.margin_gradient': ('exact', 'straight_through'),
 }
 INTEGERS = ('data.release_folds', 'compare_seeds')     # lists that begin empty
-LARGE, MOST = float('inf'), (1 << 31) - 1    # of other floats and integers; neither is negative
+# Of other floats and integers; neither may be negative
+MAX_FLOAT, MAX_INT = float('inf'), (1 << 31) - 1
 RANGES = {
     **dict.fromkeys((
         'run.log_every', 'data.folds', 'data.min_images', 'mae.micro_batch',
-        'reconstruct.batch', 'evaluate.batch', 'evaluate.attack_steps'), (1, MOST)),
-    **dict.fromkeys(('mae.batch', 'fr.batch', 'fr.norm_batch'), (2, MOST)),
+        'reconstruct.batch', 'evaluate.batch', 'evaluate.attack_steps'), (1, MAX_INT)),
+    **dict.fromkeys(('mae.batch', 'fr.batch', 'fr.norm_batch'), (2, MAX_INT)),
     **dict.fromkeys(('mae.lr', 'fr.lr', 'irm.weight', 'mae.mse_weight'), (0, 1e30)),
     **dict.fromkeys(('mae.warmup_epochs', 'fr.warmup_epochs', 'irm.warmup_epochs'), (0, 1e9)),
     **dict.fromkeys((
@@ -95,13 +98,13 @@ def quoted(value):
 
 def check_value(key, value, default):
     """`value` as the type of `default`, or an InputError that names the key and the remedy."""
-    if isinstance(default, float) and not isinstance(value, bool):
-        with contextlib.suppress(TypeError, ValueError, OverflowError):   # YAML reads 1e-4 as text
-            value = float(value)
     if key == 'reconstruct.mask_ratio':
         if value == 'same':
             return value
         default = 0.75
+    if isinstance(default, float) and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):   # YAML reads 1e-4 as text
+            value = float(value)
     kind = type(default)
     if type(value) is not kind:
         raise InputError(f'{key} = {quoted(value)} is a {type(value).__name__}: '
@@ -110,10 +113,10 @@ def check_value(key, value, default):
         value = [check_value(key, item, 0 if key in INTEGERS else default[0]) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f'{key} = {value} is not finite: give a number such as {default}')
-    low, high = RANGES.get(key, (0, MOST if isinstance(value, int) else LARGE))
+    low, high = RANGES.get(key, (0, MAX_INT if isinstance(value, int) else MAX_FLOAT))
     if isinstance(value, (int, float)) and not low <= value <= high:
-        raise InputError(f'{key} = {quoted(value)} is out of range: give {low} to {high}, for example '
-                         f'{default}')
+        raise InputError(f'{key} = {quoted(value)} is out of range: give {low} to {high}, for '
+                         f'example {default}')
     if isinstance(value, str) and not (value.isprintable() and len(value) < 400):
         raise InputError(f'{key} = {quoted(value)} is too long or has characters that cannot be '
                          'printed: give another')
@@ -133,13 +136,16 @@ def check_value(key, value, default):
 
 def check_row(name, changes):
     """The changes of one row of the comparison, whose name becomes a folder."""
-    if not re.fullmatch(rf'(?!{"|".join(TAKEN)})[\w-]{{1,60}}', str(name)):
+    if not re.fullmatch(rf'(?!{"|".join(RESERVED)})[\w-]{{1,60}}', str(name)):
         raise InputError(f'compare has a row {quoted(name)}: use letters, digits, _ and -, and do '
-                         f'not begin with {", ".join(TAKEN)}')
+                         f'not begin with {", ".join(RESERVED)}')
     if not isinstance(changes, list) or not all(isinstance(c, str) for c in changes):
         raise InputError(f'compare.{name} = {quoted(changes)}: write a list of section.key=value')
-    if any(change.startswith('run.folder=') for change in changes):
-        raise InputError(f'compare.{name} sets run.folder, but all rows share one: remove it')
+    for change in changes:
+        key = change.partition('=')[0]
+        if key.startswith(SHARED) and key != 'teacher.checkpoint':
+            raise InputError(f'compare.{name} sets {key}, which all rows share: set it for all, '
+                             'or make another config')
     return changes
 
 
@@ -222,8 +228,9 @@ def resolve(path, assignments=()):
 
 def namespace(config):
     """Nested dicts as namespaces; `as_dict` is the way back."""
-    return SimpleNamespace(**{k: namespace(v) if isinstance(v, dict) and k not in ('compare', 'reference') else v
-                              for k, v in config.items()})
+    return SimpleNamespace(**{
+        k: namespace(v) if isinstance(v, dict) and k not in ('compare', 'reference') else v
+        for k, v in config.items()})
 
 
 def as_dict(cfg):
@@ -311,6 +318,7 @@ def variants(cfg, compare):
     if compare and cfg.reconstruct.method in cfg.compare:
         raise InputError(f'compare has a row {cfg.reconstruct.method!r}, the name that the method '
                          'has in the table: rename the row, or set another reconstruct.method')
+    found = []
     for seed in (compare and cfg.compare_seeds) or [cfg.run.seed]:
         for name in names:
             if name and name not in cfg.compare:
@@ -322,5 +330,6 @@ def variants(cfg, compare):
             if config['reconstruct']['mask_ratio'] == 'same':
                 config['reconstruct']['mask_ratio'] = config['mae']['mask_ratio']
             check_together(config)
-            yield Variant(name or config['reconstruct']['method'], seed, namespace(config),
-                          '' if seed == cfg.run.seed else f'seed{seed}')
+            found.append(Variant(name or config['reconstruct']['method'], seed, namespace(config),
+                                 '' if seed == cfg.run.seed else f'seed{seed}'))
+    return found

@@ -118,7 +118,7 @@ def embed_all(net, store, batch, precision):
     Batches are dealt to the processes and gathered, so the result does not depend on them.
     """
     starts = range(0, len(store), batch)
-    parts = {}                       # number of a batch -> embeddings of it and of its mirror image
+    parts = {}                 # number of a batch -> embeddings of it and of its mirror image
     for number, first in enumerate(starts):
         if number % run.world() == run.rank():
             faces = store(torch.arange(first, min(first + batch, len(store))))
@@ -135,7 +135,7 @@ def embed_all(net, store, batch, precision):
 def unit_embeddings(net, chosen, cfg, device):
     """f(x) + f(mirrored x) of ImageRows, L2-normalised, float32 (N, d)."""
     batch = cfg.evaluate.batch
-    if device.type == 'cpu':           # a laptop's memory: the largest maps of a batch take 256 MiB
+    if device.type == 'cpu':         # a laptop's memory: the largest maps of a batch take 256 MiB
         batch = min(batch, max(1, (1 << 26) // (net.size ** 2 * net.conv1.out_channels)))
     plain, mirrored = embed_all(net, Store(chosen, device), batch, cfg.run.precision)
     return F.normalize(plain + mirrored)

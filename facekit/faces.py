@@ -32,6 +32,10 @@ class ImageRows:
     def __len__(self):
         return len(self.rows)
 
+    def take(self, chosen):
+        """ImageRows of some of these, by their places."""
+        return ImageRows(self.images, self.rows[chosen])
+
     def pixels(self):
         """uint8 (N, H, W, 3), in memory."""
         return np.asarray(self.images[self.rows])
@@ -88,8 +92,10 @@ def load(path, cfg, photos=True):
     say_passed_over(source)
     mark = {'source': source.fingerprint(), 'on_size': cfg.data.on_size,
             'on_corrupt': cfg.data.on_corrupt}
-    name = f'{path.name}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:10]}'
-    folder = Path(cfg.data.cache) / f'{name}-{cfg.data.size}'
+    # A set that is decoded in another way has another cache, which may be in use
+    way = str(path.resolve()), cfg.data.on_size, cfg.data.on_corrupt
+    folder = Path(cfg.data.cache, f'{path.name}-{files.digest(repr(way).encode())[:10]}-'
+                                  f'{cfg.data.size}')
     files.make_once(folder, lambda: is_current(folder, mark),
                     lambda: build_cache(folder, mark, source, cfg, photos))
     skipped = json.loads((folder / 'source.json').read_text())['skipped']
@@ -135,8 +141,9 @@ def build_cache(folder, mark, source, cfg, photos):
     """
     size, count = cfg.data.size, len(source.labels)
     with files.replacing_folder(folder) as draft:
-        with open(draft / 'images.u8', 'wb') as file:  # a full disk is an error here; while the
-            os.posix_fallocate(file.fileno(), 0, count * size * size * 3)  # map is written, a crash
+        with open(draft / 'images.u8', 'wb') as file:
+            # A full disk is an error here; while the map is written it would be a crash
+            os.posix_fallocate(file.fileno(), 0, count * size * size * 3)
         pixels = np.memmap(draft / 'images.u8', np.uint8, 'r+', shape=(count, size, size, 3))
         hashes, skipped, cut = np.zeros(count, np.uint64), [], []
         log = StageLog(cfg.run.folder, f'cache/{folder.name}', count)
@@ -153,7 +160,7 @@ def build_cache(folder, mark, source, cfg, photos):
             pixels[place] = pixels[i]
         pixels.flush()
         os.truncate(draft / 'images.u8', len(kept) * size * size * 3)
-        content = io.BytesIO()      # np.save into a file hides from its error that the disk is full
+        content = io.BytesIO()     # np.save into a file hides from its error that the disk is full
         np.save(content, hashes[kept])
         (draft / 'hashes.npy').write_bytes(content.getvalue())
         log(count, count, skipped=len(skipped))

@@ -45,7 +45,8 @@ def picture(path, title):
     if not path.is_file():
         return ''
     content = base64.b64encode(path.read_bytes()).decode()
-    return f'<h2>{escape(title)}</h2><img alt="{escape(title)}" src="data:image/png;base64,{content}">'
+    title = escape(title)
+    return f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{content}">'
 
 
 def write_page(folder, sheets, results):

@@ -5,6 +5,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from facekit import files, run
 from facekit.images import to_uint8
+from facekit.report import strongest_attack
 
 TRUE, OTHERS = '#1b6ca8', '#d1495b'            # of score histograms
 MARGIN, GAP, TEXT = 96, 3, 13                  # of face grids: left margin, gap, font size, pixels
@@ -63,10 +64,11 @@ def plotting():
 def colours_of(names):
     """{name: colour}, no two alike."""
     from matplotlib import colormaps
-    count = len(names)
-    palette = next((colormaps[name].colors for name in ('tab10', 'tab20')
-                    if count <= len(colormaps[name].colors)),
-                   colormaps['turbo'](np.linspace(0, 1, count)))
+    palettes = {name: list(colormaps[name].colors) for name in ('tab10', 'tab20', 'tab20b')}
+    palette = palettes['tab10']
+    if len(names) > 10:
+        palette = palettes['tab20'] + palettes['tab20b'] + list(
+            colormaps['turbo'](np.linspace(0, 1, max(0, len(names) - 40))))
     return dict(zip(names, palette))
 
 
@@ -102,9 +104,9 @@ def histogram(cosines, path):
     save_plot(figure, path)
 
 
-def verification_plots(scores, folder, prefix=''):
+def verification_plots(scores, prefix):
     """ROC and score histograms of recognisers, {name: PairScores}, as <prefix>roc.png and
-    <prefix>scores.png."""
+    <prefix>scores.png; the prefix begins with a folder."""
     if not (plt := plotting()):
         return
     figure, axes = plt.subplots(figsize=(5, 4))
@@ -116,22 +118,10 @@ def verification_plots(scores, folder, prefix=''):
         axes.plot(far, tar, label=name, color=colour)
     axes.set(xscale='log', xlim=(1e-3, 1), xlabel='false accept rate', ylabel='true accept rate')
     legend_beside(axes)
-    save_plot(figure, folder / f'{prefix}roc.png')
+    save_plot(figure, f'{prefix}roc.png')
     cosines = {name: 1 - s.distance / 2 for name, s in scores.items()}
     histogram({name: (c[scores[name].same], c[~scores[name].same]) for name, c in cosines.items()},
-              folder / f'{prefix}scores.png')
-
-
-def strongest_attack(privacy, kind):
-    """Rank 1 of the strongest attack of a question, {attack_kind: figures}; NaN without one.
-
-    Attacks that hold more than the release do not count: several releases, the original's own
-    patches, the secret masks; whoever guesses the masks counts.
-    """
-    rank1 = [figures['rank1'] for name, figures in privacy.items() if name.endswith(kind)
-             and not name.startswith(('visible', 'repeated', 'masked'))]
-    guessed = privacy.get(f'masked_{kind}', {}).get('curve', {}).get('mask', {}).values()
-    return max([*rank1, *guessed], default=np.nan)
+              f'{prefix}scores.png')
 
 
 def tradeoff_plot(found, folder):

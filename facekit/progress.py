@@ -62,11 +62,13 @@ class StageLog:
         left = datetime.timedelta(seconds=round(left))
         stage = ' '.join(filter(None, [os.environ.get('STAGE'), self.stage]))
         if not sys.stdout.isatty():
-            print(f'[{stage}] {step}/{self.total}  {left} left  {speed}  {shown}'[:100], flush=True)
+            line = f'[{stage}] {step}/{self.total}  {left} left  {speed}  {shown}'
+            print(line[:100], flush=True)
             return
         done = round(12 * step / self.total)
-        overwrite(f'[{stage}] {"━" * done}{"·" * (12 - done)} {step}/{self.total} {left} {speed}  '
-                  f'{shown}', step == self.total)
+        bar = '━' * done + '·' * (12 - done)
+        overwrite(f'[{stage}] {bar} {step}/{self.total} {left} {speed}  {shown}',
+                  step == self.total)
 
     def announce(self, text):
         """Say what is being done in a terminal's live line; it is not logged."""

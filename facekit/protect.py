@@ -48,7 +48,7 @@ class FaceMAE:
         """What the model predicts, (B, L, p*p*3) -> float32 images (B, 3, H, W), about 0..1."""
         return self.model.unpatchify(patches.float()) * self.std + self.mean
 
-    def reconstruct(self, x, noise, cfg):
+    def reconstruct(self, x, noise, ratio, cfg):
         """Float images (B, 3, H, W) in 0..1 and noise (B, L) -> float32 images, about 0..1.
 
         The whole output of the decoder, or with reconstruct.paste_visible the visible patches of
@@ -56,7 +56,7 @@ class FaceMAE:
         """
         normalised = self.normalise(x)
         with run.autocast(x.device, cfg.run.precision):
-            pred, mask = self.model(normalised, noise, cfg.reconstruct.mask_ratio)
+            pred, mask = self.model(normalised, noise, ratio)
         if cfg.reconstruct.paste_visible:
             pred = torch.where(mask[:, :, None] > 0, pred.float(), self.model.patchify(normalised))
         return self.to_pixels(pred)
@@ -81,7 +81,7 @@ def build_mae(settings, size):
 def load_mae(path, cfg, device, made_by):
     """The finished FaceMAE in a checkpoint, which `made_by` is the command to make."""
     saved = files.load_finished(path, made_by, ('model', 'mean', 'std', 'config'))
-    settings, trained_at = files.entry(saved['config'], 'mae'), files.entry(saved['config'], 'data')
+    settings, trained_at = (files.entry(saved['config'], key) for key in ('mae', 'data'))
     if settings.get('norm_pix_loss'):
         raise InputError(f'{path} was trained with mae.norm_pix_loss: undoing it needs the hidden '
                          'pixels and would leak them; train with mae.norm_pix_loss=false')
@@ -169,7 +169,7 @@ class Protection:
                 u = batches.uniform(batches.expanded(seeds, 3 * size * size))
                 x = x + c.noise_std / 255 * math.sqrt(2) * torch.erfinv(2 * u - 1).view_as(x)
             case 'facemae':
-                x = self.mae.reconstruct(x, noise, self.cfg)
+                x = self.mae.reconstruct(x, noise, c.mask_ratio, self.cfg)
         return to_uint8(x)
 
     def patch_noise(self, seeds, size):
@@ -178,10 +178,11 @@ class Protection:
 
     def of_rows(self, chosen, seeds, device):
         """The same for ImageRows and seeds (N,), batch by batch: uint8 (N, H, W, 3), numpy."""
-        parts = np.array_split(np.arange(len(chosen)), len(chosen) // self.cfg.reconstruct.batch + 1)
-        return np.concatenate([self(
-            torch.from_numpy(np.asarray(chosen.images[chosen.rows[part]])).to(device),
-            seeds[part].to(device)).cpu().numpy() for part in parts])
+        count, batch = len(chosen), self.cfg.reconstruct.batch
+        return np.concatenate([
+            self(torch.from_numpy(chosen.take(part).pixels()).to(device),
+                 seeds[part].to(device)).cpu().numpy()
+            for part in np.array_split(np.arange(count), count // batch + 1)])
 
 
 # ------------------------------------------------------------------------------- secret
@@ -196,8 +197,9 @@ def release_secret(cfg):
     secret = read_secret(path)
     if secret == read_secret(CONFIGS / 'toy.key'):
         if not is_drawn(cfg.data.root):
-            raise InputError(f'reconstruct.key = {path} is known to everybody, and {cfg.data.root} '
-                             'are no drawn faces: set reconstruct.key= for a secret of your own')
+            raise InputError(f'reconstruct.key = {path} is known to everybody, and '
+                             f'{cfg.data.root} are no drawn faces: set reconstruct.key= for a '
+                             'secret of your own')
     elif path.stat().st_mode & 0o077:
         run.say(f'warning: others can read {path}, from which masks, order and labels of the '
                 f'release follow: chmod 600 {path}')

@@ -35,7 +35,8 @@ class Search:
 class Attack:
     """What one attacker tries on one group."""
     headline: Search
-    curves: dict = field(default_factory=dict)   # {series: {x: Search}}: the same with more or less
+    # {series: {x: Search}}: the same with more or less effort, x = a number or a name
+    curves: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -113,14 +114,14 @@ def scores(a, b):
 
 # ------------------------------------------------------------------------------- figures
 
-def questions(asked):
+def questions(s):
     """{kind: (probe ids, gallery ids, excluded items)} of a Search, as tensors."""
-    device = asked.gallery.device
-    source = torch.as_tensor(asked.source, device=device)
-    numbers = torch.arange(len(asked.gallery), device=device)
-    if asked.person is None:
+    device = s.gallery.device
+    source = torch.as_tensor(s.source, device=device)
+    numbers = torch.arange(len(s.gallery), device=device)
+    if s.person is None:
         return {'same_person': (source, numbers, None)}
-    person = torch.as_tensor(asked.person, device=device)
+    person = torch.as_tensor(s.person, device=device)
     return {'same_image': (source, numbers, None),
             'same_person': (person[source], person, source)}
 
@@ -130,14 +131,14 @@ def figures_of(attacks):
     results = {}
     rankings, ceilings, people = {}, {}, {}
     for attack in attacks:
-        asked = attack.headline
-        own = asked.ceiling_probes
-        own = asked.gallery[torch.as_tensor(asked.source)] if own is None else own
-        names = asked.source if asked.person is None else asked.person[asked.source]
-        for kind, question in questions(asked).items():
-            if len((ranking := search(asked.probes, asked.gallery, *question)).rank):
+        s = attack.headline
+        perfect = s.ceiling_probes
+        perfect = s.gallery[torch.as_tensor(s.source)] if perfect is None else perfect
+        names = s.source if s.person is None else s.person[s.source]
+        for kind, question in questions(s).items():
+            if len((ranking := search(s.probes, s.gallery, *question)).rank):
                 rankings.setdefault(kind, []).append(ranking)
-                ceilings.setdefault(kind, []).append(search(own, asked.gallery, *question))
+                ceilings.setdefault(kind, []).append(search(perfect, s.gallery, *question))
                 people.setdefault(kind, []).append(names[ranking.probe.numpy()])
     for kind in rankings:
         results[kind] = summary(rankings[kind], ceilings[kind], np.concatenate(people[kind]))
@@ -168,36 +169,35 @@ def curves_of(attacks, kind):
     curves = {}
     for series, searches in attacks[0].curves.items():
         for x in searches:
-            asked = [attack.curves[series][x] for attack in attacks]
-            found = [search(s.probes, s.gallery, *questions(s)[kind]) for s in asked
-                     if kind in questions(s)]
-            if found:
-                curves.setdefault(series, {})[str(x)] = rank1(found)
+            points = [attack.curves[series][x] for attack in attacks]
+            rankings = [search(s.probes, s.gallery, *questions(s)[kind]) for s in points
+                        if kind in questions(s)]
+            if rankings:
+                curves.setdefault(series, {})[str(x)] = rank1(rankings)
     return curves
 
 
+@dataclass
+class Cosines:
+    """What a recogniser says of the pairs (probe, original)."""
+    true: np.ndarray           # float32 (n,): of each probe and its own original
+    others: np.ndarray         # float32 (n,): of each probe and an original of another person
+    accepted: float            # share of the true ones that pass at FAR 1e-3; NaN if not known
+
+
 def cosines_of(attacks):
-    """Cosines of all probes with their originals, and with originals of other people, two float32
-    arrays (n,); None for attacks that do not compare single images."""
-    true, others = [], []
+    """The Cosines of one attacker's Attacks on all groups, or None if they do not compare single
+    images."""
+    found = {'true': [], 'others': [], 'accepted': []}
     for attack in attacks:
-        asked, rng = attack.headline, np.random.default_rng(0)
-        if not asked.compares_images() or len(np.unique(asked.person)) < 2:
+        s, rng = attack.headline, np.random.default_rng(0)
+        if not s.compares_images() or len(np.unique(s.person)) < 2:
             return None
-        other = verification.of_others(asked.person, asked.source, rng)
-        for rows, cosines in ((asked.source, true), (other, others)):
-            cosines.append((asked.probes * asked.gallery[torch.as_tensor(rows)]).sum(1).cpu())
-    return torch.cat(true).numpy(), torch.cat(others).numpy()
-
-
-def accepted_share(attacks):
-    """Share of probes that a recogniser would accept as their originals' person at FAR 1e-3, or
-    None without such a threshold."""
-    shares = []
-    for attack in attacks:
-        asked = attack.headline
-        if not asked.compares_images() or not np.isfinite(asked.threshold):
-            return None
-        cosine = (asked.probes * asked.gallery[torch.as_tensor(asked.source)]).sum(1)
-        shares.append((cosine > asked.threshold).float().cpu())
-    return torch.cat(shares).mean().item()
+        other = verification.of_others(s.person, s.source, rng)
+        true, others = ((s.probes * s.gallery[torch.as_tensor(rows)]).sum(1).cpu().numpy()
+                        for rows in (s.source, other))
+        found['true'].append(true)
+        found['others'].append(others)
+        found['accepted'].append(np.where(np.isfinite(s.threshold), true > s.threshold, np.nan))
+    true, others, accepted = (np.concatenate(x) for x in found.values())
+    return Cosines(true, others, float(accepted.mean()))

@@ -102,6 +102,13 @@ def choose_device(cfg):
     return torch.device('cuda', local)
 
 
+def free_memory(device):
+    """Bytes that are free on a device."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+
+
 def keep_freed_memory():
     """Let glibc keep large buffers instead of handing them back to the kernel at every step.
 
@@ -197,33 +204,38 @@ def command(script, *extra):
     return shlex.join(['python', script, *arguments, *extra])
 
 
+def git(*words):
+    """Output of a git command in the kit's folder, '' if git is missing or fails."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(['git', *words], cwd=CONFIGS, capture_output=True,
+                              text=True).stdout.strip()
+    return ''
+
+
 def provenance():
     """What a result depends on beside the config: versions, hardware, commit."""
-    top, described = (subprocess.run(['git', *words], cwd=CONFIGS, capture_output=True,
-                                     text=True).stdout.strip() for words in (
-        ['rev-parse', '--show-toplevel'], ['describe', '--always', '--dirty', '--abbrev=12']))
-    if not top or Path(top).resolve() != CONFIGS.parent.resolve():
-        described = f'version {VERSION}'       # another repository says nothing about the kit
+    commit, top = f'version {VERSION}', git('rev-parse', '--show-toplevel')
+    if top and Path(top).resolve() == CONFIGS.parent.resolve():   # else it is another repository's
+        commit = git('describe', '--always', '--dirty', '--abbrev=12')
     device = (torch.cuda.get_device_name() if torch.cuda.is_available()
               else f'CPU, {os.cpu_count()} cores')
-    return {'commit': described, 'device': device, 'processes': world(),
+    return {'commit': commit, 'device': device, 'processes': world(),
             'python': sys.version.split()[0], 'torch': torch.__version__,
             'numpy': np.__version__}
 
 
-def launch(main, check, doc, compare_help):
+def launch(main, check):
     """Parse the command line and run `main(cfg, device, compare)`, or `check(cfg, compare)`.
 
     cfg is the resolved config as nested namespaces (`cfg.mae.lr`). Wrong input becomes one
-    sentence. Exit code 0 = done, 2 = wrong input, 130 = stopped by the keyboard.
+    sentence. Exit code 0 = done, 2 = wrong input, 130 = stopped by the keyboard. facekit/start.py
+    answers --help.
     """
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--config', help='YAML file; also as the first word (default: the toy)')
-    parser.add_argument('--compare', action='store_true', help=compare_help)
-    parser.add_argument('--check', action='store_true', help='only check, in seconds, whether the '
-                        'whole experiment can be run')
-    parser.add_argument('set', nargs='*', metavar='section.key=value', help='see casia.yaml')
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument('--config')
+    parser.add_argument('--compare', action='store_true')
+    parser.add_argument('--check', action='store_true')
+    parser.add_argument('set', nargs='*')
     args = parser.parse_intermixed_args()
     folder = 'the run folder'
     try:

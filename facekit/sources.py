@@ -103,9 +103,9 @@ def open_source(path):
         raise InputError(f'data set {path} does not exist: set data.root to a folder with '
                          'train.rec, or with one sub-folder of photos a person')
     if len(source.people) < 2:
-        raise InputError(f'{counted(len(source.labels), "image")} of {path} and all of one person, '
-                         f'{source.people[0]}: pack it anew with a label for each person (some '
-                         'sets keep their labels in a list beside the .rec)')
+        raise InputError(f'{counted(len(source.labels), "image")} of {path} and all of one '
+                         f'person, {source.people[0]}: pack it anew with a label for each person '
+                         '(some sets keep their labels in a list beside the .rec)')
     return source
 
 

@@ -1,4 +1,4 @@
-"""Who is public and who is private: the folds of a cross-fit, and the proof that nobody is both."""
+"""Who is public and who is private: the folds of a cross-fit; nobody is both."""
 import difflib
 import hashlib
 from dataclasses import dataclass
@@ -125,8 +125,8 @@ def check_disjoint(fold):
         people = np.unique(private.people[private.labels[fold.released[b]]]).tolist()
         a, b = rows[a[0]], fold.released[b[0]]
         raise InputError(
-            f'{public.where(a)} (public, of {public.people[public.labels[a]]}) is the same picture '
-            f'as {private.where(b)} (private, of {private.people[private.labels[b]]}), '
+            f'{public.where(a)} (public, of {public.people[public.labels[a]]}) is the same '
+            f'picture as {private.where(b)} (private, of {private.people[private.labels[b]]}), '
             f'{len(shared)} such in all: remove the one that is wrong, or leave these private '
             f'people out with data.exclude=[{", ".join(people)}]')
 

@@ -169,9 +169,7 @@ def draw(identities, poses, size=64, seed=0):
         rgb = _faces(who, shot, size) + tape[shot.grain.long().flatten()] * shot.noise
         images[part] = (rgb * 255 + .5).clamp_(0, 255).to(torch.uint8)
 
-    # Own threads, as torch's would wait for each other after every short operation. And glibc
-    # hands freed memory back, which costs as much as drawing, until it has seen a large block.
-    torch.empty(7 * 2**20)
+    # Own threads, as torch's would wait for each other after every short operation
     threads, step = torch.get_num_threads(), max(1, POINTS // (size * SUPER)**2)
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(chunk, [slice(i, i + step) for i in range(0, len(keys), step)]))

@@ -1,12 +1,13 @@
 """What both training scripts do around their own step: resume, update, log, save, stop.
 
     training = Training(cfg, path, stage, {'net': net}, optimizer, steps, batch, ...)
-    training.resume(saved)
     while training.step < training.steps:
-        losses = ...                                    # forward and backward pass
+        losses = ...                                    # forward pass, training.backward(loss)
         training.update(losses, learning_rate)
-        training.log_if_due()
-        training.save_if_due()
+        if training.log_due():
+            training.write_log()
+        if training.save_due():
+            training.save()
     training.end()
 
 The loop itself stays in the script.
@@ -24,10 +25,11 @@ class Training:
     """The state of one training between its steps, and what is due after each."""
 
     def __init__(self, cfg, path, stage, nets, optimizer, steps, batch, loss_names, device,
-                 extra):
+                 extra, saved):
         """`nets` {key of the checkpoint: module} are saved and resumed; `steps` of `batch` images
         (of all processes) make the whole training; `loss_names` name what update() is given;
-        `extra` is what else the checkpoint holds, such as its premises."""
+        `extra` is what else the checkpoint holds, such as its premises; `saved` is a checkpoint to
+        continue from, or None."""
         self.cfg, self.path, self.stage, self.nets, self.steps = cfg, path, stage, nets, steps
         self.batch, self.loss_names, self.extra = batch, loss_names, extra
         self.optimizer = optimizer
@@ -37,23 +39,25 @@ class Training:
         self.logged = 0                                # step of the last log line
         self.sums = torch.zeros(len(loss_names), device=device)    # of losses since then
         self.learning_rate = 0.0                       # of the last step
+        if saved:
+            self.resume(saved)
+        self.first, self.saved_at = self.step, 0.0     # step, and seconds of the last save
+        self.log = StageLog(cfg.run.folder, stage, steps, self.step)
+        self.stop = run.Stop()
 
     def resume(self, saved):
-        """Continue from a checkpoint; None starts from the beginning."""
-        if saved:
-            for name, net in self.nets.items():
-                embed.load_weights(net, saved[name], self.path)
-            try:
-                self.optimizer.load_state_dict(saved['optimizer'])
-                self.scaler.load_state_dict(saved['scaler'])
-                self.sums.copy_(saved['sums'])
-            except Exception:                          # a file can hold anything
-                raise InputError(f'{self.path} has a damaged optimizer, scaler or sums: delete it '
-                                 'and make it again') from None
-            self.step, self.logged = saved['step'], saved['logged']
-            run.say(f'continuing at step {self.step}')
-        self.log = StageLog(self.cfg.run.folder, self.stage, self.steps, self.step)
-        self.stop, self.first, self.saved_at = run.Stop(), self.step, 0.0
+        """Continue from a checkpoint."""
+        for name, net in self.nets.items():
+            embed.load_weights(net, saved[name], self.path)
+        try:
+            self.optimizer.load_state_dict(saved['optimizer'])
+            self.scaler.load_state_dict(saved['scaler'])
+            self.sums.copy_(saved['sums'])
+        except Exception:                              # a file can hold anything
+            raise InputError(f'{self.path} has a damaged optimizer, scaler or sums: delete it '
+                             'and make it again') from None
+        self.step, self.logged = saved['step'], saved['logged']
+        run.say(f'continuing at step {self.step}')
 
     def backward(self, loss):
         """Accumulate the gradient of a loss, scaled where run.precision = fp16 needs it."""
@@ -62,7 +66,8 @@ class Training:
     def update(self, losses, learning_rate):
         """Take one step of the optimizer with the gradients that were accumulated.
 
-        losses: float32 (len(loss_names),) on the device, means of this process's images.
+        losses: float32 (len(loss_names),) on the device, means of this process's images;
+        learning_rate: of this step, float.
         """
         self.sums += losses
         run.average_gradients(self.parameters)
@@ -128,11 +133,12 @@ class Training:
 
 
 def load_unfinished(path, cfg, keys, premises, needs):
-    """The checkpoint at `path` to continue from, or None; InputError if it does not belong here.
+    """The checkpoint at `path` to continue from, or None; InputError if it is damaged or was made
+    from something else.
 
     keys and premises: see files.check_premises(); needs: its keys.
     """
-    if not path.exists():
+    if not run.broadcast(path.exists()):
         return None
     saved = files.load_checkpoint(path, needs=('step', 'steps', 'logged', 'sums', 'optimizer',
                                                'scaler', 'config', *needs))

@@ -157,16 +157,22 @@ def load_pairs(path, size):
 def held_back(fold, count=3000):
     """A PairSet of the public people of a fold who are in no training, 2 * count pairs."""
     rng, labels = np.random.default_rng(0), fold.public.labels[fold.validation]
+    check_held_back(fold)
     sizes = np.bincount(labels)[labels]              # images of each image's person
-    if len(np.unique(labels)) < 2 or sizes.max() < 2:
-        raise InputError(f'the {len(labels)} images of public people who are held back are of '
-                         f'{len(np.unique(labels))}: raise data.validation')
     order = labels.argsort(kind='stable')
     first = rng.choice(order[sizes[order] > 1], count)
     same, other = of_same(labels, first, rng), of_others(labels, first, rng)
     pairs = np.stack([np.stack([first, same], 1), np.stack([first, other], 1)], 1).reshape(-1, 2)
     return PairSet('held back', fold.public.select(fold.validation).pixels(), pairs,
                    np.arange(2 * count) % 2 == 0, None)
+
+
+def check_held_back(fold):
+    """Refuse a fold whose validation people make no pairs."""
+    counts = np.unique(fold.public.labels[fold.validation], return_counts=True)[1]
+    if len(counts) < 2 or counts.max() < 2:
+        raise InputError(f'the {counts.sum()} images of public people who are held back are of '
+                         f'{len(counts)}: raise data.validation')
 
 
 def of_same(labels, rows, rng):

@@ -74,7 +74,8 @@ def test_a_config_builds_on_its_base(tmp_path):
 def test_rows_share_the_run_folder_and_have_their_own():
     resolved = config.resolve(config.CONFIGS / 'toy.yaml', [
         'compare_seeds=[0,1]', 'compare={mse: [irm.weight=0, mae.name=mse]}'])
-    found = {(r.name, r.cfg.run.seed): r for r in config.variants(config.namespace(resolved), True)}
+    every = config.variants(config.namespace(resolved), True)
+    found = {(r.name, r.cfg.run.seed): r for r in every}
     assert {k: str(r.folder) for k, r in found.items()} == {
         ('facemae', 0): 'runs/toy', ('mse', 0): 'runs/toy/mse',
         ('facemae', 1): 'runs/toy/seed1', ('mse', 1): 'runs/toy/mse/seed1'}
@@ -93,7 +94,7 @@ def test_a_key_twice_is_refused_with_both_lines(tmp_path):
 
 def variant(*assignments):
     resolved = config.resolve(config.CONFIGS / 'toy.yaml', assignments)
-    return next(config.variants(config.namespace(resolved), False))
+    return config.variants(config.namespace(resolved), False)[0]
 
 
 def test_a_release_hides_what_its_model_hides_unless_both_are_set():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from facekit import attack_data, batches, config, faces, files, images, protect, records, split
+from facekit import attack_data, batches, config, faces, images, protect, records, split
 from facekit import sources, toy
 from facekit.errors import InputError
 from facekit.protect import FaceMAE, Protection
@@ -22,7 +22,7 @@ def make_config(folder, *assignments):
     cfg = config.namespace(config.resolve(TINY, [
         f'run.folder={folder}/run', f'data.root={folder}/faces', f'data.cache={folder}/cache',
         *assignments]))
-    return next(config.variants(cfg, compare=False)).cfg
+    return config.variants(cfg, compare=False)[0].cfg
 
 
 def write_faces(folder, people=8, each=3, form='png', start=0):
@@ -153,7 +153,7 @@ def test_people_who_are_excluded_are_in_nothing(tmp_path):
     write_faces(tmp_path / 'faces')
     cfg = make_config(tmp_path, 'data.exclude=[5]', 'reconstruct.method=none', 'toy.identities=0')
     folds = split.split(cfg)
-    variant = next(config.variants(cfg, compare=False))
+    variant = config.variants(cfg, compare=False)[0]
     [group] = attack_data.own_groups(variant, folds, [None], folds[0].private, 'cpu')
     labels, [f] = folds[0].private.labels, folds
     for rows in (f.released, f.train, f.mae, f.validation, group.outsiders.rows):
@@ -178,7 +178,8 @@ def test_order_visits_every_image_once_an_epoch():
     order = batches.Order(50, 10, 3, 'mae.batch')
     epochs = [np.concatenate([order(5 * e + i)[0] for i in range(5)]) for e in range(2)]
     assert all(sorted(e) == list(range(50)) for e in epochs) and any(epochs[0] != epochs[1])
-    assert np.array_equal(batches.Order(50, 10, 3, 'mae.batch')(7)[0], order(7)[0])     # a pure function
+    twin = batches.Order(50, 10, 3, 'mae.batch')                         # a pure function
+    assert np.array_equal(twin(7)[0], order(7)[0])
     with pytest.raises(InputError, match='larger than'):
         batches.Order(5, 10, 3, 'mae.batch')
 
@@ -201,7 +202,8 @@ def test_hashes_depend_on_image_epoch_and_seed_alone():
     others = [(7, 'masks', 3), (8, 'masks', 2), (7, 'flips', 2)]
     assert not any(torch.equal(batches.hashed(batches.stream(*o), images, 64), whole)
                    for o in others)
-    assert len(batches.hashed(batches.stream(0, 'masks'), torch.arange(2000), 64).unique()) == 128000
+    many = batches.hashed(batches.stream(0, 'masks'), torch.arange(2000), 64)
+    assert len(many.unique()) == 128000
     u = batches.uniform(batches.hashed(batches.stream(1, 'masks'), torch.arange(4000), 64))
     # Mean, variance and correlation with the neighbouring image and column, at five sigma
     assert abs(u.mean() - 0.5) < 0.003 and abs(u.var() - 1 / 12) < 0.003

@@ -30,8 +30,8 @@ def test_the_pipeline_writes_what_it_promises(finished):
     assert originals['reconstruction']['psnr'] > 90                  # PNG: nothing is lost
     assert {'commit', 'torch', 'device'} <= set(results['made_with'])
     assert results['people']['people'] == 10 and results['people']['of_people'] == 24
-    assert results['left_out'][f'{folder}/faces'] == {'damaged images': 0,
-                                                      'images equal to another one': 0}
+    assert results['left_out']['private'] == {'damaged images': 0,
+                                              'images equal to another one': 0}
     assert results['config']['mae']['dim'] == 32 and results['seconds']['train_mae/fold0/mae'] > 0
     assert originals['privacy']['judge_same_image']['tar@far=1e-3'] == 1
     assert {'linear_same_image', 'masked_same_image', 'visible_same_image', 'trained_same_image',
@@ -143,7 +143,7 @@ def test_people_held_back_are_watched_in_training_and_verified(tmp_path, finishe
     for script in ('train_mae.py', 'reconstruct.py', 'train_fr.py', 'evaluate.py'):
         run(tmp_path, script, *some)
     line = log_lines(tmp_path, 'train_mae/fold0/mae')[-1]
-    assert line['held_strangers'] > 1 / 32 and -1 <= line['held_relations'] <= 1
+    assert line['unrelated_irm'] > 1 / 32 and -1 <= line['validation_relations'] <= 1
     found = json.loads((tmp_path / 'run' / 'results.json').read_text())
     assert found['verification']['held back']['pairs'] == 6000
 
@@ -271,7 +271,8 @@ def test_the_whole_experiment_is_checked_in_seconds_before_the_first_stage(finis
             ('evaluate.sets=[nowhere.bin]', 'nowhere.bin'), ('fr.batch=400', 'fr.batch = 400'),
             ('data.root=no/faces', 'does not exist'), ('teacher.checkpoint=no.pt', 'no.pt'),
             ('evaluate.attacks=[psychic]', 'psychic'), ('mae.norm_pix_loss=true', 'leak'),
-            ('data.exclude=[999]', '999'), ('fr.depth=12', 'fr.depth'), ('mae.heads=5', 'does not divide by 5')):
+            ('data.exclude=[999]', '999'), ('fr.depth=12', 'fr.depth'),
+            ('mae.heads=5', 'does not divide by 5'), ('data.validation=0.01', 'held back')):
         assert sentence in run(finished[0], 'evaluate.py', '--check', words, code=2)
     before = {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
     run(finished[0], 'train_mae.py', '--check', 'run.folder=new')

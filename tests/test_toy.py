@@ -26,7 +26,8 @@ def test_an_image_does_not_depend_on_its_batch_or_on_threads():
 
 
 def test_another_process_draws_the_same():
-    code = 'from facekit import toy; print(toy.draw([3, 5], [0, 9], 32, seed=4).flatten().tolist())'
+    code = ('from facekit import toy; '
+            'print(toy.draw([3, 5], [0, 9], 32, seed=4).flatten().tolist())')
     run = subprocess.run([sys.executable, '-c', code], cwd=Path(toy.__file__).parent.parent,
                          capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(toy.draw([3, 5], [0, 9], 32, seed=4).flatten().tolist())

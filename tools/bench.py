@@ -28,7 +28,6 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -144,7 +143,7 @@ class Bench:
         run.say(f'{stage}: {what}: {found["rate"]:,.1f} {unit}')
 
     def train_mae(self, related, batch, flops=False, peers=()):
-        variant, none = next(variants(self.cfg, False)), np.arange(0)
+        variant, none = variants(self.cfg, False)[0], np.arange(0)
         c, fold = variant.cfg, Fold(0, self.faces, self.faces, none, np.arange(2 * batch), none,
                                     none)
         c.mae.batch, c.mae.lr, c.mae.epochs, c.mae.preview_epochs = batch, 1e-9, 1e6, 0
@@ -153,7 +152,7 @@ class Bench:
         return self.steps(train_mae.train(variant, fold, self.device), flops, peers)
 
     def train_fr(self, flops=False, peers=()):
-        c = next(variants(self.cfg, False)).cfg
+        c = variants(self.cfg, False)[0].cfg
         c.fr.lr, c.run.save_minutes = 1e-9, 1e9
         what = train_fr.Recogniser('student', self.folder / 'fr.pt', self.faces,
                                    np.arange(len(self.images)), c.fr.depth, c.fr.width, 1e6, 0, [],
@@ -256,7 +255,7 @@ def main(folder, cfg, device, compare):
     name = torch.cuda.get_device_name() if device.type == 'cuda' else f'CPU {os.cpu_count()} cores'
     found = run.provenance() | {'device': name, 'threads': torch.get_num_threads(),
                                     'command': COMMAND, 'config': as_dict(cfg)}
-    cfg = next(variants(cfg, False)).cfg               # with all values resolved
+    cfg = variants(cfg, False)[0].cfg               # with all values resolved
     with tempfile.TemporaryDirectory() as temporary:
         cfg.run.folder = temporary
         b = Bench(cfg, device, Path(temporary))
@@ -291,4 +290,4 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--peers', default='')
     own, sys.argv[1:] = parser.parse_known_args()
-    run.launch(lambda *rest: main(own.peers, *rest), None, __doc__, argparse.SUPPRESS)
+    run.launch(lambda *rest: main(own.peers, *rest), None)
