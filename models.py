@@ -44,13 +44,13 @@ def random_masking(noise, ratio):
     visible and 1 for a hidden patch. ValueError if K is not within 1 .. L.
     """
     patches = noise.shape[1]
-    kept = patches - round(patches * ratio)
-    if not 1 <= kept <= patches:
-        raise ValueError(f'mask ratio {ratio} keeps {kept} of {patches} patches; '
+    visible = patches - round(patches * ratio)
+    if not 1 <= visible <= patches:
+        raise ValueError(f'mask ratio {ratio} keeps {visible} of {patches} patches; '
                          f'use a ratio from 0 to {(patches - 1) / patches:.3f}')
     order = noise.argsort(dim=1, stable=True)
     restore = order.argsort(dim=1)
-    return order[:, :kept], restore, (restore >= kept).float()
+    return order[:, :visible], restore, (restore >= visible).float()
 
 
 class TransformerBlock(nn.Module):

@@ -47,9 +47,16 @@ a secret that is not part of this release. Train on it as on any `train.rec`.
 
 **What it does not promise.** The people are not anonymous. The images are meant to be harder to
 re-identify; how hard, and for which attackers, is in the maker's results.json. A person's images
-share one label, and their number is visible unless the maker capped it.
+share one label, and their number is visible unless the maker capped it. Which patches of an image
+were visible can be read off most released images. Two releases of the same photos say more than
+one: with other masks they show other patches.
 
-**Taking a person out.** The maker, who holds the secret, adds the person's original label to
+**What the secret protects.** Masks, noise, order and labels follow from a key that the maker keeps.
+Whoever has it and the photos can say which released image was made of which photo. A key that
+leaked cannot be called back; one that is lost cannot be made again, and nobody, the maker
+included, can then match this release with its originals.
+
+**Taking a person out.** The maker, who holds the secret, adds the person's name to
 `data.exclude`, makes the release again and replaces this one; models trained on it, too.
 """
 

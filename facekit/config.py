@@ -318,7 +318,7 @@ def variants(cfg, compare):
     if compare and cfg.reconstruct.method in cfg.compare:
         raise InputError(f'compare has a row {cfg.reconstruct.method!r}, the name that the method '
                          'has in the table: rename the row, or set another reconstruct.method')
-    found = []
+    every = []
     for seed in (compare and cfg.compare_seeds) or [cfg.run.seed]:
         for name in names:
             if name and name not in cfg.compare:
@@ -330,6 +330,6 @@ def variants(cfg, compare):
             if config['reconstruct']['mask_ratio'] == 'same':
                 config['reconstruct']['mask_ratio'] = config['mae']['mask_ratio']
             check_together(config)
-            found.append(Variant(name or config['reconstruct']['method'], seed, namespace(config),
+            every.append(Variant(name or config['reconstruct']['method'], seed, namespace(config),
                                  '' if seed == cfg.run.seed else f'seed{seed}'))
-    return found
+    return every

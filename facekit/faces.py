@@ -153,15 +153,15 @@ def build_cache(folder, mark, source, cfg, photos):
                 range(0, count, 256))
             for _ in track(parts, f'decoding {source.path}', -(-count // 256), transient=True):
                 pass
-        kept = np.delete(np.arange(count), sorted(skipped))
-        if not len(kept):
+        good = np.delete(np.arange(count), sorted(skipped))
+        if not len(good):
             raise InputError(f'{source.path}: not one image can be read: copy the data set again')
-        for place, i in enumerate(kept) if skipped else ():
+        for place, i in enumerate(good) if skipped else ():
             pixels[place] = pixels[i]
         pixels.flush()
-        os.truncate(draft / 'images.u8', len(kept) * size * size * 3)
+        os.truncate(draft / 'images.u8', len(good) * size * size * 3)
         content = io.BytesIO()     # np.save into a file hides from its error that the disk is full
-        np.save(content, hashes[kept])
+        np.save(content, hashes[good])
         (draft / 'hashes.npy').write_bytes(content.getvalue())
         log(count, count, skipped=len(skipped))
         lengths = {name: (draft / name).stat().st_size for name in ('images.u8', 'hashes.npy')}
@@ -171,7 +171,7 @@ def build_cache(folder, mark, source, cfg, photos):
             run.say(f'warning: {counted(len(cut), "image")} of {source.path} not square: the '
                     f'middle was cut out, as of {source.where(min(cut))}')
         if photos and not toy.is_drawn(source.path):
-            warn_if_unaligned(pixels[:len(kept)], source.path)
+            warn_if_unaligned(pixels[:len(good)], source.path)
 
 
 def decode_part(numbers, source, cfg, pixels, hashes, skipped, cut):

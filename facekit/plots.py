@@ -124,12 +124,12 @@ def verification_plots(scores, prefix):
               f'{prefix}scores.png')
 
 
-def tradeoff_plot(found, folder):
-    """Leakage against utility, a panel for each question; found = {row: [results of each seed]}.
+def tradeoff_plot(measured, folder):
+    """Leakage against utility, a panel a question; measured = {row: [results of each seed]}.
 
     Each row has a colour: its square is the strongest attack, its dot the judge alone.
     """
-    rows = {row: results for row, results in found.items()
+    rows = {row: results for row, results in measured.items()
             if results[0]['privacy'] and results[0]['verification']}
     if not rows or not (plt := plotting()):
         return
@@ -157,16 +157,16 @@ def tradeoff_plot(found, folder):
     save_plot(figure, folder / 'tradeoff.png')
 
 
-def effort_plots(found, folder):
+def effort_plots(measured, folder):
     """What more effort buys the attacker: leakage over the pairs that the linear attack learns
-    from, and over repeated releases; found = {row: [results of each seed]}."""
+    from, and over repeated releases; measured = {row: [results of each seed]}."""
     for attack, x in (('linear', 'pairs of other people'), ('repeated', 'releases of each photo')):
-        curves = {(row, series): points for row, results in found.items() for series, points in
+        curves = {(row, series): points for row, results in measured.items() for series, points in
                   results[0]['privacy'].get(f'{attack}_same_image', {}).get('curve', {}).items()}
         if not curves or not (plt := plotting()):
             continue
         figure, axes = plt.subplots(figsize=(6, 4.5))
-        colours = colours_of(found)
+        colours = colours_of(measured)
         for (row, series), points in curves.items():
             axes.plot([int(n) for n in points], [100 * p for p in points.values()], marker='o',
                       ms=3, label=f'{row}, {series}', color=colours[row],

@@ -60,11 +60,11 @@ class StageLog:
         """
         shown = '  '.join(f'{k} {as_text(k, v)}' for k, v in values.items() if k != 'lr')
         left = datetime.timedelta(seconds=round(left))
-        stage = ' '.join(filter(None, [os.environ.get('STAGE'), self.stage]))
         if not sys.stdout.isatty():
-            line = f'[{stage}] {step}/{self.total}  {left} left  {speed}  {shown}'
+            line = f'[{self.stage}] {step}/{self.total}  {left} left  {speed}  {shown}'
             print(line[:100], flush=True)
             return
+        stage = ' '.join(filter(None, [os.environ.get('STAGE'), self.stage]))
         done = round(12 * step / self.total)
         bar = '━' * done + '·' * (12 - done)
         overwrite(f'[{stage}] {bar} {step}/{self.total} {left} {speed}  {shown}',

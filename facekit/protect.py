@@ -28,7 +28,7 @@ from facekit.toy import is_drawn
 # The key of the config that says how strong a method is
 STRENGTH = {'facemae': 'mask_ratio', 'mask': 'mask_ratio', 'blur': 'blur_sigma',
             'pixelate': 'pixelate_block', 'noise': 'noise_std'}
-STD = 0.25      # grey levels in 0..1 are divided by this; one number, so that hue is kept
+STD = 0.25      # grey levels in 0..1 are divided by this; one number, so that hue is within
 
 
 # -------------------------------------------------------------- the masked autoencoder
@@ -280,8 +280,8 @@ def plan_release(folds, secret, cfg):
     fold, image, label = fold[order], image[order], label[order]
     if c.images_per_person:
         first = np.searchsorted(label, label)              # where this person's images begin
-        kept = np.flatnonzero(np.arange(len(label)) - first < c.images_per_person)
-        fold, image, label, seeds = fold[kept], image[kept], label[kept], seeds[kept]
+        within = np.flatnonzero(np.arange(len(label)) - first < c.images_per_person)
+        fold, image, label, seeds = fold[within], image[within], label[within], seeds[within]
     return ReleasePlan(fold, image, label, seeds)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from rich import box
 from rich.table import Column, Table
 
-HAS = {        # what the attacker has, printed beside every number
+ATTACKER_HAS = {        # what the attacker has, printed beside every number
     'judge': 'a recogniser of other people',
     'teacher': 'the very recogniser that shaped the release',
     'pixels': 'nothing: compares 16 x 16 pixels',
@@ -49,26 +49,26 @@ class Sheet:
         console.print(table)
 
 
-def tables(found, ahead, method, references):
+def tables(rows, ahead, method, references):
     """All Sheets of a comparison.
 
-    found = {row: [results of each seed]}; ahead: see lead_sheets(); method: its row; references:
+    rows = {name: [results of each seed]}; ahead: see lead_sheets(); method: its row; references:
     published or repeated rows of the config.
     """
-    released = {row: results for row, results in found.items() if 'privacy' in results[0]}
-    sheets = [*utility_sheets(found, references), *lead_sheets(ahead, method)]
+    released = {row: results for row, results in rows.items() if 'privacy' in results[0]}
+    sheets = [*utility_sheets(rows, references), *lead_sheets(ahead, method)]
     if released:
         sheets += [*leakage_sheets(released), *membership_sheets(released),
                    *claim_sheets(released, method), attackers_sheet(released)]
     return sheets
 
 
-def utility_sheets(found, references):
+def utility_sheets(measured, references):
     """Verification of people who are in no training, a Sheet a set; published rows below."""
     sheets = []
-    for name in next(iter(found.values()))[0]['verification']:
+    for name in next(iter(measured.values()))[0]['verification']:
         rows = [[row, *(cell([r['verification'][name][key] for r in results])
-                        for key in MEASURES.values())] for row, results in found.items()]
+                        for key in MEASURES.values())] for row, results in measured.items()]
         rows += [[f'{row} (published)', f'{values[name]:.1f}', '', '']
                  for row, values in references.items() if name in values]
         sheets.append(Sheet(f'utility: verification of other people on {name}, %',
@@ -99,12 +99,13 @@ def leakage_sheets(released):
 
 def of_question(privacy, kind):
     """{attack: figures} of one question; who guesses the masks is an attacker of its own."""
-    found = {name.removesuffix(f'_{kind}'): figures for name, figures in privacy.items()
+    by_attack = {name.removesuffix(f'_{kind}'): figures for name, figures in privacy.items()
              if name.endswith(kind)}
-    guesses = found.get('masked', {}).get('curve', {}).get('mask')
+    guesses = by_attack.get('masked', {}).get('curve', {}).get('mask')
     if guesses:
-        found['guess'] = {'rank1': max(guesses.values()), 'chance': found['masked']['chance']}
-    return found
+        by_attack['guess'] = {'rank1': max(guesses.values()),
+                              'chance': by_attack['masked']['chance']}
+    return by_attack
 
 
 def strongest_attack(privacy, kind):
@@ -133,9 +134,9 @@ def attackers_sheet(released):
     """What each of the attackers has."""
     tried = {a for results in released.values() for kind in QUESTIONS
              for a in of_question(results[0]['privacy'], kind)}
+    names = [name for name in ATTACKER_HAS if name in tried] + sorted(tried - set(ATTACKER_HAS))
     return Sheet('attackers', ['attacker', 'what it has'], [
-        [name, HAS.get(name, 'a recogniser that you named')] for name in sorted(
-            tried, key=lambda name: (list(HAS).index(name) if name in HAS else 99, name))],
+        [name, ATTACKER_HAS.get(name, 'a recogniser that you named')] for name in names],
         text=True)
 
 

@@ -60,7 +60,7 @@ def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=BLOCK):
     first = torch.searchsorted(gallery_ids[order], probe_ids)
     end = torch.searchsorted(gallery_ids[order], probe_ids, right=True)
     widest = int((end - first).max())
-    found = []
+    parts = []
     for part in torch.arange(len(probes), device=gallery.device).split(PROBES):
         slot = first[part, None] + torch.arange(widest, device=gallery.device)       # (b, m)
         target, valid = order[slot.clamp(max=len(order) - 1)], slot < end[part, None]
@@ -70,8 +70,8 @@ def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=BLOCK):
         same = probe_ids[part, None], gallery_ids[None]
         rank, precision = rank_targets(probes[part], gallery, target, valid, same, block)
         chance = valid.sum(1) / (len(gallery) - (exclude is not None))
-        found.append((rank, precision, chance, part))
-    return Ranking(*(torch.cat(x).cpu() for x in zip(*found)))
+        parts.append((rank, precision, chance, part))
+    return Ranking(*(torch.cat(x).cpu() for x in zip(*parts)))
 
 
 def rank_targets(probes, gallery, target, valid, same, block):
@@ -188,7 +188,7 @@ class Cosines:
 def cosines_of(attacks):
     """The Cosines of one attacker's Attacks on all groups, or None if they do not compare single
     images."""
-    found = {'true': [], 'others': [], 'accepted': []}
+    values = {'true': [], 'others': [], 'accepted': []}
     for attack in attacks:
         s, rng = attack.headline, np.random.default_rng(0)
         if not s.compares_images() or len(np.unique(s.person)) < 2:
@@ -196,8 +196,8 @@ def cosines_of(attacks):
         other = verification.of_others(s.person, s.source, rng)
         true, others = ((s.probes * s.gallery[torch.as_tensor(rows)]).sum(1).cpu().numpy()
                         for rows in (s.source, other))
-        found['true'].append(true)
-        found['others'].append(others)
-        found['accepted'].append(np.where(np.isfinite(s.threshold), true > s.threshold, np.nan))
-    true, others, accepted = (np.concatenate(x) for x in found.values())
+        values['true'].append(true)
+        values['others'].append(others)
+        values['accepted'].append(np.where(np.isfinite(s.threshold), true > s.threshold, np.nan))
+    true, others, accepted = (np.concatenate(x) for x in values.values())
     return Cosines(true, others, float(accepted.mean()))

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -371,3 +372,27 @@ def test_two_rows_are_evaluated_side_by_side(finished, tmp_path):
     assert [script.wait() for script in scripts] == [0, 0]
     for row in rows:
         assert (tmp_path / 'run' / 'figures' / f'{row}_roc.png').exists()
+
+
+def test_ranks_that_outlive_their_launcher_are_noticed_by_the_next_start(copied):
+    """SIGKILL of torchrun left its ranks training, and the same command ran beside them."""
+    arguments = '--config', str(TINY), 'run.folder=run', 'mae.epochs=100000', 'mae.preview_epochs=0'
+    launcher = subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1',
+         str(ROOT / 'train_mae.py'), *arguments], cwd=copied, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env=os.environ | ENVIRONMENT)
+    log = copied / 'run' / 'log' / 'train_mae' / 'fold0' / 'mae.jsonl'
+    end = time.time() + 60
+    while not (log.exists() and log.read_text()):
+        assert time.time() < end
+        time.sleep(0.05)
+    children = f'/proc/{launcher.pid}/task/{launcher.pid}/children'
+    [rank] = [int(pid) for pid in Path(children).read_text().split()]
+    launcher.kill()
+    launcher.wait()
+    second = Script(copied, 'train_mae.py', 'mae.epochs=100000', 'mae.preview_epochs=0')
+    time.sleep(6)
+    second.send(signal.SIGKILL)
+    os.kill(rank, signal.SIGKILL)
+    second.wait()
+    assert 'another run is making' in second.out and 'training' not in second.out

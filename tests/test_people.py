@@ -268,3 +268,19 @@ def test_a_kit_inside_another_repository_does_not_name_that(finished, tmp_path):
         cwd=tmp_path / 'outer' / 'kit', capture_output=True, text=True, check=True,
         env={k: v for k, v in os.environ.items() if k != 'GIT_DIR'}).stdout.strip()
     assert told == 'version 2.0'
+
+
+def test_a_photo_that_is_too_large_is_told_the_limit():
+    from PIL import Image
+    import io
+    file = io.BytesIO()
+    Image.new('L', (6000, 4000)).save(file, 'PNG')
+    with pytest.raises(InputError, match='6000 x 4000 pixels, not 1 to 16777216: shrink'):
+        images.decode(file.getvalue(), 'photo.png')
+
+
+def test_the_data_card_says_what_the_key_protects(finished):
+    text = (finished[0] / 'run' / 'reconstructed' / 'README.md').read_text()
+    for words in ('not anonymous', 'Two releases of the same photos', 'cannot be called back',
+                  'can be read off'):
+        assert words in ' '.join(text.split())

@@ -1,6 +1,7 @@
 """The scripts as users run them: the pipeline, several processes, wrong inputs."""
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 import yaml
 
 from conftest import ROOT, TINY, Script, log_lines, run
-from facekit import images, protect, records
+import train_mae
+from facekit import attacks, images, protect, records
 from facekit import run as process
-from facekit.config import namespace
+from facekit.config import namespace, resolve, variants
 from facekit.errors import InputError
 
 
@@ -309,3 +311,37 @@ def test_a_run_of_the_version_before_is_refused_in_a_sentence(copied):
     state = torch.load(path, weights_only=True)
     torch.save({k: v for k, v in state.items() if k not in ('format', 'premises')}, path)
     assert 'earlier version of this kit' in run(copied, 'train_mae.py', 'mae.epochs=3', code=2)
+
+
+def test_threads_are_shared_by_the_processes_of_a_node_not_of_the_world(monkeypatch):
+    cfg = namespace(resolve(TINY, ['run.device=cpu', 'run.threads=0']))
+    threads = torch.get_num_threads()
+    monkeypatch.setenv('WORLD_SIZE', '16')
+    for name, value in (('RANK', '0'), ('MASTER_ADDR', 'x'), ('MASTER_PORT', '1')):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    monkeypatch.setattr(process.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(process, 'cores', lambda: 8)
+    process.start_processes(cfg)
+    assert torch.get_num_threads() == 4
+    torch.set_num_threads(threads)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_any_work(copied, monkeypatch):
+    monkeypatch.setattr(process, 'world', lambda: 5)
+    monkeypatch.setattr(train_mae, 'load_teacher', lambda *_: 1 / 0)
+    cfg = namespace(resolve(TINY, ['run.folder=run']))
+    with pytest.raises(InputError, match='mae.batch = 24 does not divide by 5'):
+        next(train_mae.train(variants(cfg, False)[0], SimpleNamespace(k=0), torch.device('cpu')))
+
+
+def test_a_change_of_the_plots_discards_no_attack_and_a_change_of_the_attacks_does(monkeypatch):
+    read, before = Path.read_bytes, attacks.code_digest()
+
+    def changed(name):
+        monkeypatch.setattr(Path, 'read_bytes', lambda path: read(path) + (
+            b'#' if path.name == name else b''))
+        return attacks.code_digest() != before
+
+    assert not changed('plots.py') and not changed('report.py')
+    assert changed('attacks.py') and changed('protect.py') and changed('models.py')
