@@ -15,6 +15,7 @@ bench: .venv/ready
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -c "$(VERSION_CHECK)"
+	@echo 'installing about 6 GB into .venv; this takes some minutes'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r requirements-dev.txt
 	touch $@

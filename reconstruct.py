@@ -51,7 +51,7 @@ share one label, and their number is visible unless the maker capped it. Which p
 were visible can be read off most released images. Two releases of the same photos say more than
 one: with other masks they show other patches.
 
-**What the secret protects.** Masks, noise, order and labels follow from a key that the maker keeps.
+**What the secret protects.** Masks, noise, order and labels follow from a key the maker keeps.
 Whoever has it and the photos can say which released image was made of which photo. A key that
 leaked cannot be called back; one that is lost cannot be made again, and nobody, the maker
 included, can then match this release with its originals.

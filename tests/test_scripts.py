@@ -1,6 +1,10 @@
 """The scripts as users run them: the pipeline, several processes, wrong inputs."""
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from conftest import ROOT, TINY, Script, log_lines, run
+from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run
 import train_mae
-from facekit import attacks, images, protect, records
+from facekit import attacks, images, protect, records, toy
 from facekit import run as process
 from facekit.config import namespace, resolve, variants
 from facekit.errors import InputError
@@ -345,3 +349,28 @@ def test_a_change_of_the_plots_discards_no_attack_and_a_change_of_the_attacks_do
 
     assert not changed('plots.py') and not changed('report.py')
     assert changed('attacks.py') and changed('protect.py') and changed('models.py')
+
+
+def test_ones_own_faces_end_with_utility_and_leakage(tmp_path):
+    """The README's command on a folder of drawn people, at the size of the tests."""
+    for person in range(36):
+        folder = tmp_path / 'faces' / f'person {person}'
+        folder.mkdir(parents=True)
+        for i, image in enumerate(toy.draw(np.full(6, person), np.arange(6), 40)):
+            (folder / f'{i}.JPG').write_bytes(images.encode(image))
+    small = [assignment for section, keys in yaml.safe_load(TINY.read_text()).items()
+             if section in ('teacher', 'judge', 'mae', 'irm', 'fr') for assignment in (
+                 f'{section}.{key}={value}' for key, value in keys.items())]
+    done = subprocess.run(
+        ['bash', ROOT / 'reproduce.sh', 'configs/own.yaml', f'data.root={tmp_path}/faces',
+         f'run.folder={tmp_path}/own', f'data.cache={tmp_path}/cache', 'data.size=32',
+         'run.threads=1', 'evaluate.attack_steps=3', *small], capture_output=True, text=True,
+        env=os.environ | ENVIRONMENT | {'PYTHON': sys.executable}, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert re.search(r'releases \d+ of 36 people', done.stdout)
+    results = json.loads((tmp_path / 'own' / 'results.json').read_text())
+    assert results['verification']['held back']['pairs'] == 6000
+    assert 'insider_same_person' in results['privacy']
+    assert 'report.html' in done.stdout.splitlines()[-1]
+    assert all(len(line) <= 100 for line in done.stdout.splitlines()
+               if str(tmp_path) not in line)
