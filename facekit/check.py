@@ -11,7 +11,7 @@ from facekit import attacks, files, images, protect, run, verification
 from facekit.config import CHOICES, variants
 from facekit.errors import InputError
 from facekit.faces import FaceSet
-from facekit.records import Records, read_bin
+from facekit.records import Records
 from facekit.sources import open_source
 from facekit.split import count_release, make_folds
 
@@ -42,7 +42,7 @@ def check_experiment(cfg, compare):
         check_people(cfg, rows)
     for path in (verification.find_set(name, cfg) for name in cfg.evaluate.sets):
         if not (drawn and path.name == 'toy.bin'):
-            read_bin(path)
+            verification.read_pairs(path)
     names = ', '.join(f'{v.name} (seed {v.seed})' for v in rows)
     run.say(f'checked: {len(rows)} of {names}; results will be in {cfg.run.folder}')
 

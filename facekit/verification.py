@@ -1,4 +1,5 @@
 """What a recogniser is worth: insightface's ten-fold verification, ROC figures, and floors."""
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def find_set(name, cfg):
     """Path of a verification set: as it stands, or beside the training data."""
     root = Path(cfg.data.root)
     places = [Path(name), (root.parent if root.suffix == '.rec' else root) / name]
-    return next((p for p in places if p.is_file()), places[0])
+    return next((p for p in places if p.is_file() or (p / 'pairs.txt').is_file()), places[0])
 
 
 def load_pair_sets(cfg):
@@ -132,9 +133,41 @@ def load_pair_sets(cfg):
     return [load_pairs(path, cfg.data.size) for path in paths]
 
 
+def read_pairs(path):
+    """The pairs of a verification set: 2P image files (bytes-like) and bool (P,).
+
+    path: insightface's .bin; a folder with LFW's pairs.txt and its images, NAME/NAME_0001.jpg; or a
+    list, .txt, of lines `first.jpg second.jpg 1` (1 = one person), relative to where it lies.
+    """
+    if not path.is_dir() and path.suffix != '.txt':
+        return read_bin(path)
+    lines = path / 'pairs.txt' if path.is_dir() else path
+    files_of_pairs, same = [], []
+    for number, line in enumerate(bytes(files.open_bytes(lines)).decode('latin1').splitlines(), 1):
+        words = line.split('\t') if path.is_dir() else line.split()
+        try:
+            if path.is_dir():
+                if len(words) <= 2:                     # the first line: folds and pairs
+                    continue
+                first, second = (words[0], words[1]), (words[-2], words[-1])
+                if len(words) == 3:
+                    second = words[0], words[2]
+                pair = [next(path.glob(f'{glob.escape(name)}/{glob.escape(name)}_{int(i):04}.*'))
+                        for name, i in (first, second)]
+                same.append(len(words) == 3)
+            else:
+                pair = [path.parent / word for word in words[:2]]
+                same.append(bool({'1': 1, '0': 0}[words[2]]))
+        except (ValueError, IndexError, KeyError, StopIteration):
+            raise InputError(f'{lines}: line {number} is no pair of images that are there: see '
+                             'docs/usage.md for the form') from None
+        files_of_pairs += pair
+    return [files.open_bytes(file) for file in files_of_pairs], np.array(same, bool)
+
+
 def load_pairs(path, size):
-    """The PairSet in a .bin file, its images resized to `size` pixels."""
-    encoded, same = read_bin(path)
+    """The PairSet at `path` (see read_pairs()), its images resized to `size` pixels."""
+    encoded, same = read_pairs(path)
     if len(same) < FOLDS or same.all() or not same.any():
         raise InputError(f'{path} has {same.sum()} same pairs of {len(same)}: a verification set '
                          f'needs both kinds, and {FOLDS} pairs or more')
@@ -150,8 +183,8 @@ def load_pairs(path, size):
         run.say(f'warning: {counted(cut, "image")} of {path} not square: the middle was cut out')
     if not is_drawn(path.parent):
         warn_if_unaligned(np.stack(pixels), path)
-    return PairSet(path.stem, np.stack(pixels), place.reshape(-1, 2), same,
-                   files.digest(path.read_bytes()))
+    content = path.read_bytes() if path.is_file() else b''.join(number)
+    return PairSet(path.stem, np.stack(pixels), place.reshape(-1, 2), same, files.digest(content))
 
 
 def held_back(fold, count=3000):
