@@ -20,6 +20,7 @@ import facekit.start  # noqa: F401 (first: says what is not installed)
 
 import contextlib
 import functools
+import io
 from dataclasses import asdict
 from pathlib import Path
 
@@ -248,10 +249,10 @@ def write_comparison(cfg, results, scores):
         files.write_json(folder / 'results.json', {'rows': results, 'ahead': ahead, **own})
         sheets = report.tables(results, ahead, method, cfg.reference)
         with files.replacing(folder / 'table.txt') as file:
-            console = Console(width=80, record=True, quiet=True)
+            text = io.StringIO()
             for sheet in sheets:
-                sheet.print(console)
-            file.write(console.export_text().encode())
+                sheet.print(Console(file=text, width=80))
+            file.write(text.getvalue().encode())
         plots.tradeoff_plot(released, folder / 'figures')
         plots.effort_plots(released, folder / 'figures')
         write_page(folder, sheets, own)

@@ -49,6 +49,11 @@ def test_the_pipeline_writes_what_it_promises(finished):
                    'tradeoff.png', 'release_attacks.png', 'mask_most_linked.png'):
         assert (folder / 'run' / 'figures' / figure).stat().st_size > 1000
     assert 'facemae' in printed and ' left  ' in printed
+    table = (folder / 'run' / 'table.txt').read_text().splitlines()
+    assert max(map(len, table)) <= 80 and any('originals' in line for line in table)
+    page = (folder / 'run' / 'report.html').read_text()
+    assert page.count('data:image/png;base64,') >= 6 and 'not anonymous' in page
+    assert 'originals' in page and 'http' not in page and '<script' not in page
 
 
 def test_the_release_is_insightfaces_and_says_nothing_of_its_source(finished):
