@@ -136,8 +136,8 @@ def load_pair_sets(cfg):
 def read_pairs(path):
     """The pairs of a verification set: 2P image files (bytes-like) and bool (P,).
 
-    path: insightface's .bin; a folder with LFW's pairs.txt and its images, NAME/NAME_0001.jpg; or a
-    list, .txt, of lines `first.jpg second.jpg 1` (1 = one person), relative to where it lies.
+    path: insightface's .bin; a folder with LFW's pairs.txt and its images, NAME/NAME_0001.jpg; or
+    a list, .txt, of lines `first.jpg second.jpg 1` (1 = one person), relative to where it lies.
     """
     if not path.is_dir() and path.suffix != '.txt':
         return read_bin(path)
