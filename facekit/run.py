@@ -156,6 +156,7 @@ def autocast(device, precision):
 class Stop:
     """SIGTERM and Ctrl-C ask for a last checkpoint; Ctrl-C again ends the process at once."""
     requested = False                # of the process, not of one training in it
+    interrupted = False              # whether Ctrl-C is ending the process
     group = None                     # of all processes, over gloo
 
     def __init__(self):
@@ -170,8 +171,14 @@ class Stop:
     def request(number, frame):
         """Signal handler."""
         if Stop.requested and number == signal.SIGINT:     # Slurm and torchrun both send SIGTERM
-            raise KeyboardInterrupt
+            Stop.interrupt(number, frame)
         Stop.requested = True
+
+    @staticmethod
+    def interrupt(number, frame):
+        """Signal handler that ends the process at once."""
+        Stop.interrupted = True
+        raise KeyboardInterrupt
 
     def checkpoint_due(self, wanted):
         """True on all processes at the same step, once any wants to save or was asked to stop."""
@@ -191,7 +198,7 @@ class Stop:
     def end():
         """After the loop a signal ends the process at once again."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, Stop.interrupt)
         if Stop.requested:
             raise KeyboardInterrupt
 
@@ -238,6 +245,7 @@ def launch(main, check):
     parser.add_argument('set', nargs='*')
     args = parser.parse_intermixed_args()
     folder = 'the run folder'
+    signal.signal(signal.SIGINT, Stop.interrupt)
     try:
         words = args.set
         if not args.config and words and '=' not in words[0]:
@@ -251,6 +259,8 @@ def launch(main, check):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if Stop.interrupted:               # a library's C code can make another exception of it
+            sys.exit(130)
         sentence = explanation(error, folder)
         if not sentence:
             raise
