@@ -36,7 +36,7 @@ def test_commands_are_found():
     assert len(list(commands())) > 14
 
 
-@pytest.mark.parametrize('page, line', commands())
+@pytest.mark.parametrize('page, line', list(commands()))
 def test_a_command_names_a_script_a_config_and_keys_that_exist(page, line):
     words = shlex.split(line)
     script = ROOT / words[0] if words[0].startswith('./') else ROOT / words[1]
