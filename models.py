@@ -178,13 +178,14 @@ def masked_mse(pred, target_patches, mask, norm_pix=False):
 
 class Shortcut(nn.Conv2d):
     """A 1x1 convolution with a stride, (N, C, H, W) -> (N, planes, H/stride, W/stride), rounded
-    up: the pixels that it reads are taken first, then convolved without a stride. Same result; the
-    backward pass of the other form crashes in torch's CPU kernels at widths 8 and 12 (channels
-    last, torch 2.6 to 2.14), and takes longer."""
+    up: the pixels that it reads are taken first, then convolved without a stride.
+
+    Same result; the backward pass of the other form crashes in torch's CPU kernels at widths 8 and
+    12 (channels last, torch 2.6 to 2.14). A pool of one pixel takes them faster than a slice.
+    """
 
     def forward(self, x):
-        step = self.stride[0]
-        return F.conv2d(x[:, :, ::step, ::step], self.weight, self.bias)
+        return F.conv2d(F.max_pool2d(x, 1, self.stride[0]), self.weight, self.bias)
 
 
 class ResidualBlock(nn.Module):
