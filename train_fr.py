@@ -206,7 +206,8 @@ def train_public(cfg, role, device):
     c = getattr(cfg, role)
     if c.checkpoint:
         return run.say(f'{role}.checkpoint = {c.checkpoint} is used: nothing to train')
-    fixed = [role, *(f'fr.{key}' for key in vars(cfg.fr) if not hasattr(c, key))]
+    # What fr sets for all recognisers; init is the student's alone
+    fixed = [role, *(f'fr.{key}' for key in vars(cfg.fr) if not hasattr(c, key) and key != 'init')]
     for fold in split(cfg):
         run_training(cfg, Recogniser(
             f'{role}/fold{fold.k}', Path(cfg.run.folder, f'fold{fold.k}', f'{role}.pt'),

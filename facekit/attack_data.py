@@ -49,9 +49,9 @@ class AttackGroup:
     def pair_hidden(self, chosen, seed):
         """Which patches training_pairs(chosen, seed) hides: float32 (B, L), 1 = hidden. Known to
         the attacker, who protected these images."""
-        seeds = batches.image_seeds(batches.stream(seed, 'attacker'),
-                                    self.pair_originals.rows[chosen])
-        return hidden_patches(self.protection, seeds, self.pair_originals.images.shape[1])
+        originals = self.pair_originals.take(chosen)
+        return hidden_patches(self.protection, attacker_seeds(originals, seed),
+                              originals.images.shape[1])
 
     def is_random(self):
         """Whether another release of the same photos would differ: the method draws something."""
@@ -68,8 +68,7 @@ class AttackGroup:
 
     def protected(self, chosen, seed):
         """ImageRows protected with numbers drawn from `seed`: uint8 (len(chosen), H, W, 3)."""
-        seeds = batches.image_seeds(batches.stream(seed, 'attacker'), chosen.rows)
-        return self.protection.of_rows(chosen, seeds, self.device)
+        return self.protection.of_rows(chosen, attacker_seeds(chosen, seed), self.device)
 
     def probe_embeddings(self, embedder):
         """Unit embeddings (n, d) of the probes, made once."""
@@ -82,6 +81,11 @@ class AttackGroup:
         if embedder.gallery is None:
             embedder.gallery = embedder.embed(self.originals)
         return embedder.gallery
+
+
+def attacker_seeds(chosen, seed):
+    """What decides masks and noise where an attacker protects ImageRows himself: int64 (N,)."""
+    return batches.image_seeds(batches.stream(seed, 'attacker'), chosen.rows)
 
 
 def hidden_patches(protection, seeds, size):
