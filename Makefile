@@ -7,16 +7,20 @@ VERSION_CHECK = import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11
 demo: .venv/ready
 	PYTHON=.venv/bin/python ./reproduce.sh configs/toy.yaml
 
-test: .venv/ready
+test: .venv/tests
 	.venv/bin/python -m pytest -q
 
 bench: .venv/ready
 	.venv/bin/python tools/bench.py
 
-.venv/ready: requirements.txt requirements-dev.txt
+.venv/ready: requirements.txt
 	$(PYTHON) -c "$(VERSION_CHECK)"
 	@echo 'installing about 6 GB into .venv; this takes some minutes'
 	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -r requirements.txt 'matplotlib>=3.8'
+	touch $@
+
+.venv/tests: .venv/ready requirements-dev.txt requirements-optional.txt
 	.venv/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
 

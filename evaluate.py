@@ -37,6 +37,7 @@ from facekit.errors import InputError
 from facekit.images import psnr_and_ssim
 from facekit.page import write_page
 from facekit.progress import StageLog, stage_seconds
+from facekit.published import is_published
 from facekit.split import count_release, not_excluded, split
 
 
@@ -81,6 +82,8 @@ def load_student(variant, device):
     if variant.cfg.release and not run.broadcast(path.exists()):
         say_no_student(variant)
         return None, ''
+    if is_published(path):
+        return embed.recogniser(path, device, onnx_pixels=variant.cfg.evaluate.onnx_pixels), ''
     saved = files.load_finished(path, run.command('train_fr.py'))
     learnt_from = files.entry(saved, 'premises').get('set of images')
     return embed.recogniser_from(saved, path, device), learnt_from
@@ -270,9 +273,10 @@ def say_where(cfg, compare):
 
 
 def main(cfg, device, compare):
-    attacks.check_names(cfg.evaluate.attacks)
+    attacks.check_attacks(cfg)
     if cfg.evaluate.model:                   # a published net sees the pairs at its own size
-        cfg.data.size = embed.recogniser(cfg.evaluate.model, device).size
+        cfg.data.size = embed.recogniser(cfg.evaluate.model, device,
+                                         onnx_pixels=cfg.evaluate.onnx_pixels).size
     sets = verification.load_pair_sets(cfg)
     folds = [] if cfg.evaluate.model or cfg.release else split(cfg)
     if len(folds) == 1 and len(folds[0].validation):

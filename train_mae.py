@@ -25,6 +25,7 @@ from facekit.check import check_experiment
 from facekit.config import variants
 from facekit.images import to_float
 from facekit.protect import FaceMAE
+from facekit.published import refuse_published
 from facekit.split import split
 from facekit.training import Training, load_unfinished
 from irm import gather_rows, irm_loss, relation_correlation, relations
@@ -156,6 +157,7 @@ def load_teacher(cfg, fold, device):
     if not cfg.irm.weight and not len(fold.validation):
         return None, None
     path = cfg.teacher.checkpoint or f'{cfg.run.folder}/fold{fold.k}/teacher.pt'
+    refuse_published(path, 'the teacher shapes the MAE')
     net = embed.recogniser(path, device, run.command('train_fr.py', 'stage=teacher'))
     return models.folded(net), files.digest_of_weights(net.state_dict())
 

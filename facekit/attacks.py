@@ -18,10 +18,11 @@ from facekit import batches, embed, files, run, verification
 from facekit.embed import Embedder
 from facekit.errors import InputError
 from facekit.mask_attacks import patchwork
+from facekit.published import refuse_published
 from facekit.retrieval import Attack, Search
 
 NAMES = ('judge', 'pixels', 'insider', 'masked', 'visible', 'linear', 'trained', 'class',
-         'repeated', 'teacher', 'membership')
+         'repeated', 'teacher', 'dlib', 'membership')
 
 
 # ------------------------------------------------------------ attackers with the release alone
@@ -163,7 +164,7 @@ class Recognisers:
         if (path, n) not in self.cache:
             made_by = run.command('train_fr.py', f'stage={role}')
             self.cache[path, n] = self.embedder(
-                path, embed.recogniser(path, self.device, made_by))
+                path, embed.recogniser(path, self.device, made_by, self.cfg.evaluate.onnx_pixels))
         return self.cache[path, n]
 
     def embedder(self, name, net):
@@ -201,12 +202,15 @@ def attack(name, n, group, recognisers, student, cfg, device):
     return nearest(recognisers.public('teacher', n, name), group)       # a backbone somewhere
 
 
-def check_names(wanted):
-    """Refuse names in evaluate.attacks that are no attack and no file."""
-    for name in wanted:
+def check_attacks(cfg):
+    """Refuse names in evaluate.attacks that are no attack and no file, or that ask too much of the
+    judge."""
+    if 'trained' in cfg.evaluate.attacks:
+        refuse_published(cfg.judge.checkpoint, 'the attack named trained trains the judge further')
+    for name in cfg.evaluate.attacks:
         if name not in NAMES and not Path(name).is_file():
             raise InputError(f'evaluate.attacks has {name!r}: choose from {", ".join(NAMES)}, or '
-                             'name an insightface backbone')
+                             'name an insightface backbone or an .onnx file')
 
 
 def short_names(wanted):

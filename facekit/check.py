@@ -11,6 +11,7 @@ from facekit import attacks, files, images, protect, run, verification
 from facekit.config import CHOICES, variants
 from facekit.errors import InputError
 from facekit.faces import FaceSet
+from facekit.published import DLIB, refuse_published
 from facekit.records import Records
 from facekit.sources import open_source
 from facekit.split import count_release, make_folds
@@ -28,11 +29,12 @@ def check_experiment(cfg, compare):
     rows = variants(cfg, compare)
     for variant in rows:
         check_models(variant.cfg)
-        attacks.check_names(variant.cfg.evaluate.attacks)
+        attacks.check_attacks(variant.cfg)
         for section in ('teacher', 'judge'):
             path = getattr(variant.cfg, section).checkpoint
-            if path and not Path(path).is_file():
+            if path and not (Path(path).is_file() or path == DLIB):
                 raise InputError(f'{section}.checkpoint = {path} does not exist: check the path')
+        refuse_published(variant.cfg.teacher.checkpoint, 'the teacher shapes the MAE')
     if cfg.reconstruct.key:
         protect.read_secret(Path(cfg.reconstruct.key))
     drawn = cfg.data.root == cfg.toy.root and not Path(cfg.data.root).exists()

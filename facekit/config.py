@@ -33,6 +33,7 @@ CHOICES = {
     'irm.relations': ('cosine', 'centred', 'l2', 'direct'),
     'reconstruct.method': ('facemae', 'mask', 'blur', 'pixelate', 'noise', 'none'),
     'reconstruct.format': ('jpeg', 'png'),
+    'evaluate.onnx_pixels': ('signed', 'bytes'),
     'fr.schedule': ('steps', 'cosine'),
     'fr.loss': ('arcface', 'cosface'),
     'fr.margin_gradient': ('exact', 'straight_through'),

@@ -11,6 +11,7 @@ from facekit import files, images, run
 from facekit.batches import Store
 from facekit.errors import InputError
 from facekit.faces import ImageRows
+from facekit.published import is_published, published
 
 NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
@@ -60,9 +61,11 @@ def is_sound(tensor):
             and bool(tensor.isfinite().all()))
 
 
-def recogniser(path, device, made_by=''):
-    """An IResNet (eval mode) from our checkpoint or insightface's; `made_by`: see
-    files.load_checkpoint()."""
+def recogniser(path, device, made_by='', onnx_pixels='signed'):
+    """A recogniser (eval mode): an IResNet from our checkpoint or insightface's, or a published
+    one of another kind (see facekit/published.py). `made_by`: see files.load_checkpoint()."""
+    if is_published(path):
+        return published(path, onnx_pixels)
     return recogniser_from(files.load_finished(path, made_by), path, device)
 
 
@@ -136,7 +139,8 @@ def unit_embeddings(net, chosen, cfg, device):
     """f(x) + f(mirrored x) of ImageRows, L2-normalised, float32 (N, d)."""
     batch = cfg.evaluate.batch
     if device.type == 'cpu':         # a laptop's memory: the largest maps of a batch take 256 MiB
-        batch = min(batch, max(1, (1 << 26) // (net.size ** 2 * net.conv1.out_channels)))
+        width = net.conv1.out_channels if isinstance(net, models.IResNet) else 64
+        batch = min(batch, max(1, (1 << 26) // (net.size ** 2 * width)))
     plain, mirrored = embed_all(net, Store(chosen, device), batch, cfg.run.precision)
     return F.normalize(plain + mirrored)
 

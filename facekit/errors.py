@@ -1,4 +1,5 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and what its sentences need."""
+import importlib
 
 
 class InputError(ValueError):
@@ -13,3 +14,12 @@ def counted(number, thing):
 def printable(text):
     """`text` with control characters and undecodable bytes escaped: file names can hold both."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def optional(name, package):
+    """An optional package, imported, or a sentence that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(f'{name} is not installed: run `pip install {package}`, or leave out '
+                         'what needs it') from None

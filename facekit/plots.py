@@ -53,7 +53,7 @@ def plotting():
     try:
         import matplotlib
     except ImportError:
-        run.say('matplotlib is not installed (pip install -r requirements-dev.txt): '
+        run.say('matplotlib is not installed (pip install matplotlib): '
                 'no ROC, histogram and privacy plots')
         return None
     matplotlib.use('Agg')

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from facekit import run
+from facekit.errors import optional
 
 
 class StageLog:
@@ -21,11 +22,15 @@ class StageLog:
     interrupted run reads like that of an undisturbed one.
     """
 
-    def __init__(self, folder, stage, total, step=0):
+    def __init__(self, folder, stage, total, step=0, tensorboard=False):
         self.path, self.stage, self.total = Path(folder, 'log', f'{stage}.jsonl'), stage, total
-        self.begin, self.first = time.time(), step
+        self.begin, self.first, self.writer = time.time(), step, None
         if run.rank():
             return
+        if tensorboard:                  # which drops what it has of later steps, too
+            optional('tensorboard', 'tensorboard')
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(Path(folder, 'tensorboard', stage), purge_step=step + 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [line for line, entry in read_log(self.path) if entry['step'] <= step]
         draft = self.path.with_name(self.path.name + '.tmp')
@@ -50,6 +55,11 @@ class StageLog:
                  'memory_gib': round(peak_memory() / 2 ** 30, 2)}
         with open(self.path, 'a') as file:
             file.write(json.dumps(entry) + '\n')
+        for name, value in entry.items() if self.writer else ():
+            if isinstance(value, (int, float)) and name != 'step':
+                self.writer.add_scalar(name, value, step)
+        if self.writer:
+            self.writer.flush()
         left = seconds / max(step - self.first, 1) * (self.total - step)
         self.show(step, f'{images / seconds:,.0f} img/s', left, values)
 

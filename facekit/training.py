@@ -42,7 +42,7 @@ class Training:
         if saved:
             self.resume(saved)
         self.first, self.saved_at = self.step, 0.0     # step, and seconds of the last save
-        self.log = StageLog(cfg.run.folder, stage, steps, self.step)
+        self.log = StageLog(cfg.run.folder, stage, steps, self.step, cfg.run.tensorboard)
         self.stop = run.Stop()
 
     def resume(self, saved):

@@ -194,6 +194,21 @@ def test_a_damaged_log_harms_nothing(tmp_path):
     assert [entry['step'] for _, entry in progress.read_log(path)] == [4, 6]
 
 
+def test_tensorboard_shows_the_log_of_an_interrupted_training_once(tmp_path):
+    from tensorboard.backend.event_processing import event_accumulator as events
+    log = progress.StageLog(tmp_path, 'train_mae/mae', 4, tensorboard=True)
+    for step, loss in ((1, 0.9), (2, 0.8), (3, 0.7)):
+        log(step, step, mse=loss, irm=None)
+    log = progress.StageLog(tmp_path, 'train_mae/mae', 4, step=2, tensorboard=True)
+    for step, loss in ((3, 0.65), (4, 0.6)):
+        log(step, step, mse=loss, irm=0.1)
+    shown = events.EventAccumulator(str(tmp_path / 'tensorboard' / 'train_mae' / 'mae')).Reload()
+    lines = [entry for _, entry in progress.read_log(log.path)]
+    for name in ('mse', 'irm'):
+        expected = [(e['step'], e[name]) for e in lines if e[name] is not None]
+        assert [(s.step, pytest.approx(s.value)) for s in shown.Scalars(name)] == expected
+
+
 def test_characters_that_a_terminal_obeys_are_shown_escaped():
     assert printable('a\x1b[31m\nb\udcff') == 'a\\x1b[31m\\nb\\udcff'
 

@@ -1,0 +1,113 @@
+"""Recognisers of other makers: ONNX files and dlib's."""
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import conftest
+import models
+from facekit import attacks, embed, errors, published
+from facekit.errors import InputError
+
+CPU = torch.device('cpu')
+
+
+@pytest.fixture(scope='module')
+def net():
+    """A recogniser whose BatchNorms are not the identity."""
+    torch.manual_seed(0)
+    net = models.iresnet(10, 8, 48, 32)
+    embed.calibrate(net, torch.randint(0, 256, (32, 48, 48, 3), dtype=torch.uint8))
+    return net.eval()
+
+
+class Bytes(torch.nn.Module):
+    """As mxnet exports did: the net subtracts the mean itself."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net((x - 127.5) / 127.5)
+
+
+def export(net, path, images=None, **more):
+    images = torch.zeros(1, 3, 48, 48) if images is None else images
+    torch.onnx.export(net, (images,), path, dynamo=False, input_names=['input'], **more)
+    return path
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.parametrize('pixels, wrap, axes', [
+    ('signed', lambda net: net, {'input': {0: 'batch'}}),
+    ('bytes', Bytes, {'input': {0: 'batch'}}),
+    ('signed', lambda net: net, {})])                        # one image at a time
+def test_an_onnx_file_sees_what_the_net_sees_that_it_was_exported_from(net, tmp_path, pixels,
+                                                                      wrap, axes):
+    path = export(wrap(net).eval(), tmp_path / 'net.ONNX', dynamic_axes=axes)
+    faces = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8)     # resized alike, too
+    ours, theirs = (F.normalize(embed.embed_batch(n, faces, 'fp32'))
+                    for n in (net, embed.recogniser(path, CPU, onnx_pixels=pixels)))
+    assert (ours - theirs).abs().max() < 1e-3
+    assert (ours @ ours.T).fill_diagonal_(0).max() < 0.99         # or any net would do
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_what_is_no_onnx_recogniser_is_refused_in_a_sentence(net, tmp_path):
+    (tmp_path / 'text.onnx').write_bytes(b'not a net')
+    export(torch.nn.Conv2d(1, 4, 3), tmp_path / 'grey.onnx', torch.zeros(1, 1, 48, 48))
+    for name in ('text.onnx', 'grey.onnx'):
+        with pytest.raises(InputError, match='is no ONNX recogniser'):
+            embed.recogniser(tmp_path / name, CPU)
+    detector = embed.recogniser(export(torch.nn.Conv2d(3, 4, 3), tmp_path / 'map.onnx'), CPU)
+    with pytest.raises(InputError, match='not one embedding an image'):
+        embed.embed_batch(detector, torch.zeros(1, 48, 48, 3, dtype=torch.uint8), 'fp32')
+    with pytest.raises(InputError, match='cannot be read'):
+        embed.recogniser(tmp_path / 'none.onnx', CPU)
+
+
+def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it():
+    with pytest.raises(InputError, match='no_such_package is not installed: run `pip install it`'):
+        errors.optional('no_such_package', 'it')
+
+
+def test_who_only_looks_is_refused_where_a_gradient_is_needed():
+    cfg = SimpleNamespace(judge=SimpleNamespace(checkpoint='x.onnx'),
+                          evaluate=SimpleNamespace(attacks=['trained']))
+    with pytest.raises(InputError, match='x.onnx can only embed'):
+        attacks.check_attacks(cfg)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_published_recognisers_judge_a_release_and_are_evaluated(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / 'copy')
+    net = models.iresnet(10, 8, 48, 32).eval()
+    path = export(net, tmp_path / 'w600k_r50.onnx', dynamic_axes={'input': {0: 'batch'}})
+    conftest.run(folder, 'evaluate.py', f'evaluate.attacks=[judge, dlib, {path}]',
+                 f'judge.checkpoint={path}', 'evaluate.probes=16')
+    found = json.loads((folder / 'run' / 'results.json').read_text())['privacy']
+    assert found['judge_same_image']['rank1'] == found['w600k_r50_same_image']['rank1']
+    assert 'dlib_same_person' in found
+    conftest.run(folder, 'evaluate.py', f'evaluate.model={path}')
+    external = json.loads((folder / 'run' / 'external.json').read_text())
+    assert external['verification']['toy']['pairs'] == 100
+
+
+def test_dlibs_chips_hold_the_face_as_dlib_crops_it():
+    """A picture whose colours are its coordinates: each pixel of a chip tells where it was."""
+    at = torch.arange(112.0) + 0.5
+    picture = torch.stack([at.expand(112, 112), at[:, None].expand(112, 112),
+                           torch.zeros(112, 112)])
+    net = object.__new__(published.DlibRecogniser)
+    chip = published.DlibRecogniser.chips(net, picture[None] / 127.5 - 1)[0].numpy()
+    left, top, right, bottom = published.CHIP_BOX
+    centres = (np.arange(published.CHIP) + 0.5) / published.CHIP
+    assert chip.shape == (published.CHIP, published.CHIP, 3) and chip.dtype == np.uint8
+    assert np.abs(chip[60, :, 0] - (left + centres * (right - left))).max() <= 1
+    expected = np.minimum(top + centres * (bottom - top), 111.5)         # the edge is repeated
+    assert np.abs(chip[:, 60, 1] - expected).max() <= 1
