@@ -151,11 +151,17 @@ def check_row(name, changes):
 
 
 def check_reference(name, values):
-    """The values of one published row: accuracy in per cent by verification set, and a source."""
+    """The values of one row that others measured, in per cent, and their source: published
+    accuracies by verification set, or, to repeat, [mean, standard deviation] of a row of this name
+    by set, and as `person` and `photo` of the strongest attacker of each question."""
+    def is_value(value):
+        both = value if isinstance(value, list) and len(value) == 2 else [value]
+        return all(type(x) in (int, float) for x in both)
+
     if not isinstance(values, dict) or 'source' not in values or not all(
-            isinstance(v, (int, float)) for key, v in values.items() if key != 'source'):
+            is_value(v) for key, v in values.items() if key != 'source'):
         raise InputError(f'reference.{name} = {quoted(values)}: write {{source: "paper, table", '
-                         'lfw: 99.5}')
+                         'lfw: 99.5}, or {source: "ours, three seeds", toy: [83.6, 0.7]}')
     return values
 
 

@@ -61,7 +61,7 @@ def tables(rows, ahead, method, references):
     if released:
         sheets += [*leakage_sheets(released), *membership_sheets(released),
                    *claim_sheets(released, method), attackers_sheet(released)]
-    return sheets
+    return [*sheets, *repetition_sheets(rows, references)]
 
 
 def utility_sheets(measured, references):
@@ -71,10 +71,38 @@ def utility_sheets(measured, references):
         rows = [[row, *(cell([r['verification'][name][key] for r in results])
                         for key in MEASURES.values())] for row, results in measured.items()]
         rows += [[f'{row} (published)', f'{values[name]:.1f}', '', '']
-                 for row, values in references.items() if name in values]
+                 for row, values in references.items()
+                 if isinstance(values.get(name), (int, float))]
         sheets.append(Sheet(f'utility: verification of other people on {name}, %',
                             ['released set', *MEASURES], rows))
     return sheets
+
+
+def repetition_sheets(measured, references):
+    """Whether a run agrees with the [mean, standard deviation] of an earlier one of the same rows;
+    no Sheet without such references."""
+    rows = []
+    for row, values in references.items():
+        for key, value in values.items() if row in measured else ():
+            if not isinstance(value, list):
+                continue
+            here = np.mean([100 * figure_of(r, key) for r in measured[row]])
+            near = abs(here - value[0]) <= 2 * value[1]
+            if np.isfinite(here):
+                rows.append([row, key, f'{here:.1f}', '{:.1f} ±{:.1f}'.format(*value),
+                             'within 2 standard deviations' if near else 'differs'])
+    sources = dict.fromkeys(references[row[0]]['source'] for row in rows)
+    return [Sheet(f'repetition, %; reference: {", ".join(sources)}',
+                  ['row', 'figure', 'here', 'reference', 'verdict'], rows, text=True)] * bool(rows)
+
+
+def figure_of(results, key):
+    """Accuracy on a verification set, or rank 1 of the strongest attack on `person` or `photo`;
+    NaN for what was not measured."""
+    if key in ('person', 'photo'):
+        kind = {'person': 'same_person', 'photo': 'same_image'}[key]
+        return strongest_attack(results.get('privacy', {}), kind)
+    return results['verification'].get(key, {}).get('accuracy', np.nan)
 
 
 def leakage_sheets(released):
@@ -174,7 +202,7 @@ def claim_sheets(released, method):
                   for row, results in {method: own, **distortions}.items()}
         best = min(distortions, key=errors.get)
         rows.append([f'half of the error of the best distortion on {name}',
-                     verdict(errors[method] <= 0.5 * errors[best]),
+                     verdict(errors[method] <= 0.5 * errors[best] + 1e-9),
                      f'{100 * errors[method]:.1f} against {100 * errors[best]:.1f} ({best})'])
 
     def accuracy(r):
@@ -191,7 +219,7 @@ def claim_sheets(released, method):
             rows.append([claim, 'cannot be said', 'no distortion here is worth as much'])
             continue
         least = min(leak, key=leak.get)
-        rows.append([claim, verdict(ours <= 0.8 * leak[least]),
+        rows.append([claim, verdict(ours <= 0.8 * leak[least] + 1e-9),
                      f'{100 * ours:.1f} against {100 * leak[least]:.1f} ({least})'])
     return [Sheet("the paper's claims", ['claim', 'verdict', 'measured, %'], rows, text=True)]
 

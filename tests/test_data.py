@@ -299,7 +299,7 @@ def test_normalised_targets_are_refused(tmp_path):
 
 def test_faces_off_the_template_are_noticed(capsys):
     rng = np.random.default_rng(0)
-    photos = np.full((8, 112, 112, 3), 170.0) + rng.normal(0, 5, (8, 112, 112, 3))
+    photos = np.full((60, 112, 112, 3), 170.0) + rng.normal(0, 5, (60, 112, 112, 3))
     photos[:, :20], photos[:, :, :12], photos[:, 105:] = 60, 90, 90
     for x in (38, 74):
         photos[:, 47:57, x - 7:x + 8] = 40                    # dark where the template has eyes
@@ -307,3 +307,8 @@ def test_faces_off_the_template_are_noticed(capsys):
     assert not capsys.readouterr().out
     faces.warn_if_unaligned(np.roll(photos, 15, 1).astype(np.uint8), 'there')
     assert 'there do not look aligned' in capsys.readouterr().out
+    for few in (photos[:1], np.roll(photos, 15, 1)[:5]):      # nobody can tell: no alarm, no silence
+        faces.warn_if_unaligned(few.astype(np.uint8), 'few')
+        printed = capsys.readouterr().out
+        assert 'too few to tell' in printed and 'eyes at 38,52' in printed
+        assert 'warning' not in printed
