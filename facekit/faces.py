@@ -203,8 +203,8 @@ def warn_if_unaligned(photos, path):
     """
     template = 'the ArcFace template (eyes at 38,52 and 74,52 of 112 pixels)'
     if len(photos) < 50:
-        return run.say(f'{path}: {counted(len(photos), "image")}, too few to tell whether they are '
-                       f'aligned to {template}: look at them')
+        return run.say(f'{path}: {counted(len(photos), "image")}, too few to tell whether they '
+                       f'are aligned to {template}: look at them')
     some = torch.as_tensor(np.array(photos[::max(1, len(photos) // 500)]))
     grey = F.interpolate(some.float().mean(3)[:, None], (112, 112), mode='bilinear')[:, 0]
     grey = grey - grey.mean((1, 2), keepdim=True)

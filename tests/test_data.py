@@ -307,7 +307,7 @@ def test_faces_off_the_template_are_noticed(capsys):
     assert not capsys.readouterr().out
     faces.warn_if_unaligned(np.roll(photos, 15, 1).astype(np.uint8), 'there')
     assert 'there do not look aligned' in capsys.readouterr().out
-    for few in (photos[:1], np.roll(photos, 15, 1)[:5]):      # nobody can tell: no alarm, no silence
+    for few in (photos[:1], np.roll(photos, 15, 1)[:5]):      # neither alarm nor silence
         faces.warn_if_unaligned(few.astype(np.uint8), 'few')
         printed = capsys.readouterr().out
         assert 'too few to tell' in printed and 'eyes at 38,52' in printed

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 import models
-from conftest import ROOT
-from facekit import config
+from conftest import ROOT, run
+from facekit import config, records
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 
 def blocks(path, language):
     """The fenced blocks of a page in one language ('' = commands)."""
-    return re.findall(rf'^```{language}\n(.*?)^```', path.read_text(), re.MULTILINE | re.DOTALL)
+    found = re.findall(r'^```(\w*)\n(.*?)^```', path.read_text(), re.MULTILINE | re.DOTALL)
+    return [text for name, text in found if name == language]
 
 
 def commands():
@@ -33,7 +34,7 @@ def commands():
 
 
 def test_commands_are_found():
-    assert len(list(commands())) > 14
+    assert len(list(commands())) > 17
 
 
 @pytest.mark.parametrize('page, line', list(commands()))
@@ -45,6 +46,32 @@ def test_a_command_names_a_script_a_config_and_keys_that_exist(page, line):
     path = ROOT / (rest.pop(0) if rest and rest[0].endswith('.yaml') else 'configs/toy.yaml')
     resolved = config.resolve(path, rest)
     list(config.variants(config.namespace(resolved), compare=True))
+
+
+# What the pages write in capitals, in the folder of the tests' finished experiment
+PLACES = {'data.root=FOLDER': 'data.root=faces', 'release=PATH': 'release=faces',
+          'originals=PATH': 'originals=faces', 'judge.checkpoint=PATH': 'judge.checkpoint=judge.pt',
+          'reconstruct.photos=FOLDER': 'reconstruct.photos=photos'}
+
+
+@pytest.fixture(scope='module')
+def pages_folder(finished, tmp_path_factory):
+    """The finished experiment, with the files that commands of the pages name."""
+    folder = shutil.copytree(finished[0], tmp_path_factory.mktemp('pages') / 'x')
+    (folder / 'photos').mkdir()
+    for i, image in enumerate(records.read_bin(folder / 'faces' / 'toy.bin')[0][:3]):
+        (folder / 'photos' / f'{i}.jpg').write_bytes(image)
+    for name, path in (('lfw.bin', 'faces/toy.bin'), ('backbone.pth', 'run/fold0/teacher.pt'),
+                       ('judge.pt', 'run/fold0/judge.pt')):
+        shutil.copy(folder / path, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize('line', sorted({line for _, line in commands()
+                                         if line.startswith('python') and '--help' not in line}))
+def test_a_command_of_the_pages_runs_on_the_tests_config(line, pages_folder):
+    script, *words = [PLACES.get(word, word) for word in shlex.split(line)[1:]]
+    run(pages_folder, script, *(w for w in words if not w.endswith('.yaml') and w != '--config'))
 
 
 def test_the_readmes_code_runs_beside_copies_of_the_two_files(tmp_path):
