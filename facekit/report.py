@@ -119,11 +119,20 @@ def leakage_sheets(released):
             chance = [next((f'{100 * s[a]["chance"]:.2f}' for seeds in figures.values()
                             for s in seeds if a in s), '') for a in some]
             sheets.append(Sheet(title, ['released set', *some], [*rows, ['chance', *chance]]))
-    quality = [[row, *(f'{np.mean([r["reconstruction"][key] for r in results]):.{digits}f}'
-                       for key, digits in (('psnr', 1), ('ssim', 3)))]
-               for row, results in released.items()]
+    quality = [[row, visible_patches(results[0]['config']), *(
+        f'{np.mean([r["reconstruction"][key] for r in results]):.{digits}f}'
+        for key, digits in (('psnr', 1), ('ssim', 3)))] for row, results in released.items()]
     return [*sheets, Sheet('image quality (says nothing of identity)',
-                           ['released set', 'PSNR, dB', 'SSIM'], quality)]
+                           ['released set', 'visible patches', 'PSNR, dB', 'SSIM'], quality)]
+
+
+def visible_patches(config):
+    """How many patches of an image stay visible, '9 of 36'; 'all' where none is hidden."""
+    c = config['reconstruct']
+    if c['method'] not in ('facemae', 'mask'):
+        return 'all'
+    patches = (config['data']['size'] // config['mae']['patch']) ** 2
+    return f'{patches - round(patches * c["mask_ratio"])} of {patches}'
 
 
 def of_question(privacy, kind):

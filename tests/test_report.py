@@ -14,7 +14,8 @@ def result(method, accuracy, person, photo, **more):
                for kind, value in (('same_person', share * person), ('same_image', share * photo))}
     return {'verification': {'lfw': {'accuracy': accuracy, 'auc': 0.9, 'tar@far=1e-2': 0.5}},
             'privacy': attacks | more, 'reconstruction': {'psnr': 20.0, 'ssim': 0.5},
-            'config': {'reconstruct': {'method': method}}}
+            'config': {'reconstruct': {'method': method, 'mask_ratio': 0.9},
+                       'mae': {'patch': 8}, 'data': {'size': 48}}}
 
 
 def sheet(rows, title, references=None):
@@ -71,6 +72,12 @@ def test_published_values_stand_below_and_repeated_ones_get_a_verdict():
 def test_references_of_another_form_are_refused(values):
     with pytest.raises(InputError, match='reference.row'):
         config.check_reference('row', values)
+
+
+def test_tables_say_how_many_patches_are_visible():
+    rows = {'facemae': [result('facemae', 0.9, 0.1, 0.4)], 'blur': [result('blur', 0.9, 0.1, 0.4)]}
+    quality = {row[0]: row[1] for row in sheet(rows, 'image quality')}
+    assert quality == {'facemae': '4 of 36', 'blur': 'all'}      # 36 - round(32.4)
 
 
 def test_tables_are_not_broken_at_80_columns():
