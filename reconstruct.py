@@ -33,6 +33,7 @@ from facekit.errors import InputError
 from facekit.images import to_float
 from facekit.progress import StageLog
 from facekit.protect import STRENGTH, Protection
+from facekit.sources import FolderSource
 from facekit.split import count_release, split
 
 PART = 2048     # images between two points where an interrupted release can continue
@@ -227,14 +228,15 @@ def show(originals, seeds, protection, path):
 def picture_of_photos(variant, device):
     """Reconstruct the user's own photos into one picture; nothing is released."""
     cfg, folder = variant.cfg, Path(variant.cfg.reconstruct.photos)
-    paths = sorted(f for f in folder.glob('*') if f.suffix.lower() in ('.jpg', '.jpeg', '.png'))
+    paths = sorted(f for f in folder.glob('*') if f.suffix.lower() in FolderSource.endings)
     if not paths:
-        raise InputError(f'reconstruct.photos = {folder} holds no .jpg or .png: name a folder '
-                         'of face photos')
+        wrong = 'holds no photo' if folder.is_dir() else 'does not exist'
+        raise InputError(f'reconstruct.photos = {folder} {wrong}: name a folder with photos '
+                         f'({", ".join(FolderSource.endings)})')
     fold = 0 if cfg.data.public else (cfg.data.release_folds or [0])[0]
     mae = protect.load_mae(variant.mae(fold), cfg, device, run.command('train_mae.py'))
     photos = torch.stack([torch.from_numpy(np.array(images.fitted(
-        images.decode(files.open_bytes(f), f), f, cfg.data.size, 'resize')))
+        images.decode(files.open_bytes(f), f, FolderSource.formats), f, cfg.data.size, 'resize')))
         for f in paths[:64]]).to(device)
     faces.warn_if_unaligned(photos.cpu().numpy(), folder)
     seeds = batches.image_seeds(batches.stream(cfg.run.seed, 'photos'),

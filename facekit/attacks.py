@@ -18,7 +18,7 @@ from facekit import batches, embed, files, run, verification
 from facekit.embed import Embedder
 from facekit.errors import InputError
 from facekit.mask_attacks import patchwork
-from facekit.published import refuse_published
+from facekit.published import is_published, refuse_published
 from facekit.retrieval import Attack, Search
 
 NAMES = ('judge', 'pixels', 'insider', 'masked', 'visible', 'linear', 'trained', 'class',
@@ -163,6 +163,9 @@ class Recognisers:
                    or Path(self.cfg.run.folder, f'fold{k}', f'{role}.pt'))
         if (path, n) not in self.cache:
             made_by = run.command('train_fr.py', f'stage={role}')
+            if not is_published(path) and not Path(path).is_file():
+                raise InputError(f'{path} is missing: first run `{made_by}`, or name the {role} '
+                                 f'of another run by {role}.checkpoint=PATH')
             self.cache[path, n] = self.embedder(
                 path, embed.recogniser(path, self.device, made_by, self.cfg.evaluate.onnx_pixels))
         return self.cache[path, n]

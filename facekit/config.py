@@ -106,10 +106,10 @@ def check_value(key, value, default):
     if isinstance(default, float) and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError, OverflowError):   # YAML reads 1e-4 as text
             value = float(value)
-    kind = type(default)
+    kind, example = type(default), [12, 40] if key == 'data.exclude' else default
     if type(value) is not kind:
         raise InputError(f'{key} = {quoted(value)} is a {type(value).__name__}: '
-                         f'give a {kind.__name__}, for example {key}={default!r}')
+                         f'give a {kind.__name__}, for example {key}={example!r}')
     if isinstance(value, list) and (default or key in INTEGERS):
         value = [check_value(key, item, 0 if key in INTEGERS else default[0]) for item in value]
     if isinstance(value, float) and not math.isfinite(value):

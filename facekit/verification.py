@@ -139,6 +139,9 @@ def read_pairs(path):
     path: insightface's .bin; a folder with LFW's pairs.txt and its images, NAME/NAME_0001.jpg; or
     a list, .txt, of lines `first.jpg second.jpg 1` (1 = one person), relative to where it lies.
     """
+    if not path.exists():
+        raise InputError(f'verification set {path} is neither there nor in data.root: name it in '
+                         f'evaluate.sets by a path relative to {Path.cwd()}, or whole')
     if not path.is_dir() and path.suffix != '.txt':
         return read_bin(path)
     lines = path / 'pairs.txt' if path.is_dir() else path

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run
 import train_mae
@@ -231,9 +232,22 @@ def test_published_checkpoints_and_foreign_releases_are_evaluated(finished, tmp_
 
 def test_photos_become_a_picture(finished, tmp_path):
     for i, image in enumerate(list(records.Records(finished[0] / 'faces'))[:5]):
-        (tmp_path / f'{i}.jpg').write_bytes(image)
+        (tmp_path / f'{i}.JPG').write_bytes(image)
+    Image.fromarray(np.zeros((480, 640, 3), np.uint8)).save(tmp_path / 'phone.webp')
     printed = run(finished[0], 'reconstruct.py', f'reconstruct.photos={tmp_path}')
+    assert '6 photos' in printed and 'warning' not in printed
     assert 'photos.png' in printed and (finished[0] / 'run' / 'figures' / 'photos.png').exists()
+
+
+@pytest.mark.parametrize('script, words, told', [
+    ('reconstruct.py', ['reconstruct.photos=nowhere'], 'nowhere does not exist'),
+    ('reconstruct.py', ['reconstruct.photos=run/log'], 'holds no photo'),
+    ('evaluate.py', ['evaluate.sets=[toy.bim]'], r'toy.bim is neither there .* relative to /'),
+    ('evaluate.py', ['judge.checkpoint=run/none.pt'],
+     r'run/none.pt is missing: first run .* by judge.checkpoint=PATH'),
+    ('evaluate.py', ['data.exclude=0,1'], r'data.exclude=\[12, 40\]')])
+def test_what_is_not_there_is_said_with_a_way_on(finished, script, words, told):
+    assert re.search(told, run(finished[0], script, *words, code=2))
 
 
 def test_tiny_names_only_known_keys():
