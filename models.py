@@ -304,13 +304,21 @@ class MarginHead(nn.Module):
     def forward(self, z, labels, margin=0.5):
         """Embeddings (N, dim), labels (N,) int64, margin in radians (arcface) or cosine
         (cosface) -> logits (N, classes) for cross-entropy, float32 (float64 if z is)."""
+        cosine = self.cosines(z, self.weight)
+        true = cosine.gather(1, labels[:, None])  # (N, 1)
+        return self.scale * cosine.scatter(1, labels[:, None], self.with_margin(true, margin))
+
+    @staticmethod
+    def cosines(z, weight):
+        """Cosines (N, C) in [-1, 1] of embeddings (N, dim) and class centres (C, dim)."""
         dtype = torch.promote_types(z.dtype, torch.float32)
         with torch.autocast(z.device.type, enabled=False):
-            z, weight = F.normalize(z.to(dtype)), F.normalize(self.weight.to(dtype))
-            cosine = F.linear(z, weight).clamp(-1, 1)  # (N, C)
-            true = cosine.gather(1, labels[:, None])  # (N, 1)
-            target = true - margin if self.loss == 'cosface' else self.arc(true, margin)
-            return self.scale * cosine.scatter(1, labels[:, None], target)
+            z, weight = F.normalize(z.to(dtype)), F.normalize(weight.to(dtype))
+            return F.linear(z, weight).clamp(-1, 1)
+
+    def with_margin(self, cosine, margin):
+        """What stands in the place of the true class's cosine, any shape."""
+        return cosine - margin if self.loss == 'cosface' else self.arc(cosine, margin)
 
     def arc(self, cosine, margin):
         """cos(theta + margin) of cosines in [-1, 1], any shape, with the chosen gradient."""

@@ -26,12 +26,14 @@ import torch.nn.functional as F
 import models
 from facekit import batches, embed, faces, files, run
 from facekit.check import check_experiment
+from facekit.classes import DividedHead
 from facekit.config import variants
 from facekit.errors import InputError
 from facekit.faces import FaceSet
 from facekit.split import split
 from facekit.training import Training, load_unfinished
 
+DIVIDE_FROM = 100_000     # people; with fewer the class layer is small beside the net
 FIXED = ['data.size', 'run.precision']     # refuse to resume if one changed; roles add their own
 
 
@@ -127,6 +129,33 @@ def norm_batch(share, cfg):
     return part
 
 
+def divides(classes, c):
+    """Whether the class centres are divided over the processes, by fr.shard_classes."""
+    divided = run.world() > 1 and (c.shard_classes == 'true' or c.shard_classes == 'auto'
+                                   and classes >= DIVIDE_FROM)
+    if divided and classes < run.world():
+        raise InputError(f'fr.shard_classes = true cannot divide {classes} people over '
+                         f'{run.world()} processes: use fr.shard_classes=auto')
+    return divided
+
+
+def make_head(classes, c, divided):
+    """The class layer: a MarginHead, or a DividedHead where classes are divided or sampled."""
+    if not divided and c.sample_rate == 1:
+        return models.MarginHead(c.dim, classes, c.loss, c.scale, c.margin_gradient)
+    return DividedHead(c.dim, classes, c.loss, c.scale, c.margin_gradient, c.sample_rate,
+                       (run.rank(), run.world()) if divided else (0, 1))
+
+
+def classify(head, z, labels, margin):
+    """Cross-entropy and accuracy, scalars, of this process's embeddings (n, dim), or, where the
+    classes are divided, of those of all processes."""
+    found = head(z, labels, margin)
+    if isinstance(found, tuple):           # a DividedHead's
+        return found
+    return F.cross_entropy(found, labels), (found.detach().argmax(1) == labels).float().mean()
+
+
 def train(cfg, task, device):
     """Train one Recogniser; a generator, which yields after each step, so that tools/bench.py can
     time the very steps."""
@@ -149,7 +178,8 @@ def train(cfg, task, device):
         raise InputError(f'{task.key}.depth: {error}') from None
     if task.init and not saved:
         embed.load_weights(net, files.load_checkpoint(task.init), task.init)
-    head = models.MarginHead(c.dim, len(people), c.loss, c.scale, c.margin_gradient).to(device)
+    divided = divides(len(people), c)
+    head = make_head(len(people), c, divided).to(device)
     net = net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         [p for p in [*net.parameters(), *head.parameters()] if p.requires_grad],
@@ -159,27 +189,31 @@ def train(cfg, task, device):
     if cfg.run.compile:
         net.compile()
     store = batches.Store(task.faces.select(task.rows), device)
-    labels, statistics = torch.as_tensor(labels, device=device), NormStatistics(net)
+    targets, statistics = torch.as_tensor(labels, device=device), NormStatistics(net)
+    parallel = run.parallel(net), head if divided else run.parallel(head)
 
     while training.step < steps:
         batch, epoch = order(training.step)
-        rows = torch.from_numpy(batch[share]).to(device)
+        own = torch.from_numpy(batch[share])
+        rows = batches.to_device(own, device)
         flip, random = random_numbers(task, epoch, rows)
-        images, target = batches.flipped(store(rows), flip), labels[rows]
+        images, target = batches.flipped(store(own), flip), targets[rows]
         parts = list(zip(images.split(part), target.split(part), random.split(part)))
         current_margin, losses = margin(training.step, steps, c), torch.zeros(2, device=device)
+        if c.sample_rate < 1:
+            head.sample(batches.stream(task.seed, f'{task.key} centres', training.step),
+                        labels[batch])
         statistics.begin()
-        for x, y, u in parts:
+        for number, (x, y, u) in enumerate(parts):
+            run.average_next(number == len(parts) - 1, *parallel)
             x = embed.for_recogniser(x, net)
             if c.augment:
                 x = augmented(x, u, c.augment)
             with run.autocast(device, cfg.run.precision):
-                z = net(x)
-            logits = head(z, y, current_margin)
-            loss = F.cross_entropy(logits, y)
+                z = parallel[0](x)
+            loss, hits = classify(parallel[1], z, y, current_margin)
             training.backward(loss / len(parts))
             statistics.collect()
-            hits = (logits.detach().argmax(1) == y).float().mean()
             losses += torch.stack([loss.detach(), hits]) / len(parts)
         statistics.finish(len(parts))
         training.update(losses, learning_rate(training.step, steps, order.steps_per_epoch, c))

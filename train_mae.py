@@ -60,20 +60,21 @@ class Objective:
     def __init__(self, cfg, mae, teacher):
         """mae: FaceMAE; teacher: frozen recogniser, or None where irm.weight = 0."""
         self.cfg, self.mae, self.teacher = cfg, mae, teacher
+        self.model = run.parallel(mae.model)
 
     def forward(self, images, noise, relate):
         """uint8 (B, H, W, 3) and noise (B, L) -> squared error, and, if `relate`, the teacher's
         embeddings of the reconstructions (B, d)."""
-        c, model = self.cfg.mae, self.mae.model
+        c, patchify = self.cfg.mae, self.mae.model.patchify
         x = self.mae.normalise(to_float(images))
         with run.autocast(x.device, self.cfg.run.precision):
-            pred, mask = model(x, noise, c.mask_ratio)
+            pred, mask = self.model(x, noise, c.mask_ratio)
             counted = mask if c.mse_on == 'hidden' else torch.ones_like(mask)
-            mse = models.masked_mse(pred, model.patchify(x), counted, c.norm_pix_loss)
+            mse = models.masked_mse(pred, patchify(x), counted, c.norm_pix_loss)
             if not relate:
                 return mse, None
             if self.cfg.reconstruct.paste_visible:
-                pred = torch.where(mask[:, :, None] > 0, pred, model.patchify(x))
+                pred = torch.where(mask[:, :, None] > 0, pred, patchify(x))
             reconstructed = self.mae.to_pixels(pred)
             return mse, self.teacher(embed.for_recogniser(reconstructed, self.teacher)).float()
 
@@ -101,6 +102,7 @@ class Objective:
             z_gradient = torch.autograd.grad(irm, z)[0].split(self.cfg.mae.micro_batch)
         mse_sum = 0
         for number, part in enumerate(parts):
+            run.average_next(number == len(parts) - 1, self.model)
             mse, z_part = self.forward(*part, relate)
             share = len(part[0]) / len(images)
             loss = self.cfg.mae.mse_weight * mse * share
@@ -233,10 +235,11 @@ def train(variant, fold, device):
 
     while training.step < steps:
         batch, epoch = order(training.step)
-        rows = torch.from_numpy(batch[share]).to(device)
+        own = torch.from_numpy(batch[share])
+        rows = batches.to_device(own, device)
         flip = batches.hashed(batches.stream(cfg.run.seed, 'flips', epoch), rows, 1)[:, 0] > 0
         noise = batches.hashed(batches.stream(cfg.run.seed, 'masks', epoch), rows, patches)
-        images, originals = batches.flipped(store(rows), flip), None
+        images, originals = batches.flipped(store(own), flip), None
         if cfg.irm.weight and training.step >= relate_from:
             originals = (original_embeddings[flip.long(), rows]
                          if original_embeddings is not None else

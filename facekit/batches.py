@@ -36,11 +36,20 @@ class Store:
         return len(self.rows)
 
     def __call__(self, indices):
-        indices = torch.as_tensor(indices).to(self.rows.device)
+        indices = to_device(torch.as_tensor(indices), self.rows.device)
         batch = self.images[self.rows[indices]]
         if batch.device != self.device:
             batch = batch.pin_memory().to(self.device, non_blocking=True)
         return batch
+
+
+def to_device(tensor, device):
+    """A tensor on a device. What comes from the host is pinned first and copied while the host
+    goes on: a copy of pageable memory would wait until the device has done all its work."""
+    if tensor.device == device or device.type == 'cpu':
+        return tensor.to(device)
+    return (tensor.pin_memory() if tensor.device.type == 'cpu' else tensor).to(
+        device, non_blocking=True)
 
 
 class Order:

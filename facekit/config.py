@@ -36,6 +36,7 @@ CHOICES = {
     'evaluate.onnx_pixels': ('signed', 'bytes'),
     'fr.schedule': ('steps', 'cosine'),
     'fr.loss': ('arcface', 'cosface'),
+    'fr.shard_classes': ('auto', 'true', 'false'),
     'fr.margin_gradient': ('exact', 'straight_through'),
 }
 INTEGERS = ('data.release_folds', 'compare_seeds')     # lists that begin empty
@@ -54,6 +55,7 @@ RANGES = {
     **dict.fromkeys(('data.size', 'mae.patch', 'reconstruct.pixelate_block'), (1, 1 << 12)),
     **dict.fromkeys(('run.threads', 'mae.depth', 'mae.decoder_depth'), (0, 1 << 10)),
     **dict.fromkeys(('mae.epochs', 'fr.epochs', 'teacher.epochs', 'judge.epochs'), (1e-6, 1e9)),
+    'fr.sample_rate': (1e-6, 1),
     'data.validation': (0, 0.9), 'mae.mask_ratio': (0, 0.99), 'reconstruct.mask_ratio': (0, 0.99),
     'reconstruct.blur_sigma': (0.1, 100), 'reconstruct.quality': (1, 100)}
 
@@ -106,6 +108,8 @@ def check_value(key, value, default):
     if isinstance(default, float) and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError, OverflowError):   # YAML reads 1e-4 as text
             value = float(value)
+    if isinstance(value, bool) and key in CHOICES:          # YAML reads true as no text
+        value = str(value).lower()
     kind, example = type(default), [12, 40] if key == 'data.exclude' else default
     if type(value) is not kind:
         raise InputError(f'{key} = {quoted(value)} is a {type(value).__name__}: '

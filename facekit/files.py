@@ -221,7 +221,8 @@ def load_finished(path, made_by, needs=()):
 
 # Keys that change how a thing is made but not what it is
 HARMLESS = {'mae.micro_batch', 'mae.preview_epochs', 'reconstruct.batch', 'reconstruct.photos',
-            'reconstruct.key', 'reconstruct.check'}
+            'reconstruct.key', 'reconstruct.check', 'fr.shard_classes'}
+LATER = {'fr.sample_rate': 1.0}        # keys that older files lack, and how those were made
 
 
 def check_premises(state, cfg, keys, path, premises):
@@ -241,8 +242,9 @@ def check_premises(state, cfg, keys, path, premises):
         old, new = entry(then, section), now[section]
         for n in [name] if name else sorted(new):
             # As text, because a file from elsewhere can hold a tensor here
-            if repr(old.get(n)) != repr(new[n]) and f'{section}.{n}' not in HARMLESS:
-                differ.append(f'another {section}.{n} ({quoted(old.get(n))} then, '
+            before = old.get(n, LATER.get(f'{section}.{n}'))
+            if repr(before) != repr(new[n]) and f'{section}.{n}' not in HARMLESS:
+                differ.append(f'another {section}.{n} ({quoted(before)} then, '
                               f'{quoted(new[n])} now)')
     if differ:
         more = [f'; to train on from finished weights: {key.partition(".")[0]}.init={path} in '

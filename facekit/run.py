@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from facekit.config import CONFIGS, namespace, resolve
 from facekit.errors import InputError, printable
@@ -129,14 +130,28 @@ def own_share(batch, key):
     return slice(rank() * size, (rank() + 1) * size)
 
 
-def average_gradients(parameters):
-    """Mean of the gradients over all processes, in one message."""
-    if world() > 1:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for g, piece in zip(grads, flat.div_(world()).split([g.numel() for g in grads])):
-            g.copy_(piece.view_as(g))
+def parallel(module):
+    """The module, whose gradients are averaged over all processes while its backward pass runs."""
+    if world() == 1:
+        return module
+    module = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    module.broadcast_buffers = False       # the argument warns from torch 2.14 on
+    return module
+
+
+def average_next(wanted, *modules):
+    """Whether the next backward pass averages the gradients of parallel() modules, or leaves them
+    to a later one: what no_sync() sets around a pass."""
+    for module in modules:
+        if isinstance(module, DistributedDataParallel):
+            module.require_backward_grad_sync = wanted
+
+
+def gathered(x):
+    """Rows (n, ...) of all processes in rank order, (N, ...), without a gradient."""
+    everyone = x.new_empty(world(), *x.shape)
+    dist.all_gather(list(everyone), x.contiguous())
+    return everyone.flatten(0, 1)
 
 
 def mean(values):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from facekit import embed, files, run
+from facekit.classes import DividedHead
 from facekit.config import as_dict
 from facekit.errors import InputError
 from facekit.progress import StageLog
@@ -33,7 +34,7 @@ class Training:
         self.cfg, self.path, self.stage, self.nets, self.steps = cfg, path, stage, nets, steps
         self.batch, self.loss_names, self.extra = batch, loss_names, extra
         self.optimizer = optimizer
-        self.parameters = [p for group in optimizer.param_groups for p in group['params']]
+        self.divided = [net for net in nets.values() if isinstance(net, DividedHead)]
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == 'fp16')
         self.step = 0                                  # steps that were made
         self.logged = 0                                # step of the last log line
@@ -47,12 +48,16 @@ class Training:
 
     def resume(self, saved):
         """Continue from a checkpoint."""
-        for name, net in self.nets.items():
-            embed.load_weights(net, saved[name], self.path)
         try:
+            for head in self.divided:
+                saved = head.converted(saved, lambda x: x[head.first:head.end].clone())
+            for name, net in self.nets.items():
+                embed.load_weights(net, saved[name], self.path)
             self.optimizer.load_state_dict(saved['optimizer'])
             self.scaler.load_state_dict(saved['scaler'])
             self.sums.copy_(saved['sums'])
+        except InputError:
+            raise
         except Exception:                              # a file can hold anything
             raise InputError(f'{self.path} has a damaged optimizer, scaler or sums: delete it '
                              'and make it again') from None
@@ -70,7 +75,6 @@ class Training:
         learning_rate: of this step, float.
         """
         self.sums += losses
-        run.average_gradients(self.parameters)
         self.learning_rate = learning_rate
         for group in self.optimizer.param_groups:
             group['lr'] = learning_rate
@@ -111,12 +115,14 @@ class Training:
         # The loss was of the weights before the last update; these are what is saved
         for name, net in self.nets.items():
             largest = torch.stack([p.detach().abs().amax() for p in net.parameters()]).amax()
-            self.check_finite({f'a weight of {name}': largest.item()})
+            self.check_finite({f'a weight of {name}': run.mean(largest).item()})
+        state = {**{name: net.state_dict() for name, net in self.nets.items()},
+                 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}
+        for head in self.divided:
+            state = head.converted(state, head.whole)
         files.save_checkpoint(self.path, {
-            **{name: net.state_dict() for name, net in self.nets.items()},
-            'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
-            'step': self.step, 'steps': self.steps, 'logged': self.logged, 'sums': self.sums,
-            'format': files.FORMAT, 'config': as_dict(self.cfg), **self.extra})
+            **state, 'step': self.step, 'steps': self.steps, 'logged': self.logged,
+            'sums': self.sums, 'format': files.FORMAT, 'config': as_dict(self.cfg), **self.extra})
         self.stop.leave_if_requested()
 
     def check_finite(self, values):

@@ -328,6 +328,17 @@ def test_a_checkpoint_damaged_in_structure_is_one_sentence(copied):
         protect.load_mae(path, cfg, torch.device('cpu'), '')
 
 
+def test_a_recogniser_made_before_a_key_existed_is_finished_all_the_same(copied, finished):
+    state = torch.load(finished[0] / 'run' / 'fr.pt', weights_only=True)
+    for key in ('sample_rate', 'shard_classes'):
+        del state['config']['fr'][key]
+    shutil.copytree(finished[0] / 'run', copied / 'run', dirs_exist_ok=True)
+    torch.save(state, copied / 'run' / 'fr.pt')
+    assert 'nothing to do' in run(copied, 'train_fr.py', 'fr.shard_classes=true')
+    assert 'sample_rate (1.0 then, 0.5 now)' in run(copied, 'train_fr.py', 'fr.sample_rate=0.5',
+                                                    code=2)
+
+
 def test_a_run_of_the_version_before_is_refused_in_a_sentence(copied):
     run(copied, 'train_mae.py', 'mae.epochs=3')
     path = copied / 'run' / 'fold0' / 'mae.pt'
