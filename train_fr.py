@@ -98,15 +98,17 @@ def augmented(x, u, strength):
 
 
 class NormStatistics:
-    """One step of BatchNorm's running statistics for a batch that is seen in several parts."""
+    """One step of BatchNorm's running statistics for a batch that is seen in several parts; each
+    part takes three kernels, not three a buffer."""
 
     def __init__(self, net):
         self.buffers = [b for name, b in net.named_buffers() if b.is_floating_point()]
+        self.old, self.sums = ([torch.empty_like(b) for b in self.buffers] for _ in range(2))
 
     def begin(self):
         """Before the first part: keep the statistics."""
-        self.old = [b.clone() for b in self.buffers]
-        self.sums = [torch.zeros_like(b) for b in self.buffers]
+        torch._foreach_copy_(self.old, self.buffers)
+        torch._foreach_zero_(self.sums)
 
     def collect(self):
         """After a part's forward pass: keep what it made of the statistics, and go back."""
@@ -116,8 +118,7 @@ class NormStatistics:
     def finish(self, parts):
         """Set the mean over the parts of all processes."""
         flat = run.mean(torch.cat([s.flatten() for s in self.sums]) / parts)
-        for b, piece in zip(self.buffers, flat.split([b.numel() for b in self.buffers])):
-            b.copy_(piece.view_as(b))
+        torch._foreach_copy_(self.buffers, flat.split([b.numel() for b in self.buffers]))
 
 
 def norm_batch(share, cfg):
