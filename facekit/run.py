@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from facekit import nodes
 from facekit.config import CONFIGS, namespace, resolve
 from facekit.errors import InputError, printable
 
@@ -73,6 +74,13 @@ def start_processes(cfg):
     device = choose_device(cfg)
     if wanted > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=TIMEOUT)
+        # Agreeing over gloo keeps the device out of it: no GPU sync in the training loop
+        Stop.group = dist.new_group(backend='gloo', timeout=TIMEOUT)
+        if device.type == 'cuda':
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            nodes.check_gpus(nodes.everywhere(uuid, Stop.group))
+        if int(os.environ.get('LOCAL_WORLD_SIZE', wanted)) < wanted:
+            nodes.check_folders(cfg, Stop.group)
     on_this_node = int(os.environ.get('LOCAL_WORLD_SIZE', wanted))
     torch.set_num_threads(cfg.run.threads or max(1, cores() // on_this_node))
     if cfg.run.deterministic:
@@ -176,9 +184,6 @@ class Stop:
 
     def __init__(self):
         self.agreed = False
-        # Agreeing over gloo keeps the device out of it: no GPU sync in the training loop
-        if world() > 1 and not Stop.group:
-            Stop.group = dist.new_group(backend='gloo')
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.request)
 

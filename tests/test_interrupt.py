@@ -260,7 +260,7 @@ def together(folder, *arguments, count=2, largest=None):
 
 @pytest.mark.parametrize('arguments, line, result, epoch, counts', [
     (['train_mae.py', 'mae.batch=12', 'mae.epochs=9'], 'train_mae/fold0/mae', 'fold0/mae.pt', 6,
-     (2, 1, 2)),
+     (2, 1, 3)),
     (['train_fr.py', 'run.row=mask', 'fr.batch=8', 'fr.norm_batch=4', 'fr.epochs=7'],
      'student/mask', 'mask/fr.pt', 9, (2, 1, 2)),
     (['train_fr.py', 'run.row=mask', 'fr.batch=24', 'fr.norm_batch=4', 'fr.epochs=17',
