@@ -10,9 +10,9 @@ from rich import box
 from rich.table import Column, Table
 
 ATTACKER_HAS = {        # what the attacker has, printed beside every number
-    'judge': 'a recogniser of other people',
+    'judge': 'a recogniser that this kit trained on other people',
     'teacher': 'the very recogniser that shaped the release',
-    'dlib': "dlib's published recogniser, which anybody can install",
+    'dlib': "a published recogniser, dlib's, which anybody can install",
     'pixels': 'nothing: compares 16 x 16 pixels',
     'masked': 'the masks: compares visible pixels only',
     'guess': 'a guess of the masks: compares visible pixels only',
