@@ -51,15 +51,16 @@ class DividedHead(models.MarginHead):
         true = cosine.gather(1, column[:, None])                      # (N, 1)
         true = torch.where(here[:, None], self.with_margin(true, margin), true)
         logits = self.scale * cosine.scatter(1, column[:, None], true)
-        values = torch.stack([logits.logsumexp(1), self.scale * true[:, 0] * here,
-                              logits.detach().amax(1)])               # (3, N)
-        shares = [values]
-        if self.count > 1:     # the own values keep their gradient, the others are constants
-            shares = list(run.gathered(values.detach()).split(3))
-            shares[self.rank] = values
-        total, true, largest = torch.stack(shares, 1)                 # (shares, N) each
-        total, true = total.logsumexp(0), true.sum(0)
-        return (total - true).mean(), (true >= largest.amax(0)).float().mean()
+        total, true = logits.logsumexp(1), self.scale * true[:, 0] * here
+        largest = torch.stack([total, logits.amax(1)]).detach()       # (2, N)
+        if self.count > 1:     # the values of all shares, each with the gradient of the own one
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            sums = torch.stack([(total - largest[0]).exp(), true]).detach()
+            dist.all_reduce(sums)
+            value = largest[0] + sums[0].log()                        # d value / d total is the exp
+            total = value + (total.detach() - value).exp() * (total - total.detach())
+            true = sums[1] + (true - true.detach())
+        return (total - true).mean(), (true >= largest[1]).float().mean()
 
     def converted(self, saved, change):
         """A checkpoint with what change() makes of the centres and of their momentum."""

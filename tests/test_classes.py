@@ -131,7 +131,7 @@ def memory(monkeypatch, classes, dim, rows, ranks, rate=1.0):
     monkeypatch.setattr(run, 'world', lambda: ranks)
     monkeypatch.setattr(run, 'rank', lambda: ranks - 1)
     monkeypatch.setattr(run, 'gathered', lambda x: torch.cat([x] * ranks))
-    monkeypatch.setattr(dist, 'all_reduce', lambda x: None)
+    monkeypatch.setattr(dist, 'all_reduce', lambda *_: None)
     monkeypatch.setattr(torch, 'autocast', lambda *_, **__: contextlib.nullcontext())
     with torch.device('meta'):
         head = DividedHead(dim, classes, rate=rate, share=(ranks - 1, ranks))
