@@ -130,22 +130,19 @@ def norm_batch(share, cfg):
     return part
 
 
-def divides(classes, c):
-    """Whether the class centres are divided over the processes, by fr.shard_classes."""
+def class_layer(classes, c):
+    """A MarginHead, or a DividedHead where classes are divided or sampled; and whether its centres
+    are divided over the processes."""
     divided = run.world() > 1 and (c.shard_classes == 'true' or c.shard_classes == 'auto'
                                    and classes >= DIVIDE_FROM)
     if divided and classes < run.world():
         raise InputError(f'fr.shard_classes = true cannot divide {classes} people over '
                          f'{run.world()} processes: use fr.shard_classes=auto')
-    return divided
-
-
-def make_head(classes, c, divided):
-    """The class layer: a MarginHead, or a DividedHead where classes are divided or sampled."""
+    settings = c.dim, classes, c.loss, c.scale, c.margin_gradient
     if not divided and c.sample_rate == 1:
-        return models.MarginHead(c.dim, classes, c.loss, c.scale, c.margin_gradient)
-    return DividedHead(c.dim, classes, c.loss, c.scale, c.margin_gradient, c.sample_rate,
-                       (run.rank(), run.world()) if divided else (0, 1))
+        return models.MarginHead(*settings), False
+    share = (run.rank(), run.world()) if divided else (0, 1)
+    return DividedHead(*settings, c.sample_rate, share), divided
 
 
 def classify(head, z, labels, margin):
@@ -179,9 +176,8 @@ def train(cfg, task, device):
         raise InputError(f'{task.key}.depth: {error}') from None
     if task.init and not saved:
         embed.load_weights(net, files.load_checkpoint(task.init), task.init)
-    divided = divides(len(people), c)
-    head = make_head(len(people), c, divided).to(device)
-    net = net.to(device, memory_format=torch.channels_last)
+    head, divided = class_layer(len(people), c)
+    net, head = net.to(device, memory_format=torch.channels_last), head.to(device)
     optimizer = torch.optim.SGD(
         [p for p in [*net.parameters(), *head.parameters()] if p.requires_grad],
         momentum=c.momentum, weight_decay=c.weight_decay, fused=device.type == 'cuda')
@@ -191,7 +187,7 @@ def train(cfg, task, device):
         net.compile()
     store = batches.Store(task.faces.select(task.rows), device)
     targets, statistics = torch.as_tensor(labels, device=device), NormStatistics(net)
-    parallel = run.parallel(net), head if divided else run.parallel(head)
+    averaged = run.parallel(net), head if divided else run.parallel(head)
 
     while training.step < steps:
         batch, epoch = order(training.step)
@@ -206,13 +202,13 @@ def train(cfg, task, device):
                         labels[batch])
         statistics.begin()
         for number, (x, y, u) in enumerate(parts):
-            run.average_next(number == len(parts) - 1, *parallel)
+            run.average_next(number == len(parts) - 1, *averaged)
             x = embed.for_recogniser(x, net)
             if c.augment:
                 x = augmented(x, u, c.augment)
             with run.autocast(device, cfg.run.precision):
-                z = parallel[0](x)
-            loss, hits = classify(parallel[1], z, y, current_margin)
+                z = averaged[0](x)
+            loss, hits = classify(averaged[1], z, y, current_margin)
             training.backward(loss / len(parts))
             statistics.collect()
             losses += torch.stack([loss.detach(), hits]) / len(parts)

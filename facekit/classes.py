@@ -57,7 +57,7 @@ class DividedHead(models.MarginHead):
             dist.all_reduce(largest, dist.ReduceOp.MAX)
             sums = torch.stack([(total - largest[0]).exp(), true]).detach()
             dist.all_reduce(sums)
-            value = largest[0] + sums[0].log()                        # d value / d total is the exp
+            value = largest[0] + sums[0].log()                    # its derivative is exp() below
             total = value + (total.detach() - value).exp() * (total - total.detach())
             true = sums[1] + (true - true.detach())
         return (total - true).mean(), (true >= largest[1]).float().mean()
