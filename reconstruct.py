@@ -145,7 +145,7 @@ def make_parts(variant, parts, plan, private, protections, device):
     cfg, missing = variant.cfg, parts.missing()
     log = StageLog(cfg.run.folder, f'reconstruct/{variant.label}'.rstrip('/'), parts.count,
                    parts.count - len(missing) * run.world())
-    source = batches.Store(private.select(np.arange(len(private))), device)
+    source = batches.Store(private.select(np.arange(len(private))), device, once=True)
     stop, waiting = run.Stop(), None
     with ThreadPoolExecutor(run.cores()) as pool:
         for done, number in enumerate(missing, 1):
@@ -170,13 +170,13 @@ def make_part(number, plan, source, protections, cfg, stop):
     chosen = slice(number * PART, (number + 1) * PART)
     image, fold, seeds = plan.image[chosen], plan.fold[chosen], plan.seeds[chosen]
     out = torch.empty(len(image), cfg.data.size, cfg.data.size, 3, dtype=torch.uint8)
-    for k, protection in enumerate(protections):
-        of_fold, size = np.flatnonzero(fold == k), cfg.reconstruct.batch
-        for places in (of_fold[i:i + size] for i in range(0, len(of_fold), size)):
-            if stop.requested:
-                return None
-            out[places] = protection(source(image[places]),
-                                     seeds[places].to(source.device)).cpu()
+    size = cfg.reconstruct.batch
+    some = [(k, of_fold[i:i + size]) for k in range(len(protections))
+            for of_fold in [np.flatnonzero(fold == k)] for i in range(0, len(of_fold), size)]
+    for (k, places), faces in zip(some, source.ahead(image[places] for _, places in some)):
+        if stop.requested:
+            return None
+        out[places] = protections[k](faces, seeds[places].to(source.device)).cpu()
     return out.permute(0, 3, 1, 2)
 
 

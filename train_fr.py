@@ -189,12 +189,12 @@ def train(cfg, task, device):
     targets, statistics = torch.as_tensor(labels, device=device), NormStatistics(net)
     averaged = run.parallel(net), head if divided else run.parallel(head)
 
+    gathered = store.ahead(order(step)[0][share] for step in range(training.step, steps))
     while training.step < steps:
         batch, epoch = order(training.step)
-        own = torch.from_numpy(batch[share])
-        rows = batches.to_device(own, device)
+        rows = batches.to_device(torch.from_numpy(batch[share]), device)
         flip, random = random_numbers(task, epoch, rows)
-        images, target = batches.flipped(store(own), flip), targets[rows]
+        images, target = batches.flipped(next(gathered), flip), targets[rows]
         parts = list(zip(images.split(part), target.split(part), random.split(part)))
         current_margin, losses = margin(training.step, steps, c), torch.zeros(2, device=device)
         if c.sample_rate < 1:

@@ -4,7 +4,9 @@ What is random about an image depends on (seed, purpose, epoch, image number) al
 batch, process or device, so that a run can be interrupted or spread over more GPUs.
 """
 import hashlib
-import warnings
+import itertools
+import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -17,30 +19,46 @@ class Store:
     """ImageRows as batches on the device: `store(indices) -> uint8 (B, H, W, 3)`.
 
     Index i means the i-th of the rows. Where they fit into half of the GPU's free memory they are
-    copied there once.
+    copied there, unless they are read only `once`.
     """
 
-    def __init__(self, chosen, device):
-        self.rows, self.device = torch.as_tensor(chosen.rows), device
-        with warnings.catch_warnings():        # a map that can only be read, and only is
-            warnings.filterwarnings('ignore', 'The given NumPy array is not writable')
-            self.images = torch.as_tensor(np.asarray(chosen.images))
-        if device.type == 'cuda':
-            needed = len(self.rows) * self.images[0].numel()
-            if needed < run.free_memory(device) / 2:
-                self.images = torch.cat([self.images[part].to(device)
-                                         for part in self.rows.split(4096)])
-                self.rows = torch.arange(len(self.rows), device=device)
+    def __init__(self, chosen, device, once=False):
+        self.rows, self.images, self.device = np.asarray(chosen.rows), chosen.images, device
+        self.on_gpu = None
+        needed = len(self.rows) * math.prod(self.images.shape[1:])
+        if device.type == 'cuda' and not once and needed < run.free_memory(device) / 2:
+            self.on_gpu = torch.cat(list(self.ahead(torch.arange(len(self.rows)).split(4096))))
 
     def __len__(self):
         return len(self.rows)
 
     def __call__(self, indices):
-        indices = to_device(torch.as_tensor(indices), self.rows.device)
-        batch = self.images[self.rows[indices]]
-        if batch.device != self.device:
-            batch = batch.pin_memory().to(self.device, non_blocking=True)
+        indices = torch.as_tensor(indices)
+        if self.on_gpu is not None:
+            return self.on_gpu[to_device(indices, self.device)]
+        return self.gathered(indices.cpu()).to(self.device, non_blocking=True)
+
+    def gathered(self, indices):
+        """uint8 (B, H, W, 3) on the host, pinned where a GPU fetches it; indices int64 (B,)."""
+        rows = self.rows[np.asarray(indices)]
+        batch = torch.empty(len(rows), *self.images.shape[1:], dtype=torch.uint8,
+                            pin_memory=self.device.type == 'cuda')
+        self.images.take(rows, 0, batch.numpy(), 'clip')     # 'raise' would make another copy
         return batch
+
+    def ahead(self, choices):
+        """The batches of an iterable of indices, on the device; while one is used, a thread
+        gathers the next."""
+        if self.on_gpu is not None:
+            yield from map(self, choices)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            waiting = None
+            for indices in itertools.chain(choices, [None]):
+                begun = None if indices is None else pool.submit(self.gathered, indices)
+                if waiting:
+                    yield waiting.result().to(self.device, non_blocking=True)
+                waiting = begun
 
 
 def to_device(tensor, device):

@@ -29,6 +29,7 @@ CHOICES = {
     'run.precision': ('bf16', 'fp16', 'fp32'),
     'data.on_size': ('refuse', 'resize'),
     'data.on_corrupt': ('stop', 'skip'),
+    'data.decode': ('auto', 'cache', 'stream'),
     'mae.mse_on': ('all', 'hidden'),
     'irm.relations': ('cosine', 'centred', 'l2', 'direct'),
     'reconstruct.method': ('facemae', 'mask', 'blur', 'pixelate', 'noise', 'none'),

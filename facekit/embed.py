@@ -122,11 +122,11 @@ def embed_all(net, store, batch, precision):
     """
     starts = range(0, len(store), batch)
     parts = {}                 # number of a batch -> embeddings of it and of its mirror image
-    for number, first in enumerate(starts):
-        if number % run.world() == run.rank():
-            faces = store(torch.arange(first, min(first + batch, len(store))))
-            parts[number] = [embed_batch(net, faces.flip(2) if flip else faces, precision)
-                             for flip in (False, True)]
+    own = range(run.rank(), len(starts), run.world())
+    every = torch.arange(len(store))
+    for number, faces in zip(own, store.ahead(every[starts[n]:][:batch] for n in own)):
+        parts[number] = [embed_batch(net, faces.flip(2) if flip else faces, precision)
+                         for flip in (False, True)]
     if run.world() > 1:
         gathered = [None] * run.world()
         dist.all_gather_object(gathered, {n: [z.cpu() for z in zs] for n, zs in parts.items()})
@@ -141,15 +141,16 @@ def unit_embeddings(net, chosen, cfg, device):
     if device.type == 'cpu':         # a laptop's memory: the largest maps of a batch take 256 MiB
         width = net.conv1.out_channels if isinstance(net, models.IResNet) else 64
         batch = min(batch, max(1, (1 << 26) // (net.size ** 2 * width)))
-    plain, mirrored = embed_all(net, Store(chosen, device), batch, cfg.run.precision)
+    plain, mirrored = embed_all(net, Store(chosen, device, once=True), batch,
+                                cfg.run.precision)
     return F.normalize(plain + mirrored)
 
 
 def pixel_embeddings(chosen, device):
     """16 x 16 pixels of ImageRows, contrast-normalised, as unit vectors float32 (N, 768)."""
     small = []
-    for part in torch.as_tensor(chosen.rows).split(4096):
-        x = torch.as_tensor(chosen.images[part]).to(device).permute(0, 3, 1, 2).float()
+    for part in Store(chosen, device, once=True).ahead(torch.arange(len(chosen)).split(4096)):
+        x = part.permute(0, 3, 1, 2).float()
         x = F.adaptive_avg_pool2d(x, 16).flatten(2)
         small.append(F.normalize((x - x.mean(2, keepdim=True)).flatten(1)))
     return torch.cat(small)

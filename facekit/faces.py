@@ -1,13 +1,15 @@
-"""A face data set as decoded images, and the cache that holds them.
+"""A face data set as decoded images: from a cache that holds them, or decoded as they are read.
 
-Every image is decoded once into one memory-mapped file of uint8 pixels; from then on a batch is a
-gather of rows (batches.py).
+Every image is looked at once, by one run while others wait. Where data.decode has a cache, its
+pixels go into one memory-mapped file, and from then on a batch is a gather of rows (batches.py);
+else only the hash of its file is kept, and the same pixels are decoded whenever they are wanted.
 """
 import hashlib
 import io
 import json
 import mmap
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +24,48 @@ from facekit.errors import InputError, counted
 from facekit.progress import StageLog
 from facekit.sources import open_source, say_passed_over
 
+MEMORY = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')    # bytes of this machine
+RELEASE = 1 << 30     # bytes of a decoded release that data.decode = auto keeps
+
+
+class StreamedImages:
+    """Images of a source that are decoded when they are asked for, on this process's cores.
+
+    Indexed like the array uint8 (N, size, size, 3) of their pixels, with int64 (B,) or a slice.
+    """
+
+    def __init__(self, source, numbers, cfg):
+        """source: RecordSource or FolderSource; numbers int64 (N,): which of its images."""
+        self.source, self.numbers, self.data = source, numbers, cfg.data
+        self.shape = len(numbers), cfg.data.size, cfg.data.size, 3
+        self.threads = torch.get_num_threads()         # the cores divided by the processes
+        self.pool = ThreadPoolExecutor(self.threads)
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, rows):
+        return self.take(np.arange(len(self))[rows] if isinstance(rows, slice) else rows)
+
+    def take(self, rows, axis=0, out=None, mode='raise'):
+        """As numpy.take along axis 0, which arrays have, too."""
+        numbers = self.numbers[np.asarray(rows)]
+        out = np.empty((len(numbers), *self.shape[1:]), np.uint8) if out is None else out
+
+        def decode(places):
+            for place in places:
+                i, where = numbers[place], self.source.where(numbers[place])
+                image = images.decode(self.source.read(i), where, self.source.formats)
+                out[place] = images.fitted(image, where, self.data.size, self.data.on_size)
+
+        list(self.pool.map(decode, np.array_split(np.arange(len(numbers)), 4 * self.threads)))
+        return out
+
 
 @dataclass
 class ImageRows:
     """A choice of images, in an order, without a copy of them."""
-    images: np.ndarray        # uint8 (M, H, W, 3) RGB; an array or a memory map
+    images: np.ndarray        # uint8 (M, H, W, 3) RGB: array, memory map or StreamedImages
     rows: np.ndarray          # int64 (N,): which of them
 
     def __len__(self):
@@ -45,10 +84,10 @@ class ImageRows:
 class FaceSet:
     """A data set as decoded images."""
     path: Path                # where it was read from
-    images: np.ndarray        # uint8 (N, size, size, 3) RGB, a memory map
+    images: np.ndarray        # uint8 (N, size, size, 3) RGB: a memory map, or StreamedImages
     labels: np.ndarray        # int64 (N,), 0 .. P - 1: whose image
     people: np.ndarray        # str (P,): what the source calls them
-    hashes: np.ndarray        # uint64 (N,), of the decoded pixels
+    hashes: np.ndarray        # uint64 (N,), of the image files (of pixels in older caches)
     skipped: list             # numbers of the source's images that were left out as damaged
     source: object = None     # RecordSource or FolderSource
 
@@ -79,9 +118,10 @@ class FaceSet:
 # --------------------------------------------------------------------------------- cache
 
 def load(path, cfg, photos=True):
-    """The FaceSet at `path`, decoded on first use by one run while others wait.
+    """The FaceSet at `path`, looked at on first use by one run while others wait.
 
-    `photos` are looked at for their alignment; releases need not look like faces.
+    `photos` are looked at for their alignment; releases, of which a comparison has many, need not
+    look like faces.
     """
     path = Path(path)
     if path == Path(cfg.toy.root or '?'):
@@ -96,18 +136,26 @@ def load(path, cfg, photos=True):
     way = str(path.resolve()), cfg.data.on_size, cfg.data.on_corrupt
     folder = Path(cfg.data.cache, f'{path.name}-{files.digest(repr(way).encode())[:10]}-'
                                   f'{cfg.data.size}')
-    files.make_once(folder, lambda: is_current(folder, mark),
-                    lambda: build_cache(folder, mark, source, cfg, photos))
+    cached = run.broadcast(wants_cache(folder, mark, source, cfg, photos)
+                           if run.rank() == 0 else None)
+    needs = ['hashes.npy', 'images.u8'][:1 + cached]
+    files.make_once(folder, lambda: is_current(folder, mark, needs),
+                    lambda: look_at_all(folder, mark, source, cfg, photos, cached))
     skipped = json.loads((folder / 'source.json').read_text())['skipped']
     if skipped:
         run.say(f'{path}: {counted(len(skipped), "damaged image")} left out '
                 '(data.on_corrupt=skip)')
     labels = np.delete(source.labels, skipped)
-    shape = len(labels), cfg.data.size, cfg.data.size, 3
-    pixels = np.memmap(folder / 'images.u8', np.uint8, 'r', shape=shape)
-    if pixels.nbytes > os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2:
+    if cached:
+        shape = len(labels), cfg.data.size, cfg.data.size, 3
+        pixels = np.memmap(folder / 'images.u8', np.uint8, 'r', shape=shape)
+    else:
+        numbers = np.delete(np.arange(len(source.labels)), skipped)
+        pixels = StreamedImages(source, numbers, cfg)
+    mapped = pixels._mmap if cached else source.mapped()
+    if mapped and len(mapped) > MEMORY / 2:
         # Of what the kernel reads ahead of random images, little is wanted before it is dropped
-        pixels._mmap.madvise(mmap.MADV_RANDOM)
+        mapped.madvise(mmap.MADV_RANDOM)
     hashes = np.load(folder / 'hashes.npy', allow_pickle=False)
     if copies := len(hashes) - len(np.unique(hashes)):
         run.say(f'{path}: {counted(copies, "image")} equal to another one of the set')
@@ -124,31 +172,49 @@ def load_release(variant):
     return load(path, variant.cfg, photos=False)
 
 
-def is_current(folder, mark):
-    """Whether the cache is of this source, and its files are as long as when they were made."""
+def wants_cache(folder, mark, source, cfg, photos):
+    """Whether the images of a source are kept decoded, by data.decode; says how it decides.
+
+    auto: where they are already, or take at most a quarter of the free space on the disk of
+    data.cache and half of this machine's memory; those of a release at most 1 GiB.
+    """
+    if is_current(folder, mark, ['images.u8', 'hashes.npy']):
+        return cfg.data.decode != 'stream'
+    needed = len(source.labels) * cfg.data.size ** 2 * 3
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    limit = min(shutil.disk_usage(folder.parent).free / 4, MEMORY / 2)
+    cached = needed <= (limit if photos else min(limit, RELEASE))
+    if cfg.data.decode != 'auto':
+        cached = cfg.data.decode == 'cache'
+    run.say(f'{source.path}: {len(source.labels)} images, {needed / 1e9:.3g} GB decoded: ' + (
+        f'kept in {folder}' if cached else 'decoded whenever they are read') + ' (data.decode)')
+    return cached
+
+
+def is_current(folder, mark, needs):
+    """Whether the cache is of this source, and the files it `needs` are as long as when they were
+    made."""
     try:
         about = json.loads((folder / 'source.json').read_text())
         return about['mark'] == mark and all(
-            (folder / name).stat().st_size == size for name, size in about['bytes'].items())
+            (folder / name).stat().st_size == about['bytes'][name] for name in needs)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def build_cache(folder, mark, source, cfg, photos):
-    """Decode all images of a source on all cores into `folder`.
+def look_at_all(folder, mark, source, cfg, photos, cached):
+    """Decode all images of a source once, on all cores: `folder` gets the hashes of their files
+    and, if `cached`, their pixels.
 
     A damaged image ends it or is left out, as data.on_corrupt says. `photos`: see load().
     """
-    size, count = cfg.data.size, len(source.labels)
+    count = len(source.labels)
     with files.replacing_folder(folder) as draft:
-        with open(draft / 'images.u8', 'wb') as file:
-            # A full disk is an error here; while the map is written it would be a crash
-            os.posix_fallocate(file.fileno(), 0, count * size * size * 3)
-        pixels = np.memmap(draft / 'images.u8', np.uint8, 'r+', shape=(count, size, size, 3))
+        pixels = room_for(draft / 'images.u8', count, cfg.data.size) if cached else None
         hashes, skipped, cut = np.zeros(count, np.uint64), [], []
         log = StageLog(cfg.run.folder, f'cache/{folder.name}', count)
         with ThreadPoolExecutor(run.cores()) as pool:
-            parts = pool.map(lambda first: decode_part(
+            parts = pool.map(lambda first: look_at_part(
                 range(first, min(first + 256, count)), source, cfg, pixels, hashes, skipped, cut),
                 range(0, count, 256))
             for _ in track(parts, f'decoding {source.path}', -(-count // 256), transient=True):
@@ -156,31 +222,42 @@ def build_cache(folder, mark, source, cfg, photos):
         good = np.delete(np.arange(count), sorted(skipped))
         if not len(good):
             raise InputError(f'{source.path}: not one image can be read: copy the data set again')
-        for place, i in enumerate(good) if skipped else ():
-            pixels[place] = pixels[i]
-        pixels.flush()
-        os.truncate(draft / 'images.u8', len(good) * size * size * 3)
+        if cached:
+            for place, i in enumerate(good) if skipped else ():
+                pixels[place] = pixels[i]
+            pixels.flush()
+            os.truncate(draft / 'images.u8', len(good) * pixels[0].nbytes)
         content = io.BytesIO()     # np.save into a file hides from its error that the disk is full
         np.save(content, hashes[good])
         (draft / 'hashes.npy').write_bytes(content.getvalue())
         log(count, count, skipped=len(skipped))
-        lengths = {name: (draft / name).stat().st_size for name in ('images.u8', 'hashes.npy')}
+        lengths = {path.name: path.stat().st_size for path in draft.iterdir()}
         (draft / 'source.json').write_text(json.dumps(
             {'mark': mark, 'skipped': sorted(skipped), 'bytes': lengths}))
         if cut:
             run.say(f'warning: {counted(len(cut), "image")} of {source.path} not square: the '
                     f'middle was cut out, as of {source.where(min(cut))}')
         if photos and not toy.is_drawn(source.path):
-            warn_if_unaligned(pixels[:len(good)], source.path)
+            warn_if_unaligned(pixels[:len(good)] if cached else StreamedImages(source, good, cfg),
+                              source.path)
 
 
-def decode_part(numbers, source, cfg, pixels, hashes, skipped, cut):
-    """Decode the images `numbers` into their places in pixels (N, S, S, 3) and hashes (N,);
-    append to `skipped` those that are damaged and may be left out, to `cut` those that are not
-    square."""
+def room_for(path, count, size):
+    """A map of a new file of `count` images, uint8 (count, size, size, 3)."""
+    with open(path, 'wb') as file:
+        # A full disk is an error here; while the map is written it would be a crash
+        os.posix_fallocate(file.fileno(), 0, count * size * size * 3)
+    return np.memmap(path, np.uint8, 'r+', shape=(count, size, size, 3))
+
+
+def look_at_part(numbers, source, cfg, pixels, hashes, skipped, cut):
+    """Decode the images `numbers` into their places in pixels (N, S, S, 3), unless it is None,
+    and the hashes of their files into hashes (N,); append to `skipped` those that are damaged and
+    may be left out, to `cut` those that are not square."""
     for i in numbers:
         try:
-            image = images.decode(source.read(i), source.where(i), source.formats)
+            content = source.read(i)
+            image = images.decode(content, source.where(i), source.formats)
         except InputError as error:
             if cfg.data.on_corrupt == 'stop':
                 raise InputError(f'{error}, or set data.on_corrupt=skip') from None
@@ -189,8 +266,10 @@ def decode_part(numbers, source, cfg, pixels, hashes, skipped, cut):
             continue
         if image.shape[1] != image.shape[2]:
             cut.append(i)
-        pixels[i] = images.fitted(image, source.where(i), cfg.data.size, cfg.data.on_size)
-        hashes[i] = int.from_bytes(hashlib.blake2b(pixels[i], digest_size=8).digest())
+        image = images.fitted(image, source.where(i), cfg.data.size, cfg.data.on_size)
+        if pixels is not None:
+            pixels[i] = image
+        hashes[i] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
 def warn_if_unaligned(photos, path):
@@ -205,7 +284,7 @@ def warn_if_unaligned(photos, path):
     if len(photos) < 50:
         return run.say(f'{path}: {counted(len(photos), "image")}, too few to tell whether they '
                        f'are aligned to {template}: look at them')
-    some = torch.as_tensor(np.array(photos[::max(1, len(photos) // 500)]))
+    some = torch.from_numpy(photos[np.arange(0, len(photos), max(1, len(photos) // 500))])
     grey = F.interpolate(some.float().mean(3)[:, None], (112, 112), mode='bilinear')[:, 0]
     grey = grey - grey.mean((1, 2), keepdim=True)
     face = (grey / (grey.square().mean((1, 2), keepdim=True).sqrt() + 1e-6)).mean(0)

@@ -32,10 +32,11 @@ def decode(data, where, formats=('JPEG', 'PNG')):
     try:
         if image.format == 'JPEG':
             check_jpeg(bytes(data))
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith('I'):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
+        image = image if image.mode == 'RGB' else image.convert('RGB')    # which copies
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except Exception as error:
         raise InputError(f'{where}: damaged or cut off ({type(error).__name__} in decoding): copy '
                          'or remove the image') from None

@@ -7,6 +7,7 @@ from einops import repeat
 from torch import nn
 
 from facekit import run
+from facekit.batches import Store
 from facekit.images import to_float
 from facekit.retrieval import Attack, Search
 
@@ -15,8 +16,8 @@ def cells(chosen, side, device):
     """Mean colour of side x side cells of ImageRows in 0..1, (n, 3, side, side), and a guess of
     how visible they are (n, 1, side, side): their variance v, as v / (v + its image's mean)."""
     colour, visible = [], []
-    for part in torch.as_tensor(chosen.rows).split(1024):
-        x = to_float(torch.as_tensor(chosen.images[part]).to(device))
+    for part in Store(chosen, device, once=True).ahead(torch.arange(len(chosen)).split(1024)):
+        x = to_float(part)
         mean, square = (F.adaptive_avg_pool2d(t, side) for t in (x, x.square()))
         v = (square - mean.square()).mean(1, keepdim=True).clamp(min=0)
         colour.append(mean)
@@ -86,9 +87,9 @@ def guess_masks(group, cfg, device):
     for value in net.state_dict().values() if run.world() > 1 else ():
         dist.broadcast(value, 0)                  # GPUs may have rounded differently
     with torch.no_grad():
-        return torch.cat([
-            net(with_detail(torch.as_tensor(group.released.images[part]).to(device))).sigmoid()
-            for part in torch.as_tensor(group.released.rows).split(512)])
+        some = torch.arange(len(group.released)).split(512)
+        return torch.cat([net(with_detail(part)).sigmoid()
+                          for part in Store(group.released, device, once=True).ahead(some)])
 
 
 def with_detail(images):

@@ -72,6 +72,7 @@ class Records:
     The .rec may not be shortened while it is open. Labels may have gaps.
 
     .path    Path of the .rec file
+    .data    its memory map
     .keys    int64 (N,), ascending
     .labels  int64 (N,), 0 .. 2**24 - 1; where a record has several labels, the first
     len(r)   N, at least 1
@@ -83,7 +84,7 @@ class Records:
 
     def __init__(self, path):
         self.path = Path(path) / 'train.rec' if Path(path).is_dir() else Path(path)
-        self._data = open_bytes(self.path)
+        self.data = open_bytes(self.path)
         keys, offsets = read_index(self.path.with_suffix('.idx'))
         heads = self._read_heads(keys, offsets)
         self._check_overlap(heads)
@@ -104,11 +105,11 @@ class Records:
 
     def _read_heads(self, keys, begin):
         """RecordHeads at the bytes `begin`; each check makes the next access safe."""
-        size, none = len(self._data), np.zeros(len(keys), np.int64)
+        size, none = len(self.data), np.zeros(len(keys), np.int64)
         at_bytes = RecordHeads(keys, begin, none, none, none, none, none)
         self._refuse(at_bytes, (begin > size - 32) | (begin % 4 > 0),
                      f'can be no record of these {size} bytes: copy the .rec and the .idx again')
-        words = np.frombuffer(self._data, '<u4', size // 4)
+        words = np.frombuffer(self.data, '<u4', size // 4)
         at = begin // 4
         magic, flag = words[at], words[at + 2].astype(np.int64)
         part, length = words[at + 1] >> 29, (words[at + 1] & LONGEST).astype(np.int64)
@@ -150,16 +151,16 @@ class Records:
     def __getitem__(self, i):
         begin, image = self._heads.begin[i], self._heads.image[i]
         if self._heads.part[i] == 0:
-            return memoryview(self._data)[image:self._heads.end[i]]
+            return memoryview(self.data)[image:self._heads.end[i]]
         parts, at, kind = [], int(begin), 1
         while kind != 3:
-            magic, word = struct.unpack('<4sI', self._data[at:at + 8].ljust(8, b'\0'))
+            magic, word = struct.unpack('<4sI', self.data[at:at + 8].ljust(8, b'\0'))
             kind, end = word >> 29, at + 8 + (word & LONGEST)
             expected = (2, 3) if parts else (1,)
-            if magic != MAGIC or kind not in expected or end > len(self._data):
+            if magic != MAGIC or kind not in expected or end > len(self.data):
                 raise InputError(f'{self.path}: key {self.keys[i]} lacks the part of its record '
                                  f'at byte {at}: copy the file again')
-            parts.append(self._data[at + 8:end])
+            parts.append(self.data[at + 8:end])
             at = end + (-word & 3)
         return MAGIC.join(parts)[image - begin - 8:]
 

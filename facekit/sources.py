@@ -27,6 +27,10 @@ class RecordSource:
         """Where image i stands, for a sentence."""
         return f'{self.path} record {self.records.keys[i]}'
 
+    def mapped(self):
+        """The memory map of its file."""
+        return self.records.data
+
     def fingerprint(self):
         """Changes when the source does."""
         return fingerprint([self.path], self.labels)
@@ -82,6 +86,9 @@ class FolderSource:
     def where(self, i):
         """Where image i stands, for a sentence."""
         return str(self.files[i])
+
+    def mapped(self):
+        """None: each image is a file."""
 
     def fingerprint(self):
         """Changes when the source does."""

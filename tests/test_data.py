@@ -74,6 +74,52 @@ def test_runs_that_start_together_decode_a_set_once(tmp_path, monkeypatch, capsy
     assert 'waiting for it' in capsys.readouterr().out
 
 
+def test_streamed_images_are_the_cached_ones_and_split_alike(tmp_path, capsys):
+    write_faces(tmp_path / 'faces', form='jpeg')
+    cached, streamed = (split.split(make_config(
+        tmp_path / way, f'data.root={tmp_path}/faces', 'toy.identities=0', f'data.decode={way}'))
+        for way in ('cache', 'stream'))
+    assert 'decoded whenever they are read' in capsys.readouterr().out
+    assert isinstance(streamed[0].public.images, faces.StreamedImages)
+    assert not list((tmp_path / 'stream').rglob('images.u8'))
+    assert split.private_digest(cached) == split.private_digest(streamed)
+    stores = [batches.Store(f[0].public.select(f[0].mae), torch.device('cpu'))
+              for f in (cached, streamed)]
+    choices = [np.array([3, 0, 5]), np.array([1]), np.array([4, 4])]
+    for one, other, rows in zip(*(s.ahead(choices) for s in stores), choices):
+        assert torch.equal(one, other) and torch.equal(one, stores[1](rows))
+
+
+def test_a_set_is_cached_where_it_fits_or_is_already(tmp_path, monkeypatch):
+    def ways(*assignments, folder='one'):
+        cfg = make_config(tmp_path / folder, f'data.root={tmp_path}/faces', *assignments)
+        return isinstance(faces.load(tmp_path / 'faces', cfg, photos).images, np.memmap)
+
+    write_faces(tmp_path / 'faces')
+    photos, needed = True, 8 * 3 * 32 * 32 * 3
+    usage = shutil.disk_usage('/')
+    for free, fits in ((4 * needed - 1, False), (4 * needed, True), (0, True)):
+        monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=free))
+        assert ways() == fits                                # the last: it is there already
+    assert not ways('data.decode=stream') and ways('data.decode=cache', folder='two')
+    photos = False
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=1 << 40))
+    monkeypatch.setattr(faces, 'RELEASE', needed - 1)
+    assert not ways(folder='three')
+
+
+def test_what_an_older_cache_calls_its_images_stays(tmp_path):
+    """Checkpoints and releases were made with it."""
+    write_faces(tmp_path / 'faces')
+    cfg = make_config(tmp_path)
+    faces.load(tmp_path / 'faces', cfg)
+    [path] = (tmp_path / 'cache').rglob('hashes.npy')
+    np.save(path, older := np.load(path) + 1)
+    for way in ('cache', 'stream'):
+        cfg.data.decode = way
+        assert np.array_equal(faces.load(tmp_path / 'faces', cfg).hashes, older)
+
+
 def test_a_folder_per_person_is_read_like_records(tmp_path):
     cfg = make_config(tmp_path)
     pixels = toy.draw(np.arange(4), np.zeros(4, int), size=32)
@@ -107,16 +153,17 @@ def test_damaged_images_are_named_and_left_out_where_the_config_says_so(tmp_path
     encoded = [images.encode(x, 'png') for x in pixels]
     encoded[1], encoded[4] = encoded[1][:90], b'no image'
     records.write_records(tmp_path / 'faces', encoded, [0, 0, 1, 1, 2, 2], 32)
-    for _ in range(2):                                     # when the cache is built, and from it
+    for way in ('stream', 'stream', 'cache', 'cache'):     # when it is first looked at, and again
+        cfg.data.decode = way
         found = faces.load(tmp_path / 'faces', cfg)
         kept = [0, 2, 3, 5]
-        assert np.array_equal(found.images, pixels[kept].permute(0, 2, 3, 1))
+        assert np.array_equal(found.images[:], pixels[kept].permute(0, 2, 3, 1))
         assert found.labels.tolist() == [0, 1, 1, 2] and found.skipped == [1, 4]
         printed = capsys.readouterr().out
         assert '2 damaged images left out' in printed
         assert len(set(found.hashes.tolist())) == 4
     [path] = (tmp_path / 'run' / 'log' / 'cache').iterdir()
-    log = json.loads(path.read_text())
+    log = json.loads(path.read_text().splitlines()[-1])
     assert log['skipped'] == 2 and log['stage'].startswith('cache/faces')
     with pytest.raises(InputError, match='train.rec record 2: .*data.on_corrupt=skip'):
         faces.load(tmp_path / 'faces', make_config(tmp_path))
@@ -165,7 +212,7 @@ def test_a_picture_that_is_public_and_private_stops_the_run(tmp_path):
     write_faces(tmp_path / 'faces')
     write_faces(tmp_path / 'other', start=7)                 # person 7 is in both sets
     cfg = make_config(tmp_path, f'data.public={tmp_path}/other', 'toy.identities=0')
-    both = (r'record 3 \(public, of 0\) is the same picture as \S+train.rec record 24 '
+    both = (r'record 2 \(public, of 0\) is the same picture as \S+train.rec record 23 '
             r'\(private, of 7\), 3 such')
     with pytest.raises(InputError, match=both):
         split.split(cfg)

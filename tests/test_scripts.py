@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run
+from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run, tensors
 import train_mae
 from facekit import attacks, images, protect, records, toy
 from facekit import run as process
@@ -118,6 +118,22 @@ def test_two_processes_give_what_one_gives(copied, finished):
                (finished[0], copied)]
     for name, figure in results[0]['verification']['toy'].items():
         assert figure == pytest.approx(results[1]['verification']['toy'][name], abs=0.03), name
+
+
+def test_streaming_gives_bit_for_bit_what_the_cache_gives(copied, finished):
+    shutil.rmtree(copied / 'cache')
+    for script in ('train_mae.py', 'reconstruct.py', 'train_fr.py'):
+        run(copied, script, 'data.decode=stream')
+    assert not list(copied.rglob('images.u8'))
+    for name in ('fold0/mae.pt', 'fr.pt'):
+        one, two = (torch.load(f / 'run' / name, weights_only=True) for f in (finished[0], copied))
+        assert one['premises'] == two['premises']
+        for key, value in tensors(one).items():
+            assert torch.equal(value, tensors(two)[key]), key
+    for name in ('train.rec', 'train.idx', 'manifest.json'):
+        one, two = ((f / 'run' / 'reconstructed' / name).read_bytes()
+                    for f in (finished[0], copied))
+        assert one == two
 
 
 def test_attacks_are_kept_until_something_changes(copied, finished):

@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import loaders  # noqa: E402
 import models  # noqa: E402
 import train_fr  # noqa: E402
 import train_mae  # noqa: E402
@@ -54,6 +55,7 @@ RUNS, SECONDS = 5, 0.5                     # timed blocks of each row, and how l
 CLASSES = 10572                            # people of CASIA-WebFace; a toy has its own number
 PAIRS, SEARCH = 6000, (512, 16384)         # pairs of LFW; probes and gallery of a search
 RECORDS, INDEX = 200_000, 4_000_000        # of the record sets that are opened
+LOADED = 16384                             # images that are streamed in a turn
 
 
 @contextlib.contextmanager
@@ -227,6 +229,10 @@ def reading(b):
         shutil.rmtree(c.data.cache, ignore_errors=True)
         faces.load(folder / 'faces', c)
     b.row('reading', 'cache built, all cores', b.timed(build), len(files))
+    kit, theirs = loaders.take_turns(folder / 'faces', b.cfg, b.device, c.fr.batch, LOADED, RUNS)
+    count = LOADED // c.fr.batch * c.fr.batch
+    b.row('reading', 'streamed, mirrored, normalised', kit, count)
+    b.row('reading', 'a DataLoader, image by image', theirs, count, kit=kit)
 
     for count in (RECORDS, INDEX):
         files = (bytes(32) for _ in range(count))          # framing alone is read
