@@ -173,10 +173,10 @@ def make_part(number, plan, source, protections, cfg, stop):
     size = cfg.reconstruct.batch
     some = [(k, of_fold[i:i + size]) for k in range(len(protections))
             for of_fold in [np.flatnonzero(fold == k)] for i in range(0, len(of_fold), size)]
-    for (k, places), faces in zip(some, source.ahead(image[places] for _, places in some)):
+    for (k, places), originals in zip(some, source.ahead(image[places] for _, places in some)):
         if stop.requested:
             return None
-        out[places] = protections[k](faces, seeds[places].to(source.device)).cpu()
+        out[places] = protections[k](originals, seeds[places].to(source.device)).cpu()
     return out.permute(0, 3, 1, 2)
 
 
