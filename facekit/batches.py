@@ -41,10 +41,8 @@ class Store:
     def gathered(self, indices):
         """uint8 (B, H, W, 3) on the host, pinned where a GPU fetches it; indices int64 (B,)."""
         rows = self.rows[np.asarray(indices)]
-        batch = torch.empty(len(rows), *self.images.shape[1:], dtype=torch.uint8,
-                            pin_memory=self.device.type == 'cuda')
-        self.images.take(rows, 0, batch.numpy(), 'clip')     # 'raise' would make another copy
-        return batch
+        batch = torch.from_numpy(np.asarray(self.images[rows]))
+        return batch if self.device.type == 'cpu' else batch.pin_memory()
 
     def ahead(self, choices):
         """The batches of an iterable of indices, on the device; while one is used, a thread

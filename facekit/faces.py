@@ -45,12 +45,8 @@ class StreamedImages:
         return len(self.numbers)
 
     def __getitem__(self, rows):
-        return self.take(np.arange(len(self))[rows] if isinstance(rows, slice) else rows)
-
-    def take(self, rows, axis=0, out=None, mode='raise'):
-        """As numpy.take along axis 0, which arrays have, too."""
-        numbers = self.numbers[np.asarray(rows)]
-        out = np.empty((len(numbers), *self.shape[1:]), np.uint8) if out is None else out
+        numbers = self.numbers[rows]
+        out = np.empty((len(numbers), *self.shape[1:]), np.uint8)
 
         def decode(places):
             for place in places:
