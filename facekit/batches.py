@@ -23,10 +23,10 @@ class Store:
     """
 
     def __init__(self, chosen, device, once=False):
-        self.rows, self.images, self.device = np.asarray(chosen.rows), chosen.images, device
-        self.on_gpu = None
+        self.rows, self.images = np.asarray(chosen.rows), chosen.images
+        self.device, self.on_gpu = torch.device(device), None
         needed = len(self.rows) * math.prod(self.images.shape[1:])
-        if device.type == 'cuda' and not once and needed < run.free_memory(device) / 2:
+        if self.device.type == 'cuda' and not once and needed < run.free_memory(self.device) / 2:
             self.on_gpu = torch.cat(list(self.ahead(torch.arange(len(self.rows)).split(4096))))
 
     def __len__(self):
