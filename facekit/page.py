@@ -15,6 +15,7 @@ h1 { font-size: 1.5em } h2 { font-size: 1.1em; margin: 2em 0 .4em }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
+.text th, .text td { text-align: left } table:not(.text) td { white-space: nowrap }
 .wide { overflow-x: auto } img { max-width: 100%; height: auto }
 .warning { border-left: 4px solid #d1495b; padding: .4em 1em; background: #fbf1f2 }
 pre { white-space: pre-wrap; font-size: 13px }
@@ -36,7 +37,8 @@ def html_table(sheet):
     def row(cells, kind):
         return '<tr>' + ''.join(f'<{kind}>{escape(str(c))}</{kind}>' for c in cells) + '</tr>'
     body = ''.join(row(cells, 'td') for cells in sheet.rows)
-    return (f'<h2>{escape(sheet.title)}</h2><div class="wide"><table>{row(sheet.columns, "th")}'
+    table = '<table class="text">' if sheet.text else '<table>'
+    return (f'<h2>{escape(sheet.title)}</h2><div class="wide">{table}{row(sheet.columns, "th")}'
             f'{body}</table></div>')
 
 
