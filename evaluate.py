@@ -118,7 +118,9 @@ def leakage(variant, folds, release, student, path, recognisers, device):
         maes = protect.load_maes(variant, folds, device)
         premises = protect.release_premises(folds, maes, protect.release_secret(cfg))
         protect.check_release(variant, premises)
-        digest, before = attack_digest(variant, folds, premises), {}
+        digest, before = None, {}
+        if run.rank() == 0:
+            digest = attack_digest(variant, folds, premises)
         with contextlib.suppress(InputError):              # missing or damaged: made again
             before = files.read_json(path)
         if run.broadcast(before.get('attacked') == digest):
@@ -191,7 +193,7 @@ def attack_digest(variant, folds, premises):
     nets = [cfg.judge.checkpoint, cfg.teacher.checkpoint, *cfg.evaluate.attacks, variant.student,
             *(variant.run / f'fold{f.k}' / f'{role}.pt' for f in folds
               for role in ('judge', 'teacher'))]
-    nets = [digest_of_file(path, path.stat().st_mtime_ns) for path in map(Path, nets)
+    nets = [digest_of_net(path, path.stat().st_mtime_ns) for path in map(Path, nets)
             if path.is_file()]
     config = {k: v for k, v in as_dict(cfg).items() if 'compare' not in k}
     machine = {k: v for k, v in run.provenance().items() if k != 'commit'}
@@ -199,9 +201,14 @@ def attack_digest(variant, folds, premises):
 
 
 @functools.cache
-def digest_of_file(path, changed):
-    """SHA-256 of a file that was last changed at `changed`, ns."""
-    return files.digest(path.read_bytes())
+def digest_of_net(path, changed):
+    """SHA-256 of the weights in a checkpoint that was last changed at `changed`, ns: once in a
+    run, and without the state of its optimizer."""
+    if is_published(path):
+        return [files.digest(path.read_bytes())]
+    saved = files.load_checkpoint(path)
+    return [files.digest_of_weights(embed.tensors(state)) for state in (
+        embed.unwrapped(saved), files.entry(saved, 'head'))]
 
 
 # ---------------------------------------------------------------------------- a comparison

@@ -77,8 +77,10 @@ class AttackGroup:
         return self.embedded[embedder.name]
 
     def gallery_embeddings(self, embedder):
-        """Unit embeddings (N, d) of the gallery, made once for all rows of a comparison."""
-        if embedder.gallery is None:
+        """Unit embeddings (N, d) of the gallery, made once for all rows of a comparison that
+        search the same."""
+        if not np.array_equal(embedder.gallery_rows, self.originals.rows):
+            embedder.gallery_rows = self.originals.rows
             embedder.gallery = embedder.embed(self.originals)
         return embedder.gallery
 
@@ -101,6 +103,14 @@ def some_of(cfg, count):
     return np.sort(chosen[:cfg.evaluate.probes or count])
 
 
+def searched(rows, people, asked, cfg):
+    """Which of `rows` (int64, rising) make the gallery: all images of the people who are `asked`
+    for, and of all others, people (N,) says whose, evaluate.gallery as a fixed random choice."""
+    others = rows[~np.isin(people[rows], asked)]
+    few = np.random.default_rng(2).permutation(others)[cfg.evaluate.gallery or len(others):]
+    return np.setdiff1d(rows, few, assume_unique=True)
+
+
 def own_groups(variant, folds, maes, release, device):
     """The released people of each fold as an AttackGroup; release: FaceSet of what was released.
 
@@ -119,13 +129,14 @@ def own_groups(variant, folds, maes, release, device):
         rows, protection = probes[plan.fold[probes] == k], Protection(cfg, maes[k])
         known = fold.train[np.random.default_rng(1).permutation(len(fold.train))][:pairs]
         people = fold.public.labels[known]
+        gallery = searched(fold.released, private.labels, private.labels[plan.image[rows]], cfg)
         hidden = None
         if draws_mask(cfg.reconstruct.method):
             hidden = hidden_patches(protection, plan.seeds[rows], cfg.data.size)
         groups.append(AttackGroup(
-            released=release.select(rows), originals=private.select(fold.released),
-            source=np.searchsorted(fold.released, plan.image[rows]),
-            person=private.labels[fold.released], pair_originals=fold.public.select(known),
+            released=release.select(rows), originals=private.select(gallery),
+            source=np.searchsorted(gallery, plan.image[rows]),
+            person=private.labels[gallery], pair_originals=fold.public.select(known),
             # Of another data set, labels say nothing about who it is
             pair_person=people if fold.public is private else -1 - people,
             protection=protection, hidden=hidden, outsiders=outsiders, device=device))
@@ -151,6 +162,7 @@ def foreign_groups(cfg, release, device):
     for side in (True, False):
         gallery, known = np.flatnonzero(half == side), np.flatnonzero(half != side)
         rows = probes[np.isin(probes, gallery)]
+        gallery = searched(gallery, originals.labels, originals.labels[rows], cfg)
         known = np.random.default_rng(1).permutation(known)[:pairs]
         groups.append(AttackGroup(
             released=release.select(rows), originals=originals.select(gallery),

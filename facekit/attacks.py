@@ -96,11 +96,12 @@ def linear(judge, group):
     curves, sizes = {'ridge': {}, 'rotation': {}}, [16, 64, 256, 1024, 4096, 16384]
     for n in [count, *(n for n in sizes[::-1] if n < count)]:
         centre, target = x[:n].mean(0), y[:n].mean(0)
+        originals = F.normalize(gallery - target.to(gallery.device)).float()
         for name, fit in (('ridge', ridge), ('rotation', procrustes)):
             map_ = fit(x[:n] - centre, y[:n] - target)
             curves[name][n] = Search(
-                F.normalize((probes - centre) @ map_).float(),
-                F.normalize(gallery - target).float(), group.source, group.person)
+                F.normalize((probes - centre) @ map_).float(), originals, group.source,
+                group.person)
     return Attack(curves['ridge'][count], curves)
 
 
@@ -262,8 +263,13 @@ def reconstruction_membership(groups):
 def recogniser_membership(embedder, centres, groups):
     """Whether the released recogniser is surer of the photos behind its training images than of
     other people's: the largest cosine with the class centres (C, d), unit vectors."""
-    members, others = ([(embedder.embed(chosen) @ centres.T).max(1).values.cpu().numpy()
-                        for chosen in sides]
+    at_a_time = max(1, (1 << 28) // len(centres))         # images, whose cosines take 1 GiB
+
+    def surest(chosen):
+        return torch.cat([(part.to(centres.device) @ centres.T).amax(1).cpu()
+                          for part in embedder.embed(chosen).split(at_a_time)]).numpy()
+
+    members, others = ([surest(chosen) for chosen in sides]
                        for sides in ([g.originals for g in groups], [groups[0].outsiders]))
     return membership(np.concatenate(members), np.concatenate(others))
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from facekit import run
 from facekit.errors import InputError
@@ -23,7 +24,8 @@ class Store:
     """
 
     def __init__(self, chosen, device, once=False):
-        self.rows, self.images = np.asarray(chosen.rows), chosen.images
+        self.rows, images = np.asarray(chosen.rows), chosen.images
+        self.images = images.numpy() if torch.is_tensor(images) else images
         self.device, self.on_gpu = torch.device(device), None
         needed = len(self.rows) * math.prod(self.images.shape[1:])
         if self.device.type == 'cuda' and not once and needed < run.free_memory(self.device) / 2:
@@ -66,6 +68,19 @@ def to_device(tensor, device):
         return tensor.to(device)
     return (tensor.pin_memory() if tensor.device.type == 'cpu' else tensor).to(
         device, non_blocking=True)
+
+
+def dealt(count, do):
+    """[do(0), ..., do(count - 1)], each done by one of the processes; results can be pickled.
+
+    All processes call it, and do() takes a process's own numbers in rising order.
+    """
+    done = {number: do(number) for number in range(run.rank(), count, run.world())}
+    if run.world() > 1:
+        gathered = [None] * run.world()
+        dist.all_gather_object(gathered, done)
+        done = {number: result for some in gathered for number, result in some.items()}
+    return [done[number] for number in range(count)]
 
 
 class Order:

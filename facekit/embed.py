@@ -3,12 +3,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import models
 from facekit import files, images, run
-from facekit.batches import Store
+from facekit.batches import Store, dealt
 from facekit.errors import InputError
 from facekit.faces import ImageRows
 from facekit.published import is_published, published
@@ -115,35 +114,35 @@ def embed_batch(net, batch, precision):
         return net(for_recogniser(batch, net)).float()
 
 
-def embed_all(net, store, batch, precision):
-    """Embeddings of every image of a Store and of its mirror image: two float32 tensors (N, d).
+def embed_all(net, store, batch, precision, joined=False):
+    """Embeddings of every image of a Store and of its mirror image: two float32 tensors (N, d), or
+    one of unit vectors of their sums if they shall be `joined`, which lies on the host where it
+    would take a quarter of the device's free memory.
 
     Batches are dealt to the processes and gathered, so the result does not depend on them.
     """
-    starts = range(0, len(store), batch)
-    parts = {}                 # number of a batch -> embeddings of it and of its mirror image
-    own = range(run.rank(), len(starts), run.world())
-    every = torch.arange(len(store))
-    for number, faces in zip(own, store.ahead(every[starts[n]:][:batch] for n in own)):
-        parts[number] = [embed_batch(net, faces.flip(2) if flip else faces, precision)
-                         for flip in (False, True)]
-    if run.world() > 1:
-        gathered = [None] * run.world()
-        dist.all_gather_object(gathered, {n: [z.cpu() for z in zs] for n, zs in parts.items()})
-        parts = {n: zs for some in gathered for n, zs in some.items()}
-    return [torch.cat([parts[n][side].to(store.device) for n in range(len(starts))])
-            for side in range(2)]
+    numbers = torch.arange(len(store)).split(batch)
+    faces = store.ahead(numbers[run.rank()::run.world()])
+    needed, free = 4 * len(store) * net.fc.out_features, run.free_memory(store.device)
+    device = torch.device('cpu') if joined and needed > free / 4 else store.device
+
+    def embedded(number):
+        both = next(faces)
+        plain, mirrored = (embed_batch(net, x, precision) for x in (both, both.flip(2)))
+        parts = [F.normalize(plain + mirrored)] if joined else [plain, mirrored]
+        return [z.to(device if run.world() == 1 else 'cpu') for z in parts]
+
+    return [torch.cat(parts).to(device) for parts in zip(*dealt(len(numbers), embedded))]
 
 
 def unit_embeddings(net, chosen, cfg, device):
-    """f(x) + f(mirrored x) of ImageRows, L2-normalised, float32 (N, d)."""
+    """f(x) + f(mirrored x) of ImageRows, L2-normalised, float32 (N, d), see embed_all()."""
     batch = cfg.evaluate.batch
     if device.type == 'cpu':         # a laptop's memory: the largest maps of a batch take 256 MiB
         width = net.conv1.out_channels if isinstance(net, models.IResNet) else 64
         batch = min(batch, max(1, (1 << 26) // (net.size ** 2 * width)))
-    plain, mirrored = embed_all(net, Store(chosen, device, once=True), batch,
-                                cfg.run.precision)
-    return F.normalize(plain + mirrored)
+    store = Store(chosen, device, once=True)
+    return embed_all(net, store, batch, cfg.run.precision, joined=True)[0]
 
 
 def pixel_embeddings(chosen, device):
@@ -165,6 +164,7 @@ class Embedder:
     device: torch.device
     threshold: float = np.inf        # cosine that 1 in 1,000 pairs of two people exceed
     gallery: torch.Tensor | None = None      # unit embeddings of a group's originals, once made
+    gallery_rows: np.ndarray | None = None   # int64 (N,): of which
 
     def embed(self, chosen):
         """Unit embeddings float32 (N, d) of ImageRows."""

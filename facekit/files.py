@@ -269,5 +269,6 @@ def digest_of_weights(state):
     """SHA-256 of a state_dict's tensors and their names, 64 hex digits."""
     total = hashlib.sha256()
     for name in sorted(state):
-        total.update(name.encode() + state[name].cpu().contiguous().numpy().tobytes())
+        content = state[name].cpu().reshape(-1).view(torch.uint8)    # numpy has no bfloat16
+        total.update(name.encode() + content.numpy().tobytes())
     return total.hexdigest()

@@ -177,12 +177,19 @@ class Protection:
         return batches.expanded(seeds, (size // self.cfg.mae.patch) ** 2)
 
     def of_rows(self, chosen, seeds, device):
-        """The same for ImageRows and seeds (N,), batch by batch: uint8 (N, H, W, 3), numpy."""
+        """The same for ImageRows and seeds (N,), batch by batch, which are dealt to the
+        processes: uint8 (N, H, W, 3), numpy."""
         count, batch = len(chosen), self.cfg.reconstruct.batch
-        return np.concatenate([
-            self(torch.from_numpy(chosen.take(part).pixels()).to(device),
-                 seeds[part].to(device)).cpu().numpy()
-            for part in np.array_split(np.arange(count), count // batch + 1)])
+        parts = np.array_split(np.arange(count), count // batch + 1)
+
+        def protected(number):
+            part = parts[number]
+            return self(torch.from_numpy(chosen.take(part).pixels()).to(device),
+                        seeds[part].to(device)).cpu().numpy()
+
+        # To send the few images of one batch around takes longer than to make them
+        return np.concatenate(batches.dealt(len(parts), protected) if len(parts) > 1
+                              else [protected(0)])
 
 
 # ------------------------------------------------------------------------------- secret

@@ -191,11 +191,14 @@ def write_records(folder, images, labels, size):
 
     images: iterable of image files (bytes), `size` pixels wide and high; labels: iterable of as
     many integers, those of identity 0 first, then 1, and so on. Memory does not grow with the set.
-    Raises InputError for other labels, no images, or more than float32 keys can count.
+    Where images and identities are more than a float32 header can count, and labels, which have a
+    length, tell so in advance, there is none: keys are 0, 1, ... as im2rec writes them, and
+    arcface_torch takes all of them. Raises InputError for other labels, or no images.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     starts = []  # the key of each identity's first image
+    end = first = 1 if has_header(labels) else 0
     with (replacing(folder / 'train.rec') as rec,  # renamed last, and with it the set is there
           replacing(folder / 'train.idx') as index,
           replacing(folder / 'property') as about):
@@ -204,28 +207,38 @@ def write_records(folder, images, labels, size):
             index.write(b'%d\t%d\n' % (key, rec.tell()))
             rec.write(pack(payload(label, key, image)))
 
-        put([0, 0], 0, b'')  # holds the place of the header, whose numbers are known at the end
-        end = 1
+        if first:
+            put([0, 0], 0, b'')  # holds the place of the header: its numbers come at the end
         for image, label in itertools.zip_longest(images, labels):
             length = len(image or b'')
             allowed = range(max(len(starts) - 1, 0), len(starts) + 1)
             if not 0 < length < LONGEST - 24 or label not in allowed:
-                raise InputError(f'{folder}: image {end - 1} ({length} bytes) has label '
+                raise InputError(f'{folder}: image {end - first} ({length} bytes) has label '
                                  f'{label} after {len(starts)} identities: give one image file '
                                  'for each label, sorted by identity, counted from 0')
             if label == len(starts):
                 starts.append(end)
             put(int(label), end, image)
             end += 1
-        if not starts or end + len(starts) > EXACT:
-            raise InputError(f'{folder}: {end - 1} images of {len(starts)} identities do not make '
-                             'a set: give at least one, and in sum less than 16777216')
-        for number, bounds in enumerate(itertools.pairwise([*starts, end])):
+        if not starts or len(starts) > EXACT or first and end + len(starts) > EXACT:
+            raise InputError(f'{folder}: {end - first} images of {len(starts)} identities do not '
+                             'make a set: give at least one, and labels as an array if they are '
+                             'many')
+        for number, bounds in enumerate(itertools.pairwise([*starts, end]) if first else ()):
             put(list(bounds), end + number, b'')
-        rec.seek(0)
-        rec.write(pack(payload([end, end + len(starts)], 0, b'')))
+        if first:
+            rec.seek(0)
+            rec.write(pack(payload([end, end + len(starts)], 0, b'')))
         about.write(b'%d,%d,%d' % (len(starts), size, size))
-    return end - 1
+    return end - first
+
+
+def has_header(labels):
+    """Whether a set with these labels, rising from 0, begins with insightface's header: unless
+    its float32 could not count their images and identities."""
+    if not hasattr(labels, '__len__') or not len(labels):
+        return True
+    return len(labels) + labels[-1] + 2 <= EXACT
 
 
 class _Bin(pickle._Unpickler):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from facekit import verification
+from facekit.batches import dealt
 
 BLOCK = 16384        # gallery items whose scores are in memory at a time
 PROBES = 512         # probes that are ranked at a time
@@ -19,7 +20,7 @@ PROBES = 512         # probes that are ranked at a time
 class Search:
     """Probes and a gallery, compared by inner product."""
     probes: torch.Tensor               # float32 (n, d)
-    gallery: torch.Tensor              # float32 (N, d)
+    gallery: torch.Tensor              # float32 (N, d); may lie on the host, probes on the device
     source: np.ndarray                 # int64 (n,): gallery item that each probe was made from
     person: np.ndarray | None          # int64 (N,): whose item; None = each item is one person
     threshold: float = np.inf          # cosine that 1 in 1,000 pairs of two people exceed
@@ -50,45 +51,57 @@ class Ranking:
 
 # -------------------------------------------------------------------------------- search
 
-def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=BLOCK):
+def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=BLOCK, only_best=False):
     """Rank every gallery item that a probe should find, exactly and in bounded memory.
 
-    probes (n, d), gallery (N, d): float32; ids int64: the items with the probe's id are its
-    targets, except item exclude[i]. Returns the Ranking of the probes that have a target.
+    probes (n, d), gallery (N, d): float32; ids int64, with probes: the items with the probe's id
+    are its targets, except item exclude[i]. The gallery may lie on the host; each process ranks a
+    share of the probes. Returns the Ranking of the probes that have a target; with `only_best`,
+    which is cheaper, without precision.
     """
     order = gallery_ids.argsort(stable=True)
     first = torch.searchsorted(gallery_ids[order], probe_ids)
     end = torch.searchsorted(gallery_ids[order], probe_ids, right=True)
     widest = int((end - first).max())
-    parts = []
-    for part in torch.arange(len(probes), device=gallery.device).split(PROBES):
-        slot = first[part, None] + torch.arange(widest, device=gallery.device)       # (b, m)
+    shares = torch.arange(len(probes), device=probes.device).split(PROBES)
+
+    def ranked(number):
+        part = shares[number]
+        slot = first[part, None] + torch.arange(widest, device=probes.device)        # (b, m)
         target, valid = order[slot.clamp(max=len(order) - 1)], slot < end[part, None]
         if exclude is not None:
             valid &= target != exclude[part, None]
         part, target, valid = (t[valid.any(1)] for t in (part, target, valid))
         same = probe_ids[part, None], gallery_ids[None]
-        rank, precision = rank_targets(probes[part], gallery, target, valid, same, block)
+        rank, precision = rank_targets(probes[part], gallery, target, valid, same, block,
+                                       only_best)
         chance = valid.sum(1) / (len(gallery) - (exclude is not None))
-        parts.append((rank, precision, chance, part))
-    return Ranking(*(torch.cat(x).cpu() for x in zip(*parts)))
+        return [t.cpu() for t in (rank, precision, chance, part)]
+
+    return Ranking(*(torch.cat(x) for x in zip(*dealt(len(shares), ranked))))
 
 
-def rank_targets(probes, gallery, target, valid, same, block):
+def rank_targets(probes, gallery, target, valid, same, block, only_best):
     """Rank of the best target and average precision, float32 (b,) each.
 
     target, valid (b, m): gallery items to find, and which of the m count; same: ids (b, 1) and
-    (1, N), equal where an item is no distractor.
+    (1, N), equal where an item is no distractor; with `only_best`, of the m the best is looked at
+    alone.
     """
+    device = probes.device
+    wanted = torch.cat([
+        scores(probes[:, None], gallery[some.to(gallery.device)].to(device).mT).squeeze(1)
+        for some in target.split(32, 1)], 1)
+    if only_best:
+        wanted = wanted.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+        valid = valid.any(1, keepdim=True)
     targets = valid.shape[1]
     # Rising order for searchsorted; what does not count comes last and is never reached
-    wanted = torch.cat([scores(probes[:, None], gallery[some].mT).squeeze(1)
-                        for some in target.split(32, 1)], 1)
     wanted = wanted.masked_fill(~valid, torch.inf).sort(1).values
-    above = torch.zeros(len(probes), targets + 1, device=gallery.device)
+    above = torch.zeros(len(probes), targets + 1, device=device)
     for begin in range(0, len(gallery), block):
         some = slice(begin, begin + block)
-        score = scores(probes, gallery[some].T)
+        score = scores(probes, gallery[some].to(device, non_blocking=True).T)
         score[same[0] == same[1][:, some]] = -torch.inf
         for side in (False, True):                # counting ties half below and half above
             place = torch.searchsorted(wanted, score, right=side)
@@ -96,7 +109,7 @@ def rank_targets(probes, gallery, target, valid, same, block):
     # A distractor at place p is ahead of the p lowest targets
     ahead = above.flip(1).cumsum(1).flip(1)[:, 1:]                                   # (b, m)
     count = valid.sum(1, keepdim=True)
-    among_targets = count - torch.arange(targets, device=gallery.device)     # place, best = 1
+    among_targets = count - torch.arange(targets, device=device)             # place, best = 1
     rank = among_targets + ahead
     precision = torch.where(among_targets > 0, among_targets / rank, 0).sum(1) / count[:, 0]
     return rank.gather(1, count - 1)[:, 0], precision
@@ -116,7 +129,7 @@ def scores(a, b):
 
 def questions(s):
     """{kind: (probe ids, gallery ids, excluded items)} of a Search, as tensors."""
-    device = s.gallery.device
+    device = s.probes.device
     source = torch.as_tensor(s.source, device=device)
     numbers = torch.arange(len(s.gallery), device=device)
     if s.person is None:
@@ -133,12 +146,14 @@ def figures_of(attacks):
     for attack in attacks:
         s = attack.headline
         perfect = s.ceiling_probes
-        perfect = s.gallery[torch.as_tensor(s.source)] if perfect is None else perfect
+        if perfect is None:
+            perfect = s.gallery[torch.as_tensor(s.source)].to(s.probes.device)
         names = s.source if s.person is None else s.person[s.source]
         for kind, question in questions(s).items():
             if len((ranking := search(s.probes, s.gallery, *question)).rank):
                 rankings.setdefault(kind, []).append(ranking)
-                ceilings.setdefault(kind, []).append(search(perfect, s.gallery, *question))
+                ceilings.setdefault(kind, []).append(
+                    search(perfect, s.gallery, *question, only_best=True))
                 people.setdefault(kind, []).append(names[ranking.probe.numpy()])
     for kind in rankings:
         results[kind] = summary(rankings[kind], ceilings[kind], np.concatenate(people[kind]))
@@ -170,8 +185,8 @@ def curves_of(attacks, kind):
     for series, searches in attacks[0].curves.items():
         for x in searches:
             points = [attack.curves[series][x] for attack in attacks]
-            rankings = [search(s.probes, s.gallery, *questions(s)[kind]) for s in points
-                        if kind in questions(s)]
+            rankings = [search(s.probes, s.gallery, *questions(s)[kind], only_best=True)
+                        for s in points if kind in questions(s)]
             if rankings:
                 curves.setdefault(series, {})[str(x)] = rank1(rankings)
     return curves
@@ -194,8 +209,9 @@ def cosines_of(attacks):
         if not s.compares_images() or len(np.unique(s.person)) < 2:
             return None
         other = verification.of_others(s.person, s.source, rng)
-        true, others = ((s.probes * s.gallery[torch.as_tensor(rows)]).sum(1).cpu().numpy()
-                        for rows in (s.source, other))
+        true, others = (
+            (s.probes * s.gallery[torch.as_tensor(rows)].to(s.probes.device)).sum(1).cpu().numpy()
+            for rows in (s.source, other))
         values['true'].append(true)
         values['others'].append(others)
         values['accepted'].append(np.where(np.isfinite(s.threshold), true > s.threshold, np.nan))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import models
-from facekit import attacks, mask_attacks, protect, retrieval, toy, verification
+from facekit import attack_data, attacks, mask_attacks, protect, retrieval, toy, verification
 from facekit.attack_data import AttackGroup
 from facekit.embed import Embedder
 from facekit.errors import InputError
@@ -55,6 +55,27 @@ def test_search_gives_chance_for_noise_and_for_collapse():
     assert rank1 < 0.008                       # chance 0.002, four standard errors
     same = F.normalize(torch.ones(500, 16))    # one embedding for everybody is no hit
     assert (retrieval.search(same[source], same, source, torch.arange(500)).rank > 200).all()
+
+
+def test_who_needs_rank_one_alone_gets_the_same_ranks():
+    gallery, person = people(40, 5, 8, 0)
+    gallery[7], n = gallery[12], torch.arange(200)              # ties, of two people
+    probes = F.normalize(gallery + 0.3 * torch.randn(200, 8))
+    for ids in ((n, n, None), (person, person, n)):
+        whole, best = (retrieval.search(probes, gallery, *ids, 64, only_best) for only_best in
+                       (False, True))
+        assert torch.equal(whole.rank, best.rank) and torch.equal(whole.chance, best.chance)
+
+
+def test_a_gallery_is_cut_among_people_without_a_probe():
+    labels = np.arange(100) // 5
+    rows, cfg = np.arange(10, 90), SimpleNamespace(evaluate=SimpleNamespace(gallery=12))
+    chosen = attack_data.searched(rows, labels, labels[[13, 51]], cfg)
+    assert len(chosen) == 22 and (np.diff(chosen) > 0).all() and np.isin(chosen, rows).all()
+    assert {10, 11, 12, 13, 14, 50, 51, 52, 53, 54} <= set(chosen.tolist())
+    assert np.array_equal(chosen, attack_data.searched(rows, labels, labels[[13, 51]], cfg))
+    cfg.evaluate.gallery = 0
+    assert np.array_equal(rows, attack_data.searched(rows, labels, labels[[13, 51]], cfg))
 
 
 def people(count, images, dim, seed):

@@ -174,8 +174,8 @@ def test_pairs_that_are_not_square_are_cut_with_a_warning_not_stretched(tmp_path
 
 def test_a_full_size_net_is_given_small_batches_on_a_laptop(monkeypatch):
     asked = []
-    monkeypatch.setattr(embed, 'embed_all', lambda net, store, batch, precision: asked.append(
-        batch) or (torch.ones(1, 2), torch.ones(1, 2)))
+    monkeypatch.setattr(embed, 'embed_all', lambda net, store, batch, precision, joined: (
+        asked.append(batch) or [torch.ones(1, 2)]))
     cfg = SimpleNamespace(evaluate=SimpleNamespace(batch=256),
                           run=SimpleNamespace(precision='fp32'))
     for width, size in ((64, 112), (16, 48)):

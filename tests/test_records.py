@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from facekit import records
 from facekit.errors import InputError
 from facekit.sources import FolderSource
 from facekit.images import decode, encode
@@ -149,6 +150,36 @@ def test_write_refuses(tmp_path, images, labels):
         write_records(tmp_path, images, labels, 112)
     assert str(tmp_path) in one_sentence(error)
     assert not list(tmp_path.iterdir())
+
+
+def test_more_than_a_header_can_count_is_written_as_im2rec_does(tmp_path, monkeypatch):
+    """arcface_torch asks record 0 for its flag: none, so that all keys are images."""
+    for count, people, fits in ((16_000_000, 777_215, True), (16_000_000, 777_216, False),
+                                (42_474_558, 2_059_906, False)):
+        last = range(people - 1, people)                       # stands for sorted labels
+        many = type('Labels', (), {'__len__': lambda _: count, '__getitem__': last.__getitem__})
+        assert records.has_header(many()) == fits
+    monkeypatch.setattr(records, 'EXACT', 10)
+    images, labels = [encode(noise(i)) for i in range(8)], np.arange(8) // 4
+    assert write_records(tmp_path, images, labels, 112) == 8
+    parts = walk((tmp_path / 'train.rec').read_bytes())
+    assert [x for _, x in parts] == [struct.pack('<IfQQ', 0, i // 4, i, 0) + image
+                                     for i, image in enumerate(images)]
+    found = Records(tmp_path)
+    assert [bytes(x) for x in found] == images and found.labels.tolist() == labels.tolist()
+    assert found.keys.tolist() == list(range(8))
+
+
+def test_labels_of_two_million_people_are_exact(tmp_path):
+    labels = np.arange(records.EXACT)
+    assert np.array_equal(labels.astype('<f4').astype(np.int64), labels)
+    last, data, index = [2_059_904, 2_059_905, 16_777_215], b'', ''
+    for key, label in enumerate(last):
+        index += f'{key}\t{len(data)}\n'
+        data += records.pack(records.payload(label, key, b'image'))
+    (tmp_path / 'train.rec').write_bytes(data)
+    (tmp_path / 'train.idx').write_text(index)
+    assert Records(tmp_path).labels.tolist() == last
 
 
 def test_failed_write_keeps_the_old_set(tmp_path):
