@@ -7,6 +7,7 @@ Counted: arithmetic (torch's own counter, on tensors without memory), parameters
 Measured on a CPU core: decoding. Assumed, and named in ASSUMED: what share of its peak a GPU
 reaches, and how fast the wires are.
 """
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ SETS = {'CASIA-WebFace': (490_623, 10_572, 'casia'),
         'WebFace42M': (42_474_558, 2_059_906, 'webface42m')}
 
 
+def config(name):
+    """One of configs/."""
+    return namespace(resolve(CONFIGS / f'{name}.yaml'))
+
+
 @dataclass
 class Net:
     """What a net costs."""
@@ -49,8 +55,10 @@ class Net:
     parameters: int
 
 
-def mae_net(cfg):
+@functools.cache
+def mae_net(name):
     """The masked autoencoder of a config."""
+    cfg = config(name)
     with FakeTensorMode():
         net = protect.build_mae(cfg.mae, cfg.data.size)
         noise = torch.zeros(1, (cfg.data.size // cfg.mae.patch) ** 2)
@@ -58,11 +66,12 @@ def mae_net(cfg):
                        cfg.mae.mask_ratio)
 
 
-def recogniser(depth, width, cfg):
-    """An IResNet of a config."""
+@functools.cache
+def recogniser(depth, width, size, dim):
+    """An IResNet."""
     with FakeTensorMode():
-        net = models.iresnet(depth, width, cfg.data.size, cfg.fr.dim).eval()
-        return counted(net, torch.zeros(1, 3, cfg.data.size, cfg.data.size))
+        net = models.iresnet(depth, width, size, dim).eval()
+        return counted(net, torch.zeros(1, 3, size, size))
 
 
 def counted(net, *inputs):
@@ -101,10 +110,11 @@ def step(gpus, batch, gflop_seconds, parameters, gathered):
     return Step(batch, arithmetic, gradients + gathered * (gpus - 1) / gpus, exposed)
 
 
-def train_mae(cfg, gpus):
+def train_mae(name, cfg, gpus):
     """A step of stage 1: MAE forward and backward, teacher on originals and reconstructions and
     back to its input; relations gather two embeddings an image."""
-    mae, teacher = mae_net(cfg), recogniser(cfg.teacher.depth, cfg.teacher.width, cfg)
+    mae = mae_net(name)
+    teacher = recogniser(cfg.teacher.depth, cfg.teacher.width, cfg.data.size, cfg.fr.dim)
     seconds = 1e9 * (3 * mae.gflop / ASSUMED.vit + 3 * teacher.gflop / ASSUMED.resnet)
     batch = min(ASSUMED.largest, max(cfg.mae.batch, 128 * gpus))
     gathered = 3 * batch * cfg.fr.dim * 4
@@ -114,19 +124,19 @@ def train_mae(cfg, gpus):
 def train_fr(cfg, gpus, people):
     """A step of stage 3 with the class layer divided: embeddings and labels are gathered, their
     gradients summed, and each GPU compares all images with its share of the centres."""
-    net = recogniser(cfg.fr.depth, cfg.fr.width, cfg)
+    net = recogniser(cfg.fr.depth, cfg.fr.width, cfg.data.size, cfg.fr.dim)
     batch = min(ASSUMED.largest, max(cfg.fr.batch, 128 * gpus))
     head = 3 * 2 * cfg.fr.dim * people / 1e9                # of an image, over all GPUs
     seconds = 1e9 * (3 * net.gflop / ASSUMED.resnet + head / ASSUMED.vit)
-    gathered = 2 * batch * cfg.fr.dim * 4 + batch * 16
+    gathered = batch * (12 * cfg.fr.dim + 40)       # embeddings, their gradients, softmax, labels
     return step(gpus, batch, seconds / ASSUMED.peak, net.parameters, gathered)
 
 
 def class_layer(people, gpus, cfg, batch):
     """Bytes of the class layer on one of several GPUs: centres, their gradient and momentum in
-    float32, and the logits of a batch with their gradient."""
-    own = -(-people // gpus)
-    return own * (3 * 4 * cfg.fr.dim + 2 * 4 * batch)
+    float32, and the logits, with their gradient, of the images that are seen at a time."""
+    own, rows = -(-people // gpus), min(batch, cfg.fr.norm_batch * gpus)
+    return own * (3 * 4 * cfg.fr.dim + 2 * 4 * rows)
 
 
 def row(name, gpus, s, images, epochs):
@@ -143,11 +153,11 @@ def main():
           'decode cores a GPU | MB/s read | hours |\n' + '|---' * 10 + '|')
     layers = []
     for stage in ('1', '3'):
-        for name, (images, people, config) in SETS.items():
-            cfg = namespace(resolve(CONFIGS / f'{config}.yaml'))
+        for name, (images, people, file) in SETS.items():
+            cfg = config(file)
             for gpus in GPUS:
                 if stage == '1':
-                    s, epochs = train_mae(cfg, gpus), cfg.mae.epochs
+                    s, epochs = train_mae(file, cfg, gpus), cfg.mae.epochs
                 else:
                     s, epochs = train_fr(cfg, gpus, people), cfg.fr.epochs
                     layers.append((name, gpus, class_layer(people, gpus, cfg, s.batch)))
