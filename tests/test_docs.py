@@ -156,6 +156,18 @@ def test_the_renaming_of_hugging_faces_keys_gives_ours():
     assert all(torch.equal(renamed[k], v) for k, v in ours.items())
 
 
+def test_modules_import_only_from_those_that_the_package_names_before_them():
+    text = ' '.join((ROOT / 'facekit' / '__init__.py').read_text().split())
+    order = re.search(r'(start, errors.*?):', text)[1].split(', ')
+    assert sorted(order) == sorted(p.stem for p in (ROOT / 'facekit').glob('[a-z]*.py'))
+    for number, name in enumerate(order):
+        code = (ROOT / 'facekit' / f'{name}.py').read_text()
+        imported = re.findall(r'^ *from facekit\.(\w+) import', code, re.MULTILINE)
+        for names in re.findall(r'^ *from facekit import ([\w, ]+)', code, re.MULTILINE):
+            imported += [word.split()[0] for word in names.split(', ')]
+        assert set(imported) <= set(order[:number]), name
+
+
 def test_the_readme_is_short_and_says_what_it_must_at_once():
     text = (ROOT / 'README.md').read_text()
     assert len(text.splitlines()) <= 150 and len(text.split()) <= 1300
