@@ -124,7 +124,8 @@ def embed_all(net, store, batch, precision, joined=False):
     numbers = torch.arange(len(store)).split(batch)
     faces = store.ahead(numbers[run.rank()::run.world()])
     needed, free = 4 * len(store) * net.fc.out_features, run.free_memory(store.device)
-    device = torch.device('cpu') if joined and needed > free / 4 else store.device
+    on_host = joined and needed > max(free / 4, 1 << 30)
+    device = torch.device('cpu') if on_host else store.device
 
     def embedded(number):
         both = next(faces)

@@ -24,7 +24,7 @@ def test_the_plain_loop_and_the_histogram_give_the_same_folds(pairs):
 def test_every_stage_is_measured_and_missing_peers_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, small in dict(RUNS=2, SECONDS=0.01, PAIRS=100, SEARCH=(32, 64), RECORDS=50,
-                            INDEX=2000).items():
+                            INDEX=2000, LOADED=64).items():
         monkeypatch.setattr(bench, name, small)
     cfg = namespace(resolve(TINY, ['run.device=cpu']))
     threads = torch.get_num_threads()

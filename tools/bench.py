@@ -229,9 +229,11 @@ def reading(b):
         shutil.rmtree(c.data.cache, ignore_errors=True)
         faces.load(folder / 'faces', c)
     b.row('reading', 'cache built, all cores', b.timed(build), len(files))
-    kit, theirs = loaders.take_turns(folder / 'faces', b.cfg, b.device, c.fr.batch, LOADED, RUNS)
+    kit, floats, theirs = loaders.take_turns(folder / 'faces', b.cfg, b.device, c.fr.batch, LOADED,
+                                             RUNS)
     count = LOADED // c.fr.batch * c.fr.batch
-    b.row('reading', 'streamed, mirrored, normalised', kit, count)
+    b.row('reading', 'decoded as they are read', kit, count)
+    b.row('reading', 'the same, normalised', floats, count)
     b.row('reading', 'a DataLoader, image by image', theirs, count, kit=kit)
 
     for count in (RECORDS, INDEX):

@@ -3,10 +3,11 @@
     python tools/loaders.py                             # 4 million records, about 3 GB in /tmp
     python tools/loaders.py 100000 95                   # so many, of this JPEG quality
 
-Both read the same files in the same random order and give float batches, mirrored at random and
-normalised, on all cores: the kit decodes a batch ahead in threads and does the rest on the
-device; the DataLoader does all of it image by image in a worker process for each core, as
-arcface_torch's MXFaceDataset does (with Pillow in place of mxnet). They take turns.
+Both read the same files in the same random order, on all cores. The DataLoader decodes, mirrors and
+normalises image by image in a worker process for each core, as arcface_torch's MXFaceDataset does
+(with Pillow in place of mxnet). The kit decodes a batch ahead in threads and leaves the rest to the
+device: "decoded" is what the host has to do where that is a GPU, "normalised" all of it. They take
+turns.
 """
 import io
 import os
@@ -45,12 +46,17 @@ class ImageByImage(Dataset):
         return self.transform(image), torch.tensor(self.records.labels[i])
 
 
-def batches_of_kit(faceset, choices, device):
-    """The kit's batches, float32 (B, 3, H, W) in -1..1, of lists of rows."""
+def decoded(faceset, choices, device):
+    """The kit's batches uint8 (B, H, W, 3) of lists of rows."""
     store = batches.Store(faceset.select(np.arange(len(faceset))), device, once=True)
-    for some in store.ahead(choices):
+    yield from store.ahead(choices)
+
+
+def normalised(faceset, choices, device):
+    """The kit's batches, float32 (B, 3, H, W) in -1..1, mirrored at random."""
+    for some in decoded(faceset, choices, device):
         flip = torch.rand(len(some), device=device) < 0.5
-        yield 2 * images.to_float(batches.flipped(some, flip)) - 1
+        yield images.to_float(batches.flipped(some, flip)).mul_(2).sub_(1)
 
 
 def batches_of_loader(dataset, choices, device):
@@ -73,18 +79,19 @@ def seconds_of(produced, device):
 
 
 def take_turns(path, cfg, device, batch, count, turns):
-    """What bench.row() needs to know of `count` images in batches, by the kit and by a DataLoader
-    in turn: .times in seconds. Each turn is checked to give the same pixels, mirrored or not."""
+    """What bench.row() needs to know of `count` images in batches, by the kit, decoded and
+    normalised, and by a DataLoader in turn: .times in seconds. Both give the same pixels, mirrored
+    or not, which is checked."""
     cfg.data.decode = 'stream'
     faceset, dataset = faces.load(path, cfg), ImageByImage(path)
     rng = np.random.default_rng(0)
-    ways = [(batches_of_kit, faceset), (batches_of_loader, dataset)]
-    times = [[], []]
+    ways = [(decoded, faceset), (normalised, faceset), (batches_of_loader, dataset)]
+    times = [[], [], []]
     for _ in range(turns):
         choices = rng.integers(0, len(faceset), (count // batch + 1, batch)).tolist()
         for (produce, data), seconds in zip(ways, times):
             seconds.append(seconds_of(produce(data, choices, device), device))
-    some = [next(iter(produce(data, choices[:1], device))) for produce, data in ways]
+    some = [next(iter(produce(data, choices[:1], device))) for produce, data in ways[1:]]
     light = [x.mean((1, 2, 3)).cpu() for x in some]        # a mirror changes nothing about it
     assert torch.allclose(*light, atol=1e-4), 'they give different images'
     return [SimpleNamespace(times=t, first=t[0], flops=0) for t in times]
@@ -99,11 +106,10 @@ def anonymous():
 def main(count=4_000_000, quality=5):
     """Write `count` records of 4,096 drawn faces, stream batches from all over them, and compare;
     all is removed afterwards."""
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     with tempfile.TemporaryDirectory() as folder:
         cfg = namespace(resolve(CONFIGS / 'casia.yaml', [
             f'run.folder={folder}/run', f'data.cache={folder}/cache', 'data.decode=stream']))
-        torch.set_num_threads(run.cores())
+        device = run.start_processes(cfg)
         begin, people = time.time(), np.arange(4096) // 8
         drawn = [images.encode(x, 'jpeg', quality) for first in range(0, 4096, 256) for x in
                  toy.draw(people[first:first + 256], np.arange(256) % 8, 112)]
@@ -119,16 +125,16 @@ def main(count=4_000_000, quality=5):
               f'{anonymous():,.0f} MiB', flush=True)
         rng = np.random.default_rng(0)
         choices = (rng.integers(0, count, 64) for _ in range(4001))
-        for number, _ in enumerate(batches_of_kit(faceset, choices, device)):
+        for number, _ in enumerate(decoded(faceset, choices, device)):
             if number % 800 == 0:
                 print(f'  after {number:>5,} batches of 64: {anonymous():,.0f} MiB', flush=True)
-        kit, theirs = take_turns(f'{folder}/faces', cfg, device, 512, 16384, 5)
-        for name, t in (('kit', kit), ('DataLoader', theirs)):
-            speed = [16384 / seconds for seconds in t.times]
-            print(f'{name:<10} {np.median(speed):,.0f} images/s '
-                  f'({min(speed):,.0f} .. {max(speed):,.0f})')
-        print(f'{np.median(theirs.times) / np.median(kit.times):.2f} times as fast, '
-              f'{run.cores()} of {os.cpu_count()} cores, {device}')
+        every = take_turns(f'{folder}/faces', cfg, device, 512, 16384, 5)
+        for name, t in zip(('kit, decoded', 'kit, normalised', 'DataLoader'), every):
+            speed = 16384 / np.array(t.times)
+            ahead = np.array(every[2].times) / np.array(t.times)     # turn by turn
+            print(f'{name:<16} {np.median(speed):7,.0f} images/s ({speed.min():,.0f} .. '
+                  f'{speed.max():,.0f}), {np.median(ahead):.2f} times the DataLoader')
+        print(f'{run.cores()} of {os.cpu_count()} cores, {device}, load {os.getloadavg()[0]:.1f}')
 
 
 if __name__ == '__main__':
