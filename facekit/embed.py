@@ -123,8 +123,9 @@ def embed_all(net, store, batch, precision, joined=False):
     """
     numbers = torch.arange(len(store)).split(batch)
     faces = store.ahead(numbers[run.rank()::run.world()])
-    needed, free = 4 * len(store) * net.fc.out_features, run.free_memory(store.device)
-    on_host = joined and needed > max(free / 4, 1 << 30)
+    length = net.fc.out_features if isinstance(net, models.IResNet) else 512
+    needed = 4 * len(store) * length
+    on_host = joined and needed > max(run.free_memory(store.device) / 4, 1 << 30)
     device = torch.device('cpu') if on_host else store.device
 
     def embedded(number):

@@ -205,7 +205,7 @@ def test_micro_batches_do_not_change_the_gradient(copied, finished):
     ('reconstruct.py', ['run.folder=empty'], ['mae.pt', 'python train_mae.py']),
     ('train_fr.py', ['run.folder=empty'], ['reconstructed', 'python reconstruct.py']),
     ('evaluate.py', ['run.folder=empty'], ['fr.pt', 'python train_fr.py']),
-    ('evaluate.py', ['evaluate.sets=[nowhere.bin]'], ['nowhere.bin', 'check the path']),
+    ('evaluate.py', ['evaluate.sets=[nowhere.bin]'], ['nowhere.bin', 'evaluate.sets']),
     ('evaluate.py', ['evaluate.attacks=[psychic]'], ['psychic', 'pixels']),
     ('train_fr.py', ['stage=teacher', 'run.folder=other', 'fr.batch=2000'], ['2000', 'fr.batch']),
     ('train_fr.py', ['stage=teacher', 'run.folder=other', 'teacher.depth=12'], ['12', '[10, 18']),
