@@ -88,7 +88,9 @@ class Stage:
             shutil.copytree(old, new) if old.is_dir() else shutil.copy2(old, new)
 
     def start(self, **how):
-        return Script(self.folder, *self.command, 'run.save_minutes=0', **how).begin()
+        # With data.decode=auto a disk that is nearly full has no cache
+        return Script(self.folder, *self.command, 'run.save_minutes=0', 'data.decode=cache',
+                      **how).begin()
 
     def contents(self):
         """All files that a reader would take for whole, by name."""
