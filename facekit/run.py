@@ -276,6 +276,7 @@ def launch(main, check):
             check(cfg, args.compare)
         else:
             main(cfg, start_processes(cfg), args.compare)
+            barrier()                  # torch 2.6 hangs where a group ends before its last message
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -52,6 +52,7 @@ def one_rank(rank, ranks, folder):
             *values, centres = step(head, z[own], labels[own], margin, ranks)
             results.append([*values, head.whole(centres)])
     torch.save(results, f'{folder}/{ranks}-{rank}.pt')
+    dist.barrier()             # torch 2.6 hangs where a group ends before its last message
     dist.destroy_process_group()
 
 
