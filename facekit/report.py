@@ -28,6 +28,7 @@ QUESTIONS = {
     'same_image': 'photo: who holds the very photo finds what was made of it first, %',
 }
 MEASURES = {'acc.': 'accuracy', 'AUC': 'auc', 'TAR@1%': 'tar@far=1e-2'}
+ROUNDED = 0.15     # points by which a mean and a deviation of one digit may be off
 WIDE = 4           # attackers side by side in 80 columns
 
 
@@ -87,7 +88,7 @@ def repetition_sheets(measured, references):
             if not isinstance(value, list):
                 continue
             here = np.mean([100 * figure_of(r, key) for r in measured[row]])
-            near = abs(here - value[0]) <= 2 * value[1]
+            near = abs(here - value[0]) <= 2 * value[1] + ROUNDED
             if np.isfinite(here):
                 rows.append([row, key, f'{here:.1f}', '{:.1f} ±{:.1f}'.format(*value),
                              'within 2 standard deviations' if near else 'differs'])
