@@ -9,6 +9,8 @@ import numpy as np
 from rich import box
 from rich.table import Column, Table
 
+from facekit.protect import draws_mask
+
 ATTACKER_HAS = {        # what the attacker has, printed beside every number
     'judge': 'a recogniser that this kit trained on other people',
     'teacher': 'the very recogniser that shaped the release',
@@ -27,6 +29,7 @@ QUESTIONS = {
     'same_person': 'person: who holds another photo of a person finds that person first, %',
     'same_image': 'photo: who holds the very photo finds what was made of it first, %',
 }
+QUESTION_OF = {'person': 'same_person', 'photo': 'same_image'}     # by its word in other tables
 MEASURES = {'acc.': 'accuracy', 'AUC': 'auc', 'TAR@1%': 'tar@far=1e-2'}
 ROUNDED = 0.15     # points by which a mean and a deviation of one digit may be off
 WIDE = 4           # attackers side by side in 80 columns
@@ -100,9 +103,8 @@ def repetition_sheets(measured, references):
 def figure_of(results, key):
     """Accuracy on a verification set, or rank 1 of the strongest attack on `person` or `photo`;
     NaN for what was not measured."""
-    if key in ('person', 'photo'):
-        kind = {'person': 'same_person', 'photo': 'same_image'}[key]
-        return strongest_attack(results.get('privacy', {}), kind)
+    if key in QUESTION_OF:
+        return strongest_attack(results.get('privacy', {}), QUESTION_OF[key])
     return results['verification'].get(key, {}).get('accuracy', np.nan)
 
 
@@ -130,7 +132,7 @@ def leakage_sheets(released):
 def visible_patches(config):
     """How many patches of an image stay visible, '9 of 36'; 'all' where none is hidden."""
     c = config['reconstruct']
-    if c['method'] not in ('facemae', 'mask'):
+    if not draws_mask(c['method']):
         return 'all'
     patches = (config['data']['size'] // config['mae']['patch']) ** 2
     return f'{patches - round(patches * c["mask_ratio"])} of {patches}'
@@ -220,7 +222,7 @@ def claim_sheets(released, method):
 
     useful = {row: results for row, results in distortions.items()
               if mean(results, accuracy) >= mean(own, accuracy)}
-    for kind, word in (('same_person', 'person'), ('same_image', 'photo')):
+    for word, kind in QUESTION_OF.items():
         leak = {row: mean(results, lambda r: strongest_attack(r['privacy'], kind))
                 for row, results in useful.items()}
         ours = mean(own, lambda r: strongest_attack(r['privacy'], kind))

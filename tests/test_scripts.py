@@ -56,7 +56,8 @@ def test_the_pipeline_writes_what_it_promises(finished):
     assert max(map(len, table)) <= 80 and any('originals' in line for line in table)
     page = (folder / 'run' / 'report.html').read_text()
     assert page.count('data:image/png;base64,') >= 6 and 'not anonymous' in page
-    assert 'originals' in page and 'http' not in page and '<script' not in page
+    words = re.sub(r'base64,[^"]*', '', page)      # pictures as text can hold any four letters
+    assert 'originals' in page and 'http' not in words and '<script' not in page
 
 
 def test_the_release_is_insightfaces_and_says_nothing_of_its_source(finished):
