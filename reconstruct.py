@@ -17,6 +17,7 @@ An interrupted release continues where it was; the result is the same for any nu
 """
 import facekit.start  # noqa: F401 (first: says what is not installed)
 
+import contextlib
 import json
 import math
 import shutil
@@ -26,17 +27,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from facekit import batches, faces, files, images, plots, protect, records, run
+from facekit import batches, faces, files, images, plots, protect, run
 from facekit.check import check_experiment, check_release_files, check_release_images
 from facekit.config import as_dict, variants
 from facekit.errors import InputError
 from facekit.images import to_float
 from facekit.progress import StageLog
 from facekit.protect import STRENGTH, Protection
+from facekit.records import RecordWriter
 from facekit.sources import FolderSource
 from facekit.split import count_release, split
 
-PART = 2048     # images between two points where an interrupted release can continue
+PART = 2048     # images that a process makes between two points where a release can continue
 
 DATA_CARD = """# Released face data set
 
@@ -62,42 +64,6 @@ included, can then match this release with its originals.
 """
 
 
-class Parts:
-    """The pieces in which a release is made: PART encoded images each, a file each.
-
-    Their names hold a digest of what the release is made from, so that a piece of another one is
-    never taken for one of these.
-    """
-
-    def __init__(self, variant, premises, count):
-        self.folder = variant.release.with_name('reconstructed.parts')
-        self.prefix = files.digest(repr([as_dict(variant.cfg), premises]).encode())[:16]
-        self.count = math.ceil(count / PART)
-
-    def path(self, number):
-        """File of a part."""
-        return self.folder / f'{self.prefix}-{number}.npz'
-
-    def missing(self):
-        """Numbers of the parts that this process has to make."""
-        return [n for n in range(run.rank(), self.count, run.world())
-                if not self.path(n).exists()]
-
-    def write(self, number, encoded):
-        """Keep the image files of a part: their bytes behind each other, and their lengths."""
-        with files.replacing(self.path(number)) as file:
-            np.savez(file, lengths=[len(e) for e in encoded],
-                     bytes=np.frombuffer(b''.join(encoded), np.uint8))
-
-    def image_files(self):
-        """All image files in the order of the release."""
-        for number in range(self.count):
-            with np.load(self.path(number), allow_pickle=False) as part:
-                content, ends = part['bytes'].tobytes(), np.cumsum(part['lengths'])
-            for begin, end in zip([0, *ends], ends):
-                yield content[begin:end]
-
-
 def release(variant, folds, device):
     """Write one released data set."""
     cfg = variant.cfg
@@ -105,7 +71,6 @@ def release(variant, folds, device):
     secret = protect.release_secret(cfg)
     premises = protect.release_premises(folds, maes, secret)
     plan = protect.plan_release(folds, secret, cfg)
-    parts = Parts(variant, premises, len(plan.image))
     protections = [Protection(cfg, mae) for mae in maes]
 
     def check(folder):
@@ -114,8 +79,6 @@ def release(variant, folds, device):
 
     if run.broadcast((variant.release / 'manifest.json').exists()):
         protect.check_release(variant, premises)
-        if run.rank() == 0:             # left by a kill between the last two lines of a release
-            shutil.rmtree(parts.folder, ignore_errors=True)
         if cfg.reconstruct.check:
             check(variant.release)
         return run.say(f'{variant.release} is finished{" and sound" * cfg.reconstruct.check}: '
@@ -124,44 +87,66 @@ def release(variant, folds, device):
         protect.check_patches(cfg.data.size, cfg.mae.patch, cfg.reconstruct.mask_ratio)
     counts = count_release(folds, cfg)
     run.say(counts.sentence(cfg.data.exclude))
+    draft = own_draft(variant, premises)
     if run.rank() == 0:                 # release.json names the source: it is not released
-        if not parts.folder.exists() or not any(parts.folder.glob(f'{parts.prefix}*')):
-            shutil.rmtree(parts.folder, ignore_errors=True)
-        parts.folder.mkdir(parents=True, exist_ok=True)
         files.write_json(variant.folder / 'release.json', {
             'format': files.FORMAT, 'config': as_dict(cfg), 'premises': premises})
-    run.barrier()
-    make_parts(variant, parts, plan, folds[0].private, protections, device)
-    run.barrier()
+    if not run.broadcast((draft / 'train.rec').exists()):
+        write_images(variant, draft, plan, folds[0].private, protections, device)
     if run.rank() == 0:
         save_picture(variant, plan, folds[0].private, protections, device)
-        publish(variant, parts, plan, counts, check)
+        publish(variant, draft, plan, counts, check)
     run.barrier()
     run.say(f'released {len(plan.image)} images of {plan.people} people: {variant.release}')
 
 
-def make_parts(variant, parts, plan, private, protections, device):
-    """Make this process's share of the parts; a part is encoded while the next one is made."""
-    cfg, missing = variant.cfg, parts.missing()
-    log = StageLog(cfg.run.folder, f'reconstruct/{variant.label}'.rstrip('/'), parts.count,
-                   parts.count - len(missing) * run.world())
+def own_draft(variant, premises):
+    """Folder in which a release is written; drafts that were left of other ones are deleted.
+
+    Its name holds a digest of what the release is made from, so that what an interrupted one left
+    is never taken for a piece of this one.
+    """
+    made_from = files.digest(repr([as_dict(variant.cfg), premises]).encode())[:16]
+    draft = variant.release.with_name(f'reconstructed.{made_from}.tmp')
+    if run.rank() == 0:
+        for other in set(draft.parent.glob('reconstructed.*.tmp')) - {draft}:
+            shutil.rmtree(other)
+    return draft
+
+
+def write_images(variant, draft, plan, private, protections, device):
+    """Write the records of a release, PART images a process and round, in order, by rank 0; the
+    images of a round are encoded while those of the next one are made."""
+    cfg, count = variant.cfg, math.ceil(len(plan.image) / PART)
     source = batches.Store(private.select(np.arange(len(private))), device, once=True)
-    stop, waiting = run.Stop(), None
-    with ThreadPoolExecutor(run.cores()) as pool:
-        for done, number in enumerate(missing, 1):
-            pixels = make_part(number, plan, source, protections, cfg, stop)
-            if pixels is None:
+    stop, encoding = run.Stop(), []
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(run.cores()))
+        writer = run.rank() == 0 and stack.enter_context(
+            RecordWriter(draft, plan.label, cfg.data.size, PART))
+
+        def write():
+            for encoded in run.collect([future.result() for future in encoding]) or ():
+                writer.add(encoded)
+
+        begin = run.broadcast(writer and math.ceil(writer.count / PART))
+        log = StageLog(cfg.run.folder, f'reconstruct/{variant.label}'.rstrip('/'), count, begin)
+        for first in range(begin, count, run.world()):
+            pixels = make_part(first + run.rank(), plan, source, protections, cfg, stop)
+            write()
+            if stop.checkpoint_due(False):
                 break
             encoding = [pool.submit(images.encode, x, cfg.reconstruct.format,
                                     cfg.reconstruct.quality) for x in pixels]
-            if waiting:
-                parts.write(waiting[0], [future.result() for future in waiting[1]])
-            waiting = number, encoding
-            log(min(parts.count, parts.count - (len(missing) - done) * run.world()),
-                min(done * PART * run.world(), len(plan.image)))
-        if waiting:
-            parts.write(waiting[0], [future.result() for future in waiting[1]])
+            done = min(first + run.world(), count)
+            log(done, min((done - begin) * PART, len(plan.image)))
+        else:
+            write()
+            if writer:
+                writer.finish()
+    stop.leave_if_requested()
     stop.end()
+    run.barrier()
 
 
 def make_part(number, plan, source, protections, cfg, stop):
@@ -180,9 +165,9 @@ def make_part(number, plan, source, protections, cfg, stop):
     return out.permute(0, 3, 1, 2)
 
 
-def publish(variant, parts, plan, counts, check):
-    """Join the parts into insightface records; the folder appears with its manifest, and only if
-    check(folder) has nothing against it."""
+def publish(variant, draft, plan, counts, check):
+    """Let a draft whose records are written appear as the release, with its manifest and data
+    card, if check(folder) has nothing against it."""
     cfg, c = variant.cfg, variant.cfg.reconstruct
     strength = STRENGTH.get(c.method)
     facts = {'method': c.method, **({strength: getattr(c, strength)} if strength else {}),
@@ -190,12 +175,10 @@ def publish(variant, parts, plan, counts, check):
              'images': len(plan.image), 'people': plan.people, 'size': cfg.data.size,
              'format': c.format, 'quality': c.quality, **counts.left_out(),
              'made_by': f'FaceMAE kit {run.provenance()["commit"]}'}
-    with files.replacing_folder(variant.release) as draft:
-        records.write_records(draft, parts.image_files(), plan.label, cfg.data.size)
-        (draft / 'manifest.json').write_text(json.dumps(facts, indent=1) + '\n')
-        (draft / 'README.md').write_text(data_card(facts))
-        check(draft)
-    shutil.rmtree(parts.folder)
+    (draft / 'manifest.json').write_text(json.dumps(facts, indent=1) + '\n')
+    (draft / 'README.md').write_text(data_card(facts))
+    check(draft)
+    files.replace_folder(variant.release, draft)
 
 
 def data_card(facts):

@@ -56,6 +56,11 @@ def replacing_folder(path):
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     yield draft
+    replace_folder(path, draft)
+
+
+def replace_folder(path, draft):
+    """Let a folder that is whole take the place of the folder `path`."""
     shutil.rmtree(path, ignore_errors=True)
     os.sync()                           # see replacing()
     draft.rename(path)

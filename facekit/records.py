@@ -1,17 +1,16 @@
-"""insightface records and verification .bin files, read and written without mxnet.
+"""insightface record sets, read and written without mxnet.
 
     records = Records('casia')                        # a folder with train.rec, or a .rec file
     image = decode(records[0], 'casia, image 0')      # see images.py
     write_records('out', files, labels, size=112)     # insightface trains on it as it is
-    images, same = read_bin('lfw.bin')                # images 2i and 2i + 1 are pair i
 
-The formats are those of mxnet (dmlc recordio, IRHeader) and of insightface's recognition code.
+The format is that of mxnet (dmlc recordio, IRHeader) and of insightface's recognition code.
 A record is `<II` magic and length (29 bits; above them 0 whole, 1 first, 2 middle, 3 last part),
 then the payload, padded to 4 bytes. A payload is `<IfQQ` flag, label, id, id2, then `flag` float32
-labels, then the image file. Nothing that is read here can run code.
+labels, then the image file.
 """
 import itertools
-import pickle
+import os
 import re
 import struct
 from dataclasses import dataclass, fields
@@ -186,51 +185,135 @@ def pack(data):
                     for kind, x in zip(kinds, parts))
 
 
-def write_records(folder, images, labels, size):
-    """Writes train.rec, train.idx and property in insightface's layout; returns their number.
+class RecordWriter:
+    """Writes a set in insightface's layout image by image, and continues one that was killed.
 
-    images: iterable of image files (bytes), `size` pixels wide and high; labels: iterable of as
-    many integers, those of identity 0 first, then 1, and so on. Memory does not grow with the set.
+        with RecordWriter('out', labels, size=112, block=2048) as writer:
+            writer.add(files[writer.count:])        # as often as needed
+            writer.finish()
+
+    labels: as many integers as images, those of identity 0 first, then 1, and so on; size: width
+    and height in pixels. train.rec, train.idx and property appear with finish(), train.rec last.
+    What another writer of the same set left is continued behind its last whole block of images,
+    and overwritten without `block`. Memory does not grow with the set.
+
     Where images and identities are more than a float32 header can count, and labels, which have a
     length, tell so in advance, there is none: keys are 0, 1, ... as im2rec writes them, and
     arcface_torch takes all of them. Raises InputError for other labels, or no images.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = []  # the key of each identity's first image
-    end = first = 1 if has_header(labels) else 0
-    with (replacing(folder / 'train.rec') as rec,  # renamed last, and with it the set is there
-          replacing(folder / 'train.idx') as index,
-          replacing(folder / 'property') as about):
 
-        def put(label, key, image):
-            index.write(b'%d\t%d\n' % (key, rec.tell()))
-            rec.write(pack(payload(label, key, image)))
+    def __init__(self, folder, labels, size, block=None):
+        self.folder, self.labels, self.size = Path(folder), iter(labels), size
+        self.first = 1 if has_header(labels) else 0      # key of the first image
+        self.count, self.starts = 0, []                  # images; key of each identity's first one
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.drafts = [self.folder / f'{name}.tmp' for name in ('train.rec', 'train.idx')]
+        for draft in self.drafts:
+            draft.touch()
+        self.rec, self.index = (open(draft, 'r+b') for draft in self.drafts)
+        if not block or not self._continue(block, len(labels)):
+            for file in (self.rec, self.index):
+                file.truncate(0)
+                file.seek(0)
+            self.index.write(b'0\t0\n')
+            if self.first:
+                self._put([0, 0], 0, b'')    # holds the place of the header, which finish() writes
 
-        if first:
-            put([0, 0], 0, b'')  # holds the place of the header: its numbers come at the end
-        for image, label in itertools.zip_longest(images, labels):
-            length = len(image or b'')
-            allowed = range(max(len(starts) - 1, 0), len(starts) + 1)
-            if not 0 < length < LONGEST - 24 or label not in allowed:
-                raise InputError(f'{folder}: image {end - first} ({length} bytes) has label '
-                                 f'{label} after {len(starts)} identities: give one image file '
-                                 'for each label, sorted by identity, counted from 0')
-            if label == len(starts):
-                starts.append(end)
-            put(int(label), end, image)
-            end += 1
-        if not starts or len(starts) > EXACT or first and end + len(starts) > EXACT:
-            raise InputError(f'{folder}: {end - first} images of {len(starts)} identities do not '
-                             'make a set: give at least one, and labels as an array if they are '
-                             'many')
-        for number, bounds in enumerate(itertools.pairwise([*starts, end]) if first else ()):
-            put(list(bounds), end + number, b'')
-        if first:
-            rec.seek(0)
-            rec.write(pack(payload([end, end + len(starts)], 0, b'')))
-        about.write(b'%d,%d,%d' % (len(starts), size, size))
-    return end - first
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.rec.close()
+        self.index.close()
+
+    def _continue(self, block, total):
+        """Take over the whole blocks of images in the drafts; returns whether there are any."""
+        text, size = self.index.read(), self.drafts[0].stat().st_size
+        ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord('\n')) + 1
+
+        def begin(count):                    # byte at which the next record begins
+            key = self.first + count
+            return int(text[ends[key - 1]:ends[key]].split(b'\t')[1])
+
+        count = min(len(ends) - 1 - self.first, total)
+        while count > 0 and (count % block and count < total or begin(count) > size):
+            count -= 1
+        if count > 0:
+            self.rec.truncate(begin(count))
+            self.index.truncate(ends[self.first + count])
+            for file in (self.rec, self.index):
+                file.seek(0, 2)
+            for label in itertools.islice(self.labels, count):
+                self._count(label)
+        return count > 0
+
+    def _put(self, label, key, image):
+        """Write a record; the index of a draft says where the next one will begin, too."""
+        self.rec.write(pack(payload(label, key, image)))
+        self.index.write(b'%d\t%d\n' % (key + 1, self.rec.tell()))
+
+    def _count(self, label):
+        """Take note of the next image's label."""
+        if label == len(self.starts):
+            self.starts.append(self.first + self.count)
+        self.count += 1
+
+    def _refuse(self, image, label):
+        raise InputError(
+            f'{self.folder}: image {self.count} ({len(image)} bytes) has label {label} after '
+            f'{len(self.starts)} identities: give one image file for each label, sorted by '
+            'identity, counted from 0')
+
+    def add(self, images):
+        """Append image files (an iterable of bytes) with the labels that are next."""
+        for image in images:
+            label = next(self.labels, None)
+            allowed = range(max(len(self.starts) - 1, 0), len(self.starts) + 1)
+            if not 0 < len(image) < LONGEST - 24 or label not in allowed:
+                self._refuse(image, label)
+            self._put(int(label), self.first + self.count, image)
+            self._count(label)
+        self.rec.flush()
+        os.fsync(self.rec.fileno())          # before the index tells of it
+        self.index.flush()
+
+    def finish(self):
+        """Write the identities and the header; then the set is there."""
+        end = self.first + self.count
+        if (label := next(self.labels, None)) is not None:
+            self._refuse(b'', label)
+        if not self.starts or len(self.starts) > EXACT or (
+                self.first and end + len(self.starts) > EXACT):
+            raise InputError(
+                f'{self.folder}: {self.count} images of {len(self.starts)} identities do not make '
+                'a set: give at least one, and labels as an array if they are many')
+        if self.first:
+            for number, bounds in enumerate(itertools.pairwise([*self.starts, end])):
+                self._put(list(bounds), end + number, b'')
+            self.rec.seek(0)
+            self.rec.write(pack(payload([end, end + len(self.starts)], 0, b'')))
+        next_one = b'%d\t%d\n' % (end + len(self.starts) * self.first, self.rec.seek(0, 2))
+        self.index.truncate(self.index.tell() - len(next_one))
+        for file in (self.rec, self.index):
+            file.flush()
+            os.fsync(file.fileno())          # see files.replacing()
+        with replacing(self.folder / 'property') as about:
+            about.write(b'%d,%d,%d' % (len(self.starts), self.size, self.size))
+        for draft in reversed(self.drafts):
+            draft.replace(draft.with_suffix(''))
+
+
+def write_records(folder, images, labels, size):
+    """Writes a set at once, or nothing: image files (an iterable of bytes) and their labels, as
+    RecordWriter takes them; returns their number."""
+    with RecordWriter(folder, labels, size) as writer:
+        try:
+            writer.add(images)
+            writer.finish()
+        finally:
+            for draft in writer.drafts:
+                draft.unlink(missing_ok=True)
+    return writer.count
 
 
 def has_header(labels):
@@ -239,76 +322,3 @@ def has_header(labels):
     if not hasattr(labels, '__len__') or not len(labels):
         return True
     return len(labels) + labels[-1] + 2 <= EXACT
-
-
-class _Bin(pickle._Unpickler):
-    """Pickle without imports and calls: a global is a mere name, and three are understood.
-
-    In pure Python, because there its opcodes can be chosen and no memo index allocates gigabytes.
-    """
-    dispatch = {code: pickle._Unpickler.dispatch[code] for code in
-                b'(.\x80\x95IJKML\x8aN\x88\x89STUBC\x8eVX\x8c\x8d'
-                b')t\x85\x86\x87]laepqr\x94ghjc\x93'}
-
-    def find_class(self, module, name):
-        if f'{module}.{name}'.replace('_core', 'core') not in (
-                '_codecs.encode', 'numpy.dtype', 'numpy.core.multiarray.scalar'):
-            if module.startswith('numpy'):
-                raise InputError(f'{self.path}: holds numpy arrays where image files should be: '
-                                 'pack it anew with image.tobytes() for each, and True or False')
-            raise InputError(f'{self.path}: names {f"{module}.{name}"!r:.60}, which no such .bin '
-                             'needs, so that the file may be malicious: do not use it')
-        return name
-
-    def load_reduce(self):
-        arguments = self.stack.pop()
-        match self.stack.pop(), *arguments:
-            case 'encode', str(text), 'latin1' if len(text) <= self.left:
-                self.left -= len(text)  # a short file could encode one text over and over
-                self.append(text.encode('latin1'))
-            case 'dtype', 'b1' | b'b1', *_:
-                self.append('bool')
-            case 'scalar', 'bool', b'\0' | b'\1' as value:
-                self.append(value == b'\1')
-            case _:
-                raise pickle.UnpicklingError('not an image and not a bool')
-
-    def load_build(self):
-        self.stack.pop()  # a dtype's byte order and the like, of which a bool has none
-
-    dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build}
-
-
-def read_bin(path):
-    """Reads insightface's verification pairs: list of 2P image files (bytes), bool (P,).
-
-    Images 2i and 2i + 1 are of the same person where element i is True. The file is a pickle
-    (images, same), also of Python 2; it runs no code. Raises InputError for anything else.
-    """
-    data = open_bytes(path)
-    reader = _Bin(data, encoding='bytes')
-    reader.path, reader.left = path, len(data)
-    try:
-        images, same = reader.load()
-        if {type(x) for x in same} == {int} and set(same) <= {0, 1}:       # home-made files
-            same = [bool(x) for x in same]
-        good = len(images) == 2 * len(same) > 0 and {type(x) for x in same} == {bool}
-        good = good and all(type(x) is bytes and x for x in images)
-    except InputError:
-        raise
-    except Exception:  # damage can make any sequence of opcodes
-        good = False
-    if not good:
-        raise InputError(f'{path}: read to byte {data.tell()}, it is no pickle of two image files '
-                         '(bytes) for each bool: copy it again or pack it anew')
-    return images, np.array(same)
-
-
-def write_bin(path, images, same):
-    """Writes 2P image files (bytes) and P bools as read_bin reads them (pickle protocol 4)."""
-    images, same = [bytes(x) for x in images], [bool(x) for x in same]
-    if len(images) != 2 * len(same) or not all(images):
-        raise InputError(f'{path}: {len(images)} images (none may be empty) do not make '
-                         f'{len(same)} pairs: give two for each')
-    with replacing(path) as file:
-        pickle.dump((images, same), file, protocol=4)

@@ -54,6 +54,15 @@ def broadcast(value):
     return values[0]
 
 
+def collect(value):
+    """The values of all processes, any picklable objects, in rank order on rank 0; else None."""
+    if world() == 1:
+        return [value]
+    values = [None] * world() if rank() == 0 else None
+    dist.gather_object(value, values, group=Stop.group)
+    return values
+
+
 def say(text):
     """Print on rank 0 only."""
     if rank() == 0:

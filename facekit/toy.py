@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from facekit.bins import write_bin
 from facekit.files import digest, replacing_folder
 from facekit.images import encode
-from facekit.records import write_bin, write_records
+from facekit.records import write_records
 
 WHO = dict(  # name=(low, high) of a uniform draw
     head_w=(.5, .6), head_h=(.69, .8), jaw=(.05, .42), square=(0, .75), ear=(.05, .11),

@@ -11,7 +11,7 @@ import models
 from facekit import embed, files, images, run
 from facekit.errors import InputError, counted
 from facekit.faces import ImageRows, warn_if_unaligned
-from facekit.records import read_bin
+from facekit.bins import read_bin
 from facekit.toy import is_drawn
 
 FOLDS = 10

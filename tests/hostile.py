@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import models
-from facekit import config, embed, images, records, toy
+from facekit import bins, config, embed, images, records, toy
 from facekit import faces as facesets
 
 ROOT = Path(__file__).parent.parent
@@ -107,7 +107,7 @@ def bin_files(folder, evil):
                 b'N' + b'q\0h\0' * MANY + b'.', b'Np%d\n.' % 10 ** 12, *SPECIAL]
 
     def read():
-        for i, image in enumerate(records.read_bin(path)[0]):
+        for i, image in enumerate(bins.read_bin(path)[0]):
             images.decode(image, f'{path} image {i}')
     return [(path, x, None) for x in sound], [(path, x) for x in hostile], read
 

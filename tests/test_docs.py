@@ -10,7 +10,7 @@ import torch
 
 import models
 from conftest import ROOT, run
-from facekit import config, records
+from facekit import bins, config
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
@@ -59,7 +59,7 @@ def pages_folder(finished, tmp_path_factory):
     """The finished experiment, with the files that commands of the pages name."""
     folder = shutil.copytree(finished[0], tmp_path_factory.mktemp('pages') / 'x')
     (folder / 'photos').mkdir()
-    for i, image in enumerate(records.read_bin(folder / 'faces' / 'toy.bin')[0][:3]):
+    for i, image in enumerate(bins.read_bin(folder / 'faces' / 'toy.bin')[0][:3]):
         (folder / 'photos' / f'{i}.jpg').write_bytes(image)
     for name, path in (('lfw.bin', 'faces/toy.bin'), ('backbone.pth', 'run/fold0/teacher.pt'),
                        ('judge.pt', 'run/fold0/judge.pt')):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import models
-from facekit import embed, files, images, progress, records, toy, verification
+from facekit import bins, embed, files, images, progress, toy, verification
 from facekit.errors import InputError, printable
 from facekit.faces import FaceSet, ImageRows
 from facekit.verification import PairSet
@@ -166,7 +166,7 @@ def test_pairs_that_are_not_square_are_cut_with_a_warning_not_stretched(tmp_path
     picture = torch.zeros(3, 112, 96, dtype=torch.uint8)
     picture[:, 8:104] = 200                                          # the middle, 96 x 96
     encoded = [images.encode(picture, 'png'), images.encode(picture[:, :96], 'png')] * 10
-    records.write_bin(tmp_path / 'a.bin', encoded, [True, False] * 5)
+    bins.write_bin(tmp_path / 'a.bin', encoded, [True, False] * 5)
     loaded = verification.load_pairs(tmp_path / 'a.bin', 96)
     assert (loaded.images[0] == 200).all() and len(loaded.images) == 2
     assert 'not square' in capsys.readouterr().out
@@ -223,7 +223,7 @@ def test_pairs_come_from_a_bin_from_lfws_form_and_from_a_list_alike(tmp_path):
         (tmp_path / f'{i}.png').write_bytes(content)
     chosen = [(0, 1), (2, 3), (0, 2), (4, 7), (6, 7), (1, 6)] * 2
     same = [a // 2 == b // 2 for a, b in chosen]
-    records.write_bin(tmp_path / 'lfw.bin', [encoded[i] for pair in chosen for i in pair], same)
+    bins.write_bin(tmp_path / 'lfw.bin', [encoded[i] for pair in chosen for i in pair], same)
     lines = [f'{people[a]}\t{a % 2 + 1}\t{b % 2 + 1}' if s else
              f'{people[a]}\t{a % 2 + 1}\t{people[b]}\t{b % 2 + 1}'
              for (a, b), s in zip(chosen, same)]

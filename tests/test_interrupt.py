@@ -250,13 +250,13 @@ def test_steps_in_pieces_are_the_same_steps(copied, arguments, line, result):
     assert (content(path), log_lines(copied, line)) == undisturbed
 
 
-def together(folder, *arguments, count=2, largest=None):
+def together(folder, *arguments, count=2, largest=None, **environment):
     """The processes of a run, of which the later ones cannot write one byte into any file."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
     return [Script(folder, *arguments, largest=limit, RANK=rank, LOCAL_RANK=rank,
-                   WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+                   WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=port, **environment)
             for rank, limit in zip('0123'[:count], (largest, 0, 0, 0))]
 
 
@@ -303,6 +303,43 @@ def test_processes_may_be_more_or_less_after_an_interruption(copied, arguments, 
         for name in (n for n in whole if whole[n].shape == whole['head/weight/'].shape):
             error = (saved[name] - whole[name]).abs().max() / whole[name].abs().max()
             assert error < 1e-3, (name, error)
+
+
+IN_PIECES = """
+import os, signal, reconstruct
+from facekit import run
+reconstruct.PART, real = 8, reconstruct.make_part
+
+def make_part(number, *others):
+    if str(number) == os.environ.get('DIES_AT'):
+        os.kill(os.getpid(), signal.SIGKILL)
+    print(f'made {number}', flush=True)
+    return real(number, *others)
+
+reconstruct.make_part = make_part
+run.launch(reconstruct.main, None)
+"""
+
+
+def test_a_release_goes_on_with_any_number_of_processes(copied, finished):
+    """To the same bytes, without making again what was written."""
+    shutil.copy(finished[0] / 'run' / 'fold0' / 'mae.pt', copied / 'run' / 'fold0' / 'mae.pt')
+    script, release = copied / 'pieces.py', copied / 'run' / 'reconstructed'
+    script.write_text(IN_PIECES)
+    run(copied, script)
+    undisturbed = {path.name: path.read_bytes() for path in release.iterdir()}
+    shutil.rmtree(release)
+    scripts = [Script(copied, script, DIES_AT='3')]
+    assert scripts[0].wait() == -signal.SIGKILL
+    scripts += together(copied, script, DIES_AT='6')
+    assert {one.wait() for one in scripts[1:]} == {-signal.SIGKILL, 2}
+    assert not release.exists()
+    scripts.append(Script(copied, script))
+    assert scripts[-1].wait() == 0, scripts[-1].err
+    assert {path.name: path.read_bytes() for path in release.iterdir()} == undisturbed
+    made = re.findall(r'made (\d)', ''.join(one.out for one in scripts))
+    assert set(made) == set('01234567') and [made.count(n) for n in '013'] == [1, 1, 1]
+    assert len(made) <= 12 and not list(release.parent.glob('*.tmp'))
 
 
 @pytest.mark.parametrize('dies, cause', [(0, 'killed'), (1, 'killed'), (0, 'full disk')])
@@ -372,13 +409,12 @@ def test_another_method_in_the_folder_of_a_release_never_mixes_with_it(copied, f
     assert 'another reconstruct.method' in second.err
     facts = json.loads((copied / 'run' / 'reconstructed' / 'manifest.json').read_text())
     assert facts['method'] == 'none'
-    # And after a kill between its parts the other method takes nothing over
-    shutil.rmtree(copied / 'run' / 'reconstructed')
-    (copied / 'run' / 'reconstructed.parts').mkdir()
-    (copied / 'run' / 'reconstructed.parts' / '0123456789abcdef-0.npz').write_bytes(b'x')
+    # And what a kill left of it, even a draft that is whole, the other method does not take over
+    draft = copied / 'run' / 'reconstructed.0123456789abcdef.tmp'
+    (copied / 'run' / 'reconstructed').rename(draft)
     run(copied, 'reconstruct.py', 'reconstruct.method=mask')
     facts = json.loads((copied / 'run' / 'reconstructed' / 'manifest.json').read_text())
-    assert facts['method'] == 'mask' and not (copied / 'run' / 'reconstructed.parts').exists()
+    assert facts['method'] == 'mask' and not draft.exists()
 
 
 def test_two_rows_are_evaluated_side_by_side(finished, tmp_path):

@@ -23,7 +23,8 @@ from facekit import records
 from facekit.errors import InputError
 from facekit.sources import FolderSource
 from facekit.images import decode, encode
-from facekit.records import Records, pack, payload, read_bin, write_bin, write_records
+from facekit.bins import read_bin, write_bin
+from facekit.records import Records, RecordWriter, pack, payload, write_records
 
 FIXTURE = Path(__file__).parent / 'fixtures' / 'mxnet_records'
 MAGIC = b'\x0a\x23\xd7\xce'
@@ -193,6 +194,34 @@ def test_failed_write_keeps_the_old_set(tmp_path):
         write_records(tmp_path, broken(), itertools.repeat(0), 8)
     assert bytes(Records(tmp_path)[0]) == b'old'
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize('header', [True, False])
+def test_a_killed_writer_is_continued_to_the_same_bytes(tmp_path, monkeypatch, header):
+    """Wherever the two drafts end: within a record, a line, the identities, one before the other,
+    as files of a machine that lost power do."""
+    monkeypatch.setattr(records, 'EXACT', 1000 if header else 20)
+    images = hard_images() + [bytes([i]) * (1 + 7 * i) for i in range(9)]
+    labels = np.arange(len(images)) // 4
+    write_records(tmp_path / 'whole', images, labels, 8)
+    whole = {p.name: p.read_bytes() for p in (tmp_path / 'whole').iterdir()}
+    assert records.has_header(labels) == header
+    draft, continued = tmp_path / 'draft', set()
+    with RecordWriter(draft, labels, 8) as writer:
+        writer.add(images)
+    rec, index = (path.read_bytes() for path in writer.drafts)
+    for seed in range(300):
+        ends = np.random.default_rng(seed).integers(0, [len(rec) + 1, len(index) + 1])
+        rec_end, index_end = ends if seed else (len(rec), len(index))
+        writer.drafts[0].write_bytes(rec[:rec_end])
+        writer.drafts[1].write_bytes(index[:index_end])
+        with RecordWriter(draft, labels, 8, block=5) as again:
+            assert again.count % 5 == 0 or again.count == len(images)
+            continued.add(again.count)
+            again.add(images[again.count:])
+            again.finish()
+        assert {p.name: p.read_bytes() for p in draft.iterdir()} == whole
+    assert {0, 5, 10, 15, 20, len(images)} <= continued
 
 
 def test_writing_streams(tmp_path):

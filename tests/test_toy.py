@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from facekit import images, records, toy
+from facekit import bins, images, records, toy
 
 
 def test_an_image_does_not_depend_on_its_batch_or_on_threads():
@@ -80,7 +80,7 @@ def test_draw_set(tmp_path, capsys):
     assert read.labels.tolist() == [i for i in range(5) for _ in range(3)]
     drawn = toy.draw(np.repeat(np.arange(5), 3), np.tile(np.arange(3), 5), 32, seed=2)
     assert [bytes(read[i]) for i in range(15)] == [images.encode(x, 'jpeg', 95) for x in drawn]
-    pairs_of_files, same = records.read_bin(folder / 'toy.bin')
+    pairs_of_files, same = bins.read_bin(folder / 'toy.bin')
     folds = np.array_split(same, 10)
     assert all((f == (np.arange(len(f)) < len(f) / 2)).all() for f in folds)
     # Whose image it is can be read off by drawing all it may be: people 5 to 10, 8 images each
