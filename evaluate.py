@@ -37,7 +37,7 @@ from facekit.errors import InputError
 from facekit.images import psnr_and_ssim
 from facekit.page import write_page
 from facekit.progress import StageLog, stage_seconds
-from facekit.published import is_published
+from facekit.published import is_published, versions
 from facekit.split import count_release, not_excluded, split
 
 
@@ -120,7 +120,7 @@ def leakage(variant, folds, release, student, path, recognisers, device):
         protect.check_release(variant, premises)
         digest, before = None, {}
         if run.rank() == 0:
-            digest = attack_digest(variant, folds, premises)
+            digest = attack_digest(variant, folds, premises, recognisers.sets)
         with contextlib.suppress(InputError):              # missing or damaged: made again
             before = files.read_json(path)
         if run.broadcast(before.get('attacked') == digest):
@@ -178,7 +178,7 @@ def attack_all(variant, groups, student, recognisers, device):
 def membership(variant, groups, student, recognisers, device):
     """Whether one can tell who was in the training of the MAE or student: {name: figures}."""
     figures, own = {}, not variant.cfg.release
-    if variant.cfg.reconstruct.method == 'facemae' and own:
+    if variant.cfg.reconstruct.method == 'facemae' and own and not variant.cfg.data.public:
         figures['membership_reconstruction'] = attacks.reconstruction_membership(groups)
     if student and own and len(groups[0].outsiders):
         head = files.load_checkpoint(variant.student)['head']['weight']
@@ -187,9 +187,10 @@ def membership(variant, groups, student, recognisers, device):
     return figures
 
 
-def attack_digest(variant, folds, premises):
+def attack_digest(variant, folds, premises, sets):
     """What the attacks on a row depend on, 64 hex digits: equal ones mean equal results."""
     cfg = variant.cfg
+    data = [s.sha256 for s in sets[:1]], [f.public.digest(f.train) for f in folds]
     nets = [cfg.judge.checkpoint, cfg.teacher.checkpoint, *cfg.evaluate.attacks, variant.student,
             *(variant.run / f'fold{f.k}' / f'{role}.pt' for f in folds
               for role in ('judge', 'teacher'))]
@@ -197,7 +198,9 @@ def attack_digest(variant, folds, premises):
             if path.is_file()]
     config = {k: v for k, v in as_dict(cfg).items() if 'compare' not in k}
     machine = {k: v for k, v in run.provenance().items() if k != 'commit'}
-    return files.digest(repr([config, attacks.code_digest(), machine, premises, nets]).encode())
+    machine |= versions([cfg.judge.checkpoint, *cfg.evaluate.attacks])
+    return files.digest(repr([config, attacks.code_digest(), machine, premises, data,
+                              nets]).encode())
 
 
 @functools.cache

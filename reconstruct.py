@@ -106,7 +106,9 @@ def own_draft(variant, premises):
     Its name holds a digest of what the release is made from, so that what an interrupted one left
     is never taken for a piece of this one.
     """
-    made_from = files.digest(repr([as_dict(variant.cfg), premises]).encode())[:16]
+    cfg = variant.cfg
+    settings = files.settings(as_dict(cfg), [*protect.release_keys(cfg), 'run.precision'])
+    made_from = files.digest(repr([settings, premises]).encode())[:16]
     draft = variant.release.with_name(f'reconstructed.{made_from}.tmp')
     if run.rank() == 0:
         for other in set(draft.parent.glob('reconstructed.*.tmp')) - {draft}:
@@ -144,6 +146,7 @@ def write_images(variant, draft, plan, private, protections, device):
             write()
             if writer:
                 writer.finish()
+    stop.checkpoint_due(False)
     stop.leave_if_requested()
     stop.end()
     run.barrier()

@@ -173,7 +173,7 @@ def embed_originals(cfg, teacher, store):
     """
     needed = 2 * len(store) * teacher.fc.out_features * 4
     if (not cfg.irm.weight or cfg.mae.epochs - cfg.irm.warmup_epochs <= 2
-            or needed > run.free_memory(store.device) / 4):
+            or run.broadcast(needed > run.free_memory(store.device) / 4)):
         return None
     return torch.stack(embed.embed_all(teacher, store, cfg.mae.micro_batch, cfg.run.precision))
 

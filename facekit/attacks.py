@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import models
@@ -34,16 +33,29 @@ def nearest(embedder, group):
 
 
 def by_class(judge, pixels, group):
-    """The mean of a person's released images against the means of people's originals."""
-    _, index = np.unique(group.person, return_inverse=True)
-    released, asked = np.unique(index[group.source], return_inverse=True)
+    """The mean of a person's released images against the means of people's originals.
 
-    def means(z, index):
+    Half of a person's photos are searched for and the other half is held, so that a photo never
+    helps to find itself.
+    """
+    order = np.argsort(group.person, kind='stable')
+    held = np.empty(len(order), bool)
+    held[order] = (np.arange(len(order)) - np.searchsorted(group.person[order],
+                                                           group.person[order])) % 2 == 1
+    everybody, index = np.unique(group.person[held], return_inverse=True)
+    asked = ~held[group.source] & np.isin(group.person[group.source], everybody)
+    if not asked.any():
+        return None
+    known, probe = np.unique(group.person[group.source[asked]], return_inverse=True)
+
+    def means(z, chosen, index):
+        z = z[torch.as_tensor(chosen, device=z.device)]
         total = torch.zeros(int(index.max()) + 1, z.shape[1], device=z.device)
         return F.normalize(total.index_add_(0, torch.as_tensor(index, device=z.device), z))
 
-    by_judge, by_pixels = (Search(means(group.probe_embeddings(e), asked),
-                                  means(group.gallery_embeddings(e), index), released, None)
+    by_judge, by_pixels = (Search(means(group.probe_embeddings(e), asked, probe),
+                                  means(group.gallery_embeddings(e), held, index),
+                                  np.searchsorted(everybody, known), None)
                            for e in (judge, pixels))
     return Attack(by_judge, {'seen by': {'pixels': by_pixels}})
 
@@ -131,8 +143,7 @@ def trained(judge, group, cfg, device):
         loss.backward()
         optimizer.step()
         schedule.step()
-    for value in net.state_dict().values() if run.world() > 1 else ():
-        dist.broadcast(value, 0)                  # GPUs may have rounded differently
+    run.agree_on(net)
     learnt = Embedder('trained', net.eval(), cfg, device)
     return Attack(Search(learnt.embed(group.released), learnt.embed(group.originals),
                          group.source, group.person))
@@ -186,7 +197,7 @@ def attack(name, n, group, recognisers, student, cfg, device):
         case 'judge':           # has a recogniser of other people
             return nearest(recognisers.public('judge', n), group)
         case 'teacher':         # has the very recogniser that shaped the release
-            return nearest(recognisers.public('teacher', n), group)
+            return nearest(recognisers.public('teacher', n, cfg.teacher.checkpoint), group)
         case 'pixels':          # has nothing
             return nearest(recognisers.pixels(n), group)
         case 'insider':         # trains a recogniser on the release; uncached: 1 GB a row of CASIA
@@ -245,7 +256,7 @@ def membership(members, others):
 
 def reconstruction_membership(groups):
     """Whether the model errs less on the public images that it was trained on than on private
-    ones: minus the squared error of four masked reconstructions."""
+    ones of the same set: minus the squared error of four masked reconstructions."""
     def score(released, originals):
         return -np.square(np.subtract(released, originals, dtype=np.float32)).mean((1, 2, 3))
 
@@ -270,7 +281,7 @@ def recogniser_membership(embedder, centres, groups):
                           for part in embedder.embed(chosen).split(at_a_time)]).numpy()
 
     members, others = ([surest(chosen) for chosen in sides]
-                       for sides in ([g.originals for g in groups], [groups[0].outsiders]))
+                       for sides in ([g.sources() for g in groups], [groups[0].outsiders]))
     return membership(np.concatenate(members), np.concatenate(others))
 
 
@@ -278,6 +289,6 @@ def code_digest():
     """Hex digits of the code that the figures of an attack depend on."""
     here = Path(__file__).parent
     paths = [Path(models.__file__), *(here / f'{name}.py' for name in (
-        'batches', 'faces', 'images', 'split', 'embed', 'protect', 'verification', 'retrieval',
-        'attack_data', 'mask_attacks', 'attacks'))]
+        'batches', 'faces', 'images', 'sources', 'split', 'published', 'embed', 'protect',
+        'verification', 'retrieval', 'attack_data', 'mask_attacks', 'attacks'))]
     return files.digest(b''.join(path.read_bytes() for path in paths))

@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from facekit import run
+from facekit import nodes, run
 from facekit.errors import InputError
 
 
@@ -77,9 +76,8 @@ def dealt(count, do):
     """
     done = {number: do(number) for number in range(run.rank(), count, run.world())}
     if run.world() > 1:
-        gathered = [None] * run.world()
-        dist.all_gather_object(gathered, done)
-        done = {number: result for some in gathered for number, result in some.items()}
+        done = {number: result for some in nodes.everywhere(done, run.Stop.group)
+                for number, result in some.items()}
     return [done[number] for number in range(count)]
 
 

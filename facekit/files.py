@@ -242,21 +242,28 @@ def check_premises(state, cfg, keys, path, premises):
     then, now = entry(state, 'config'), as_dict(cfg)
     differ = [f'another {what}' for what, value in premises.items()
               if entry(state, 'premises').get(what) != value]
-    for key in keys:
-        section, _, name = key.partition('.')
-        old, new = entry(then, section), now[section]
-        for n in [name] if name else sorted(new):
-            # As text, because a file from elsewhere can hold a tensor here
-            before = old.get(n, LATER.get(f'{section}.{n}'))
-            if repr(before) != repr(new[n]) and f'{section}.{n}' not in HARMLESS:
-                differ.append(f'another {section}.{n} ({quoted(before)} then, '
-                              f'{quoted(new[n])} now)')
+    for key, value in settings(now, keys).items():
+        section, name = key.split('.')
+        # As text, because a file from elsewhere can hold a tensor here
+        before = entry(then, section).get(name, LATER.get(key))
+        if repr(before) != repr(value):
+            differ.append(f'another {key} ({quoted(before)} then, {quoted(value)} now)')
     if differ:
         more = [f'; to train on from finished weights: {key.partition(".")[0]}.init={path} in '
                 'another run.folder' for key in ('mae.epochs', 'fr.epochs')
                 if any(key in text for text in differ)]
         raise InputError(f'{path} was made with {", ".join(differ)}: change it back, or use '
                          f'another run.folder or mae.name{"".join(more)}')
+
+
+def settings(config, keys):
+    """{key: value} of what sections or keys of a config dict say, without what is HARMLESS."""
+    found = {}
+    for key in keys:
+        section, _, name = key.partition('.')
+        names = [name] if name else sorted(config[section])
+        found |= {f'{section}.{n}': config[section][n] for n in names}
+    return {key: value for key, value in found.items() if key not in HARMLESS}
 
 
 def entry(mapping, key):

@@ -1,7 +1,6 @@
 """Attackers who look at visible patches alone, because they know or guess the masks."""
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import repeat
 from torch import nn
@@ -55,7 +54,7 @@ def patchwork(group, cfg, device, original=False):
         return Attack(search(own, known))
     released, detail = cells(group.released, side, device)
     guesses = {'by detail': search(released, detail)}
-    learnt = detail
+    learnt = known if group.hidden is None else detail
     if group.protection and group.hidden is not None:
         learnt = guess_masks(group, cfg, device)
         learnt = F.interpolate(learnt, (side, side), mode='nearest')
@@ -84,8 +83,7 @@ def guess_masks(group, cfg, device):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    for value in net.state_dict().values() if run.world() > 1 else ():
-        dist.broadcast(value, 0)                  # GPUs may have rounded differently
+    run.agree_on(net)
     with torch.no_grad():
         some = torch.arange(len(group.released)).split(512)
         return torch.cat([net(with_detail(part)).sigmoid()

@@ -300,13 +300,16 @@ def release_premises(folds, maes, secret):
     return premises
 
 
+def release_keys(cfg):
+    """Sections and keys of a config on which its release depends."""
+    keys = ['reconstruct', 'data.size', 'data.folds', 'data.release_folds', 'run.seed']
+    return [*keys, 'mae.patch'] if draws_mask(cfg.reconstruct.method) else keys
+
+
 def check_release(variant, premises):
     """Refuse a finished release that was made with another config, secret, model or images.
 
     Its images could not be matched with their originals any more, and would look private.
     """
-    keys = ['reconstruct', 'data.size', 'data.folds', 'data.release_folds', 'run.seed']
-    if draws_mask(variant.cfg.reconstruct.method):
-        keys.append('mae.patch')
-    files.check_premises(files.read_json(variant.folder / 'release.json'), variant.cfg, keys,
-                         variant.release, premises)
+    files.check_premises(files.read_json(variant.folder / 'release.json'), variant.cfg,
+                         release_keys(variant.cfg), variant.release, premises)

@@ -34,6 +34,12 @@ def published(path, pixels):
     return DlibRecogniser() if str(path) == DLIB else OnnxRecogniser(path, pixels)
 
 
+def versions(paths):
+    """{module: version} of what runs the published recognisers among `paths`."""
+    names = {DLIB if str(path) == DLIB else 'onnxruntime' for path in paths if is_published(path)}
+    return {name: importlib.import_module(name).__version__ for name in sorted(names)}
+
+
 def refuse_published(path, wanted):
     """Refuse a recogniser of this module where `wanted` asks for its gradient."""
     if is_published(path):
@@ -111,6 +117,8 @@ class DlibRecogniser(torch.nn.Module):
     def forward(self, x):
         """x float (B, 3, H, W) in -1..1 -> embeddings float32 (B, 128)."""
         out = []
-        for part in self.chips(x).split(DLIB_AT_ONCE):
+        with torch.autocast('cpu', enabled=False):              # bf16 would shift the crop
+            chips = self.chips(x)
+        for part in chips.split(DLIB_AT_ONCE):
             out += self.net.compute_face_descriptor(list(part.numpy()), 0)
         return torch.tensor([list(z) for z in out], device=x.device)

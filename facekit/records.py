@@ -209,6 +209,8 @@ class RecordWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.drafts = [self.folder / f'{name}.tmp' for name in ('train.rec', 'train.idx')]
         for draft in self.drafts:
+            if block and draft.with_suffix('').exists():       # killed while finish() renamed them
+                draft.with_suffix('').rename(draft)
             draft.touch()
         self.rec, self.index = (open(draft, 'r+b') for draft in self.drafts)
         if not block or not self._continue(block, len(labels)):

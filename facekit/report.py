@@ -22,7 +22,7 @@ ATTACKER_HAS = {        # what the attacker has, printed beside every number
     'insider': 'the release: trains a recogniser on it',
     'linear': 'released images of other people and their originals: a linear map',
     'trained': 'the same pairs: trains a recogniser to see both alike',
-    'class': 'the labels: averages all images of a person',
+    'class': 'the labels: averages half of a person\'s images, and the other photos',
     'repeated': 'eight releases of the same photos with other masks',
 }
 QUESTIONS = {

@@ -142,13 +142,15 @@ def questions(s):
 def figures_of(attacks):
     """One attacker's Attacks on all groups, pooled: {kind: figures of results.json}."""
     results = {}
-    rankings, ceilings, people = {}, {}, {}
+    rankings, ceilings, people, offset = {}, {}, {}, 0
     for attack in attacks:
         s = attack.headline
         perfect = s.ceiling_probes
         if perfect is None:
             perfect = s.gallery[torch.as_tensor(s.source)].to(s.probes.device)
-        names = s.source if s.person is None else s.person[s.source]
+        # Without person, numbers of another group are other people
+        names = s.source + offset if s.person is None else s.person[s.source]
+        offset += len(s.gallery)
         for kind, question in questions(s).items():
             if len((ranking := search(s.probes, s.gallery, *question)).rank):
                 rankings.setdefault(kind, []).append(ranking)

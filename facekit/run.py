@@ -25,7 +25,7 @@ from facekit.config import CONFIGS, namespace, resolve
 from facekit.errors import InputError, printable
 
 VERSION = '2.0'
-TIMEOUT = datetime.timedelta(hours=1)      # of a process that waits for another, as for a cache
+TIMEOUT = datetime.timedelta(days=1)    # of who waits for rank 0, which may look at 42 M images
 
 
 # ------------------------------------------------------------------------------ processes
@@ -52,6 +52,12 @@ def broadcast(value):
     if world() > 1:
         dist.broadcast_object_list(values, 0)
     return values[0]
+
+
+def agree_on(net):
+    """Give all processes the weights of rank 0, as GPUs may have rounded differently."""
+    for value in net.state_dict().values() if world() > 1 else ():
+        dist.broadcast(value, 0)
 
 
 def collect(value):
@@ -220,6 +226,7 @@ class Stop:
     def leave_if_requested(self):
         """End the process if it was asked to, once the state is saved."""
         if self.agreed:
+            barrier()          # torchrun ends them all with the first, and rank 0 still writes
             say('stopped on request; the same command continues from here')
             raise KeyboardInterrupt
 

@@ -151,6 +151,25 @@ def test_independent_noise_gives_chance_to_every_attacker():
     assert found['rank1'] < 0.12 and found['chance'] == pytest.approx(1 / 60)
 
 
+def test_the_teacher_that_attacks_is_the_one_of_the_row():
+    group, eye = group_of(lambda z, seed: z)
+    cfg = SimpleNamespace(teacher=SimpleNamespace(checkpoint='row.pt'))
+    asked = []
+    recognisers = SimpleNamespace(public=lambda *what: asked.append(what) or eye)
+    attacks.attack('teacher', 0, group, recognisers, None, cfg, 'cpu')
+    assert asked == [('teacher', 0, 'row.pt')]
+
+
+def test_who_averages_a_label_holds_other_photos_than_those_it_was_made_from():
+    """Photos that have nothing in common with others of the person find nobody."""
+    group, eye = group_of(lambda z, seed: z)
+    group.originals = group.released = ImageRows(
+        F.normalize(noisy(torch.zeros(240, 32), 7, 1)), np.arange(240))
+    found = [attacks.by_class(eye, eye, group) for _ in range(2)]
+    figures = retrieval.figures_of(found)['same_person']
+    assert figures['rank1'] < 0.12 and figures['people'] == 120       # of two folds
+
+
 def test_an_unprotected_release_gives_the_ceiling():
     group, eye = group_of(lambda z, seed: z)
     eye.threshold = 0.9

@@ -334,7 +334,7 @@ def test_a_release_goes_on_with_any_number_of_processes(copied, finished):
     scripts += together(copied, script, DIES_AT='6')
     assert {one.wait() for one in scripts[1:]} == {-signal.SIGKILL, 2}
     assert not release.exists()
-    scripts.append(Script(copied, script))
+    scripts.append(Script(copied, script, 'run.log_every=3', 'evaluate.batch=9'))
     assert scripts[-1].wait() == 0, scripts[-1].err
     assert {path.name: path.read_bytes() for path in release.iterdir()} == undisturbed
     made = re.findall(r'made (\d)', ''.join(one.out for one in scripts))

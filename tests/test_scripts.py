@@ -437,6 +437,7 @@ def test_a_change_of_the_plots_discards_no_attack_and_a_change_of_the_attacks_do
 
     assert not changed('plots.py') and not changed('report.py')
     assert changed('attacks.py') and changed('protect.py') and changed('models.py')
+    assert changed('published.py')
 
 
 def test_ones_own_faces_end_with_utility_and_leakage(tmp_path):
