@@ -5,7 +5,8 @@
     python evaluate.py --config configs/casia.yaml
     python evaluate.py --compare                         # all rows, one table
     python evaluate.py evaluate.model=backbone.pth "evaluate.sets=[lfw.bin]"   # any recogniser
-    python evaluate.py release=PATH originals=PATH       # anybody's release, same order
+    python evaluate.py configs/casia.yaml run.folder=runs/theirs release=PATH originals=PATH
+                                                         # anybody's release, same order
 
 Reads   evaluate.sets (.bin), <run>/<row>/fr.pt, <run>/<row>/reconstructed, <run>/fold<k>/judge.pt
 Writes  <run>/<row>/results.json (external.json for others' models and releases),
@@ -13,8 +14,9 @@ Writes  <run>/<row>/results.json (external.json for others' models and releases)
         and <run>/figures/*.png
 
 Utility is insightface's ten-fold verification. Leakage is retrieval: how often the original of a
-released image (same image), or another photo of its person (same person), comes first among all
-private originals, for the attackers of evaluate.attacks; the table says what each of them has.
+released image (same image), or another photo of its person (same person), comes first among the
+private originals of its fold, for the attackers of evaluate.attacks; the table says what each of
+them has.
 """
 import facekit.start  # noqa: F401 (first: says what is not installed)
 

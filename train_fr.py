@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Stages 0 and 3 of FaceMAE: train a face recogniser, IResNet with ArcFace or CosFace.
 
-    python train_fr.py stage=teacher     # on public faces; judge: the same with other seed, depth
+    python train_fr.py stage=teacher     # on public faces; stage=judge: a second, other one
     python train_fr.py                   # the student, on the released faces alone
     torchrun --nproc_per_node=8 train_fr.py --config configs/casia.yaml
     python train_fr.py release=PATH run.folder=runs/mine     # on anybody's records or folders

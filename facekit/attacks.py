@@ -1,6 +1,6 @@
 """Privacy attackers: who tries to find the original behind a released image, and how.
 
-The probes are released images, the gallery is all private originals of their group (a fold of the
+The probes are released images, the gallery is the private originals of their group (a fold of the
 cross-fit). An attack takes an AttackGroup and what its attacker owns, and returns an Attack: a
 headline Search and, where more or less effort is of interest, named curves of further ones.
 attack() at the end of this file tells who owns what.
@@ -24,7 +24,7 @@ NAMES = ('judge', 'pixels', 'insider', 'masked', 'visible', 'linear', 'trained',
          'repeated', 'teacher', 'dlib', 'membership')
 
 
-# ------------------------------------------------------------ attackers with the release alone
+# ----------------------------------------------------- attackers without other people's pairs
 
 def nearest(embedder, group):
     """The nearest original, as an Embedder sees both."""
@@ -210,7 +210,7 @@ def attack(name, n, group, recognisers, student, cfg, device):
             return linear(recognisers.public('judge', n), group)
         case 'trained':         # the same, and trains on them
             return trained(recognisers.public('judge', n), group, cfg, device)
-        case 'class':           # averages all images of a label
+        case 'class':           # averages half of a label's images, holds the other half's photos
             return by_class(recognisers.public('judge', n), recognisers.pixels(n), group)
         case 'repeated':        # has eight releases of the same photos
             return repeated(recognisers.public('judge', n), recognisers.pixels(n), group)

@@ -269,8 +269,8 @@ def plan_release(folds, secret, cfg):
     """The ReleasePlan of a config: a pure function of the private images and the secret.
 
     Everything is drawn for this row, seed and strength, so that two releases share no mask, order
-    or label; and by names and contents, so that nothing changes for others when somebody is added
-    or taken out.
+    or label; and by names and contents, so that the masks and the relative order of others stay
+    when somebody is added or taken out, while label numbers close up.
     """
     c, private = cfg.reconstruct, folds[0].private
     release = cfg.run.row, cfg.run.seed, c.method, getattr(c, STRENGTH.get(c.method, ''), '')

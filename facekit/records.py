@@ -197,9 +197,9 @@ class RecordWriter:
     What another writer of the same set left is continued behind its last whole block of images,
     and overwritten without `block`. Memory does not grow with the set.
 
-    Where images and identities are more than a float32 header can count, and labels, which have a
-    length, tell so in advance, there is none: keys are 0, 1, ... as im2rec writes them, and
-    arcface_torch takes all of them. Raises InputError for other labels, or no images.
+    Where labels has a length and shows that there are more images and identities than a float32
+    header can count (2**24), there is none: keys are 0, 1, ... as im2rec writes them, and
+    arcface_torch then reads all of them. Raises InputError for other labels, or no images.
     """
 
     def __init__(self, folder, labels, size, block=None):
@@ -208,9 +208,10 @@ class RecordWriter:
         self.count, self.starts = 0, []                  # images; key of each identity's first one
         self.folder.mkdir(parents=True, exist_ok=True)
         self.drafts = [self.folder / f'{name}.tmp' for name in ('train.rec', 'train.idx')]
+        rec, index = (draft.with_suffix('') for draft in self.drafts)
+        if block and index.exists() and not rec.exists():      # killed while finish() renamed them
+            index.rename(self.drafts[1])
         for draft in self.drafts:
-            if block and draft.with_suffix('').exists():       # killed while finish() renamed them
-                draft.with_suffix('').rename(draft)
             draft.touch()
         self.rec, self.index = (open(draft, 'r+b') for draft in self.drafts)
         if not block or not self._continue(block, len(labels)):

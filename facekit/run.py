@@ -1,6 +1,6 @@
 """What surrounds the work of a stage: processes, device, requests to stop, the launch.
 
-Nothing here knows about faces. A stage ends with `run.launch(main, __doc__, help)`.
+Nothing here knows about faces. A stage ends with `run.launch(main, check_experiment)`.
 """
 import argparse
 import contextlib
@@ -302,7 +302,7 @@ def launch(main, check):
         if not sentence:
             raise
         print(f'error: {printable(sentence)}', file=sys.stderr, flush=True)
-        # Behind another process's back a barrier would wait for this one for an hour
+        # Behind another process's back a barrier would wait for this one (TIMEOUT)
         os._exit(2) if world() > 1 else sys.exit(2)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)       # no traceback of a process that leaves

@@ -213,6 +213,8 @@ def test_a_killed_writer_is_continued_to_the_same_bytes(tmp_path, monkeypatch, h
     for seed in range(300):
         ends = np.random.default_rng(seed).integers(0, [len(rec) + 1, len(index) + 1])
         rec_end, index_end = ends if seed else (len(rec), len(index))
+        shutil.rmtree(draft)
+        draft.mkdir()
         writer.drafts[0].write_bytes(rec[:rec_end])
         writer.drafts[1].write_bytes(index[:index_end])
         with RecordWriter(draft, labels, 8, block=5) as again:
@@ -222,6 +224,12 @@ def test_a_killed_writer_is_continued_to_the_same_bytes(tmp_path, monkeypatch, h
             again.finish()
         assert {p.name: p.read_bytes() for p in draft.iterdir()} == whole
     assert {0, 5, 10, 15, 20, len(images)} <= continued
+    (draft / 'train.rec').rename(writer.drafts[0])              # killed while finish() renames
+    with RecordWriter(draft, labels, 8, block=5) as again:
+        assert again.count >= len(images) - 5
+        again.add(images[again.count:])
+        again.finish()
+    assert {p.name: p.read_bytes() for p in draft.iterdir()} == whole
 
 
 def test_writing_streams(tmp_path):
