@@ -149,7 +149,6 @@ def write_images(variant, draft, plan, private, protections, device):
     stop.checkpoint_due(False)
     stop.leave_if_requested()
     stop.end()
-    run.barrier()
 
 
 def make_part(number, plan, source, protections, cfg, stop):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 import models
 from facekit import embed, files, images, run
+from facekit.bins import read_bin
 from facekit.errors import InputError, counted
 from facekit.faces import ImageRows, warn_if_unaligned
-from facekit.bins import read_bin
 from facekit.toy import is_drawn
 
 FOLDS = 10
