@@ -33,7 +33,7 @@ from rich.console import Console
 from facekit import attacks, embed, faces, files, plots, protect, report, retrieval, run
 from facekit import verification
 from facekit.attack_data import foreign_groups, own_groups
-from facekit.check import check_experiment
+from facekit.check import check_experiment, check_made_by
 from facekit.config import as_dict, variants
 from facekit.errors import InputError
 from facekit.images import psnr_and_ssim
@@ -68,11 +68,8 @@ def evaluate(variant, folds, sets, recognisers, device):
             results |= {'people': asdict(count_release(folds, cfg)),
                         'left_out': {side: getattr(folds[0], side).left_out()
                                      for side in ('private', 'public')}}
-        # Who asked to be left out is nobody's business: their number is enough
-        config = as_dict(cfg)
-        config['data']['exclude'] = len(cfg.data.exclude)
         results |= {'seconds': stage_seconds(variant.run), 'made_with': run.provenance(),
-                    'config': config}
+                    'config': files.public_dict(cfg)}
         files.write_json(path, results)
     return results, scores
 
@@ -118,16 +115,18 @@ def leakage(variant, folds, release, student, path, recognisers, device):
         groups = foreign_groups(cfg, release, device)
     else:
         maes = protect.load_maes(variant, folds, device)
-        premises = protect.release_premises(folds, maes, protect.release_secret(cfg))
-        protect.check_release(variant, premises)
+        secret = protect.release_secret(cfg)
+        premises = protect.release_premises(folds, maes, secret)
+        protect.check_release(variant, premises, secret)
         digest, before = None, {}
         if run.rank() == 0:
-            digest = attack_digest(variant, folds, premises, recognisers.sets)
+            digest = attack_digest(variant, folds, premises)
         with contextlib.suppress(InputError):              # missing or damaged: made again
             before = files.read_json(path)
         if run.broadcast(before.get('attacked') == digest):
             run.say(f'the attacks of {path} are kept')
             return {key: before[key] for key in ('attacked', 'privacy', 'reconstruction')}
+        check_made_by(variant, folds, maes, secret, device)
         groups = own_groups(variant, folds, maes, release, device)
     figures, cosines = attack_all(variant, groups, student, recognisers, device)
     released = np.concatenate([g.released.pixels() for g in groups])
@@ -168,16 +167,14 @@ def attack_all(variant, groups, student, recognisers, device):
         of_questions = retrieval.figures_of(tried)
         if pairs := retrieval.cosines_of(tried):
             cosines[name] = pairs
-            if np.isfinite(pairs.accepted):
-                of_questions['same_image']['tar@far=1e-3'] = pairs.accepted
         figures |= {f'{name}_{kind}': values for kind, values in of_questions.items()}
         log(number + 1, (number + 1) * sum(len(g.source) for g in groups), attack=name)
     if 'membership' in names:
-        figures |= membership(variant, groups, student, recognisers, device)
+        figures |= membership(variant, groups, student, device)
     return figures, cosines
 
 
-def membership(variant, groups, student, recognisers, device):
+def membership(variant, groups, student, device):
     """Whether one can tell who was in the training of the MAE or student: {name: figures}."""
     figures, own = {}, not variant.cfg.release
     if variant.cfg.reconstruct.method == 'facemae' and own and not variant.cfg.data.public:
@@ -185,14 +182,15 @@ def membership(variant, groups, student, recognisers, device):
     if student and own and len(groups[0].outsiders):
         head = files.load_checkpoint(variant.student)['head']['weight']
         figures['membership_recogniser'] = attacks.recogniser_membership(
-            recognisers.embedder('student', student), F.normalize(head).to(device), groups)
+            embed.Embedder('student', student, variant.cfg, device),
+            F.normalize(head).to(device), groups)
     return figures
 
 
-def attack_digest(variant, folds, premises, sets):
+def attack_digest(variant, folds, premises):
     """What the attacks on a row depend on, 64 hex digits: equal ones mean equal results."""
     cfg = variant.cfg
-    data = [s.sha256 for s in sets[:1]], [f.public.digest(f.train) for f in folds]
+    data = [f.public.digest(f.train) for f in folds]
     nets = [cfg.judge.checkpoint, cfg.teacher.checkpoint, *cfg.evaluate.attacks, variant.student,
             *(variant.run / f'fold{f.k}' / f'{role}.pt' for f in folds
               for role in ('judge', 'teacher'))]
@@ -293,22 +291,24 @@ def main(cfg, device, compare):
     folds = [] if cfg.evaluate.model or cfg.release else split(cfg)
     if len(folds) == 1 and len(folds[0].validation):
         sets.append(verification.held_back(folds[0]))
-    recognisers = attacks.Recognisers(cfg, folds, sets, device)
+    recognisers = attacks.Recognisers(cfg, folds, device)
     results = floors(cfg, folds, sets, device) if compare and sets and folds else {}
     scores = {}
     ready = ready_variants(cfg, compare)
     for variant in ready:
         row_results, row_scores = evaluate(variant, folds, sets, recognisers, device)
-        results.setdefault(variant.name, []).append(row_results)
-        scores.setdefault(variant.name, {})[variant.seed] = row_scores
+        external = cfg.evaluate.model or cfg.release
+        name = Path(external).name if external else variant.name
+        results.setdefault(name, []).append(row_results)
+        scores.setdefault(name, {})[variant.seed] = row_scores
     if run.rank():
         return
     first = {row: next(iter(seeds.values())) for row, seeds in scores.items()}
-    name = next((name for row_scores in first.values() for name in row_scores), None)
-    if name:
+    tested = next((name for row_scores in first.values() for name in row_scores), None)
+    if tested:
         prefix = f'{cfg.run.folder}/figures/' if compare else picture_prefix(ready[0])
-        plots.verification_plots({row: row_scores[name] for row, row_scores in first.items()
-                                  if name in row_scores}, prefix)
+        plots.verification_plots({row: row_scores[tested] for row, row_scores in first.items()
+                                  if tested in row_scores}, prefix)
     sheets = (write_comparison(cfg, results, scores) if compare
               else report.tables(results, {}, '', cfg.reference))
     for sheet in sheets:

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from facekit import batches, faces, files, images, plots, protect, run
-from facekit.check import check_experiment, check_release_files, check_release_images
+from facekit.check import (check_experiment, check_made_by, check_release_files,
+                           check_release_images)
 from facekit.config import as_dict, variants
 from facekit.errors import InputError
 from facekit.images import to_float
@@ -78,9 +79,11 @@ def release(variant, folds, device):
         check_release_images(folder, plan, folds[0].private, protections, device)
 
     if run.broadcast((variant.release / 'manifest.json').exists()):
-        protect.check_release(variant, premises)
+        protect.check_release(variant, premises, secret)
         if cfg.reconstruct.check:
             check(variant.release)
+        else:
+            check_made_by(variant, folds, maes, secret, device)
         return run.say(f'{variant.release} is finished{" and sound" * cfg.reconstruct.check}: '
                        'nothing to do')
     if protect.draws_mask(cfg.reconstruct.method):

@@ -161,7 +161,8 @@ def load_teacher(cfg, fold, device):
         return None, None
     path = cfg.teacher.checkpoint or f'{cfg.run.folder}/fold{fold.k}/teacher.pt'
     refuse_published(path, 'the teacher shapes the MAE')
-    net = embed.recogniser(path, device, run.command('train_fr.py', 'stage=teacher'))
+    net = embed.recogniser(path, device, run.command('train_fr.py', 'stage=teacher'),
+                           fold=None if cfg.teacher.checkpoint else fold)
     return models.folded(net), files.digest_of_weights(net.state_dict())
 
 

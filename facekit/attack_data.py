@@ -1,11 +1,12 @@
 """What attackers meet and have: groups of people, from own folds or a foreign release."""
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 import models
-from facekit import batches, faces
+from facekit import batches, faces, images, run
 from facekit.errors import InputError
 from facekit.faces import ImageRows
 from facekit.protect import Protection, draws_mask, plan_release, release_secret
@@ -67,8 +68,19 @@ class AttackGroup:
         return self.originals.take(self.source)
 
     def protected(self, chosen, seed):
-        """ImageRows protected with numbers drawn from `seed`: uint8 (len(chosen), H, W, 3)."""
-        return self.protection.of_rows(chosen, attacker_seeds(chosen, seed), self.device)
+        """ImageRows protected with numbers drawn from `seed`, and encoded as a release is, which
+        changes noise: uint8 (len(chosen), H, W, 3)."""
+        made = self.protection.of_rows(chosen, attacker_seeds(chosen, seed), self.device)
+        c = self.protection.cfg.reconstruct
+
+        def as_released(image):
+            encoded = images.encode(torch.from_numpy(image).permute(2, 0, 1), c.format, c.quality)
+            return images.decode(encoded, 'an attacker').permute(1, 2, 0).numpy()
+
+        if c.format == 'png':                  # loses nothing
+            return made
+        with ThreadPoolExecutor(run.cores()) as pool:
+            return np.stack(list(pool.map(as_released, made)))
 
     def probe_embeddings(self, embedder):
         """Unit embeddings (n, d) of the probes, made once."""

@@ -29,7 +29,7 @@ NAMES = ('judge', 'pixels', 'insider', 'masked', 'visible', 'linear', 'trained',
 def nearest(embedder, group):
     """The nearest original, as an Embedder sees both."""
     return Attack(Search(group.probe_embeddings(embedder), group.gallery_embeddings(embedder),
-                         group.source, group.person, embedder.threshold))
+                         group.source, group.person))
 
 
 def by_class(judge, pixels, group):
@@ -157,9 +157,8 @@ class Recognisers:
     Those in the cache hold the embeddings of the originals, too, which are the same in all rows.
     """
 
-    def __init__(self, cfg, folds, sets, device):
-        """sets: PairSets, the first of which fixes the thresholds at FAR 1e-3."""
-        self.cfg, self.folds, self.sets, self.device = cfg, folds, sets, device
+    def __init__(self, cfg, folds, device):
+        self.cfg, self.folds, self.device = cfg, folds, device
         self.cache = {}                 # (path or 'pixels', number of a group) -> Embedder
 
     def pixels(self, n):
@@ -170,22 +169,19 @@ class Recognisers:
     def public(self, role, n, path=''):
         """The Embedder of group n that was trained on public people: role is 'teacher' or
         'judge', unless a path is given."""
-        k = self.folds[n].k if self.folds else 0
-        path = str(path or getattr(self.cfg, role).checkpoint
-                   or Path(self.cfg.run.folder, f'fold{k}', f'{role}.pt'))
+        fold = self.folds[n] if self.folds else None
+        own = Path(self.cfg.run.folder, f'fold{fold.k if fold else 0}', f'{role}.pt')
+        named = path or getattr(self.cfg, role).checkpoint
+        path = str(named or own)
         if (path, n) not in self.cache:
             made_by = run.command('train_fr.py', f'stage={role}')
             if not is_published(path) and not Path(path).is_file():
                 raise InputError(f'{path} is missing: first run `{made_by}`, or name the {role} '
                                  f'of another run by {role}.checkpoint=PATH')
-            self.cache[path, n] = self.embedder(
-                path, embed.recogniser(path, self.device, made_by, self.cfg.evaluate.onnx_pixels))
+            net = embed.recogniser(path, self.device, made_by, self.cfg.evaluate.onnx_pixels,
+                                   None if named else fold)
+            self.cache[path, n] = Embedder(path, net, self.cfg, self.device)
         return self.cache[path, n]
-
-    def embedder(self, name, net):
-        """An Embedder that is not cached, with its threshold."""
-        threshold = verification.threshold_of(net, self.sets, self.cfg, self.device)
-        return Embedder(name, net, self.cfg, self.device, threshold)
 
 
 def attack(name, n, group, recognisers, student, cfg, device):
@@ -201,7 +197,7 @@ def attack(name, n, group, recognisers, student, cfg, device):
         case 'pixels':          # has nothing
             return nearest(recognisers.pixels(n), group)
         case 'insider':         # trains a recogniser on the release; uncached: 1 GB a row of CASIA
-            return nearest(recognisers.embedder('insider', student), group)
+            return nearest(Embedder('insider', student, cfg, device), group)
         case 'masked':          # knows the masks, or guesses them
             return patchwork(group, cfg, device)
         case 'visible':         # has the visible patches of the original itself

@@ -1,5 +1,6 @@
 """Checks before the first stage and behind a release: what cannot end well is said, and nothing is
 published that is not what it should be."""
+import hashlib
 import re
 from pathlib import Path
 
@@ -70,11 +71,10 @@ def check_people(cfg, rows):
     public = undecoded(cfg.data.public, len(private)) if cfg.data.public else private
     folds = make_folds(private, public, cfg)
     run.say(count_release(folds, cfg).sentence(cfg.data.exclude))
-    released = sum(len(f.released) for f in folds)
     if len(folds) == 1 and cfg.data.validation:
         verification.check_held_back(folds[0])
     for variant in rows:
-        c = variant.cfg
+        c, released = variant.cfg, count_release(folds, variant.cfg).images
         for key, batch, count in (
                 ('mae.batch', c.mae.batch, min(len(f.mae) for f in folds)),
                 ('fr.batch', c.fr.batch, min(released, *(len(f.train) for f in folds)))):
@@ -115,10 +115,12 @@ def check_release_files(folder, plan, secret, card):
            f'has {len(released)} images whose labels are not the {len(plan.label)} of its plan')
     refuse(facts['images'] != len(plan.label) or facts['people'] != plan.people, folder,
            'has other counts in its manifest')
+    secrets = secret, hashlib.sha256(secret).digest()          # as keyed() takes it
     for path in folder.iterdir():
         content = files.open_bytes(path)
         refuse(any(content.find(form) >= 0 for form in (
-            secret, secret.hex().encode(), secret.hex().upper().encode())), path,
+            key for secret in secrets for key in (
+                secret, secret.hex().encode(), secret.hex().upper().encode()))), path,
             'holds the secret')
 
 
@@ -130,6 +132,8 @@ def check_release_images(folder, plan, private, protections, device):
     which must not change a bit.
     """
     released, c = Records(folder), protections[0].cfg.reconstruct
+    refuse(len(released) != len(plan.image), folder,
+           f'has {len(released)} images, not the {len(plan.image)} of its plan')
     sample = np.unique(np.linspace(0, len(plan.image) - 1, SAMPLE).astype(int))
     for k in np.unique(plan.fold[sample]):
         chosen = sample[plan.fold[sample] == k]
@@ -144,6 +148,14 @@ def check_release_images(folder, plan, private, protections, device):
             refuse(error > 2, folder, f'has another image at {i} than its plan ({error:.1f})')
         if protect.draws_mask(c.method):
             check_hidden(folder, protections[k], originals, seeds, expected)
+
+
+def check_made_by(variant, folds, maes, secret, device):
+    """Refuse a finished release that another Protection made, as one does that was changed since;
+    maes: see protect.load_maes()."""
+    plan = protect.plan_release(folds, secret, variant.cfg)
+    protections = [protect.Protection(variant.cfg, mae) for mae in maes]
+    check_release_images(variant.release, plan, folds[0].private, protections, device)
 
 
 def check_hidden(folder, protection, originals, seeds, expected):

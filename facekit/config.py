@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import yaml
 
-from facekit.errors import InputError
+from facekit.errors import InputError, quoted
 
 # Names in a run folder, which no row of a comparison may have
 RESERVED = 'fold', 'seed', 'figures', 'reconstructed', 'cache', 'faces', 'log'
@@ -62,7 +62,13 @@ RANGES = {
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """Plain values, and no key twice: YAML would keep the last one without a word."""
+    """Plain values, without a key twice, of which YAML would keep the last one without a word, and
+    without aliases, by which a few lines can stand for more than fits into memory."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f'it has the alias *{self.peek_event().anchor}: write it out')
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         lines = {}
@@ -89,15 +95,6 @@ def read_yaml(path):
     if not isinstance(content, dict):
         raise InputError(f'config {path} holds no "section:" lines: see configs/casia.yaml')
     return content
-
-
-def quoted(value):
-    """A value as it is named in a sentence, shortened."""
-    try:
-        text = repr(value)
-    except ValueError:                     # of an integer with thousands of digits
-        text = 'a huge number'
-    return text if len(text) <= 100 else f'{text[:100]} ...'
 
 
 def check_value(key, value, default):
@@ -215,6 +212,8 @@ def assign(config, assignment, where='command line'):
         value = yaml.load(text, UniqueKeys) if text else ''
     except Exception:                      # as in read_yaml
         raise InputError(f'{where}: {quoted(assignment)} gives no YAML value: quote it') from None
+    if isinstance(value, str) and text.strip()[:1] not in ('"', "'"):
+        value = text.strip()               # a path may hold " #", a comment in YAML
     for part in reversed(name.split('.')):
         value = {part: value}
     overlay(config, value, where)

@@ -60,12 +60,16 @@ def is_sound(tensor):
             and bool(tensor.isfinite().all()))
 
 
-def recogniser(path, device, made_by='', onnx_pixels='signed'):
+def recogniser(path, device, made_by='', onnx_pixels='signed', fold=None):
     """A recogniser (eval mode): an IResNet from our checkpoint or insightface's, or a published
-    one of another kind (see facekit/published.py). `made_by`: see files.load_checkpoint()."""
+    one of another kind (see facekit/published.py). `made_by`: see files.load_checkpoint(); of a
+    Fold only one that learnt from its public images."""
     if is_published(path):
         return published(path, onnx_pixels)
-    return recogniser_from(files.load_finished(path, made_by), path, device)
+    saved = files.load_finished(path, made_by)
+    if fold:
+        fold.check_learnt(saved, path, made_by)
+    return recogniser_from(saved, path, device)
 
 
 def recogniser_from(saved, path, device):
@@ -164,7 +168,6 @@ class Embedder:
     net: torch.nn.Module | None      # an IResNet; None = pixels
     cfg: object                      # the config, for batch size and precision
     device: torch.device
-    threshold: float = np.inf        # cosine that 1 in 1,000 pairs of two people exceed
     gallery: torch.Tensor | None = None      # unit embeddings of a group's originals, once made
     gallery_rows: np.ndarray | None = None   # int64 (N,): of which
 

@@ -6,6 +6,15 @@ class InputError(ValueError):
     """A wrong input: one sentence that names what, where and the remedy."""
 
 
+def quoted(value):
+    """A value as it is named in a sentence, shortened."""
+    try:
+        text = repr(value)
+    except ValueError:                     # of an integer with thousands of digits
+        text = 'a huge number'
+    return text if len(text) <= 100 else f'{text[:100]} ...'
+
+
 def counted(number, thing):
     """'1 image' or '2 images'."""
     return f'{number} {thing}' + ('' if number == 1 else 's')

@@ -14,8 +14,8 @@ import filelock
 import torch
 
 from facekit import run
-from facekit.config import as_dict, quoted
-from facekit.errors import InputError
+from facekit.config import as_dict
+from facekit.errors import InputError, quoted
 
 # What our checkpoints hold, and of which type
 KINDS = {'format': int, 'config': dict, 'premises': dict, 'step': int, 'steps': int,
@@ -254,6 +254,14 @@ def check_premises(state, cfg, keys, path, premises):
                 if any(key in text for text in differ)]
         raise InputError(f'{path} was made with {", ".join(differ)}: change it back, or use '
                          f'another run.folder or mae.name{"".join(more)}')
+
+
+def public_dict(cfg):
+    """as_dict() for files that are shared: who asked to be left out is nobody's business, so that
+    their number stands for their names."""
+    config = as_dict(cfg)
+    config['data']['exclude'] = len(cfg.data.exclude)
+    return config
 
 
 def settings(config, keys):

@@ -9,6 +9,7 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ from einops import reduce, repeat
 
 import models
 from facekit import batches, files, run
-from facekit.config import CONFIGS, quoted
+from facekit.config import CONFIGS, check_value
 from facekit.embed import is_sound, load_weights
-from facekit.errors import InputError
+from facekit.errors import InputError, quoted
 from facekit.images import to_float, to_uint8
 from facekit.split import private_digest
 from facekit.toy import is_drawn
@@ -28,6 +29,8 @@ from facekit.toy import is_drawn
 # The key of the config that says how strong a method is
 STRENGTH = {'facemae': 'mask_ratio', 'mask': 'mask_ratio', 'blur': 'blur_sigma',
             'pixelate': 'pixelate_block', 'noise': 'noise_std'}
+# The keys of section mae that decide a MAE's shapes
+SHAPE = 'patch', 'dim', 'depth', 'heads', 'decoder_dim', 'decoder_depth', 'decoder_heads'
 STD = 0.25      # grey levels in 0..1 are divided by this; one number, so that hue is within
 
 
@@ -69,18 +72,19 @@ class FaceMAE:
 
 
 def build_mae(settings, size):
-    """The models.MAE of a config's section mae (namespace or dict) for images of `size` pixels."""
-    c = settings if isinstance(settings, dict) else vars(settings)
+    """The models.MAE of a config's section mae (namespace) for images of `size` pixels."""
     try:
-        return models.MAE(size, *(c[key] for key in (
-            'patch', 'dim', 'depth', 'heads', 'decoder_dim', 'decoder_depth', 'decoder_heads')))
+        return models.MAE(size, *(getattr(settings, key) for key in SHAPE))
     except ValueError as error:
         raise InputError(f'mae: {error}') from None
 
 
-def load_mae(path, cfg, device, made_by):
-    """The finished FaceMAE in a checkpoint, which `made_by` is the command to make."""
+def load_mae(path, cfg, device, made_by, fold=None):
+    """The finished FaceMAE in a checkpoint, which `made_by` is the command to make; of a Fold only
+    one that learnt from its public images."""
     saved = files.load_finished(path, made_by, ('model', 'mean', 'std', 'config'))
+    if fold:
+        fold.check_learnt(saved, path, made_by)
     settings, trained_at = (files.entry(saved['config'], key) for key in ('mae', 'data'))
     if settings.get('norm_pix_loss'):
         raise InputError(f'{path} was trained with mae.norm_pix_loss: undoing it needs the hidden '
@@ -91,8 +95,10 @@ def load_mae(path, cfg, device, made_by):
             raise InputError(f'{path} was trained with {key} = {quoted(then)}, not {now}: set it '
                              'alike')
     try:
-        model = build_mae(settings, cfg.data.size)
-    except (KeyError, TypeError, AttributeError, RuntimeError):    # a file can hold anything
+        shape = {key: check_value(f'mae.{key}', settings.get(key), 1) for key in SHAPE}
+        with torch.device('meta'):           # takes no memory, before its shapes are compared
+            model = build_mae(SimpleNamespace(**shape), cfg.data.size)
+    except InputError:                       # a file can hold anything
         raise InputError(f'{path} has a damaged config: delete it and make it again') from None
     load_weights(model, saved, path)
     mean, std, size = saved['mean'], saved['std'], cfg.data.size
@@ -104,7 +110,7 @@ def load_mae(path, cfg, device, made_by):
 def load_maes(variant, folds, device):
     """The FaceMAE of each fold, or None for methods that need none."""
     cfg, made_by = variant.cfg, run.command('train_mae.py')
-    return [load_mae(variant.mae(f.k), cfg, device, made_by)
+    return [load_mae(variant.mae(f.k), cfg, device, made_by, f)
             if cfg.reconstruct.method == 'facemae' else None for f in folds]
 
 
@@ -294,7 +300,12 @@ def plan_release(folds, secret, cfg):
 
 def release_premises(folds, maes, secret):
     """What a release is made from beside its config, {what: digest}; maes: see load_maes()."""
-    premises = {'set of images': private_digest(folds), 'secret': files.digest(secret)}
+    private = folds[0].private
+    names = private.people[np.unique(private.labels[np.concatenate([f.released for f in folds])])]
+    premises = {'set of images': private_digest(folds),
+                'set of names': files.digest('\0'.join(names).encode(errors='surrogateescape')),
+                # Not the digest that keyed() has for a key
+                'secret': files.digest(b'which secret: ' + secret)}
     if maes[0]:
         premises['mae'] = files.digest(''.join(mae.digest() for mae in maes).encode())
     return premises
@@ -306,10 +317,17 @@ def release_keys(cfg):
     return [*keys, 'mae.patch'] if draws_mask(cfg.reconstruct.method) else keys
 
 
-def check_release(variant, premises):
-    """Refuse a finished release that was made with another config, secret, model or images.
+def check_release(variant, premises, secret):
+    """Refuse a finished release that was made with another config, secret, model, images or names.
 
     Its images could not be matched with their originals any more, and would look private.
     """
-    files.check_premises(files.read_json(variant.folder / 'release.json'), variant.cfg,
-                         release_keys(variant.cfg), variant.release, premises)
+    path = variant.folder / 'release.json'
+    saved = files.read_json(path)
+    before = files.entry(saved, 'premises')
+    if before.get('secret') == files.digest(secret):
+        # Of an earlier version, whose digest of the secret was the very key of keyed()
+        before |= {what: premises[what] for what in ('secret', 'set of names')}
+        if run.rank() == 0:
+            files.write_json(path, saved)
+    files.check_premises(saved, variant.cfg, release_keys(variant.cfg), variant.release, premises)

@@ -130,8 +130,11 @@ def leakage_sheets(released):
 
 
 def visible_patches(config):
-    """How many patches of an image stay visible, '9 of 36'; 'all' where none is hidden."""
+    """How many patches of an image stay visible, '9 of 36'; 'all' where none is hidden, 'unknown'
+    of a release made elsewhere."""
     c = config['reconstruct']
+    if config['release']:
+        return 'unknown'
     if not draws_mask(c['method']):
         return 'all'
     patches = (config['data']['size'] // config['mae']['patch']) ** 2
@@ -176,9 +179,12 @@ def attackers_sheet(released):
     tried = {a for results in released.values() for kind in QUESTIONS
              for a in of_question(results[0]['privacy'], kind)}
     names = [name for name in ATTACKER_HAS if name in tried] + sorted(tried - set(ATTACKER_HAS))
+    has = dict(ATTACKER_HAS)
+    for role in ('judge', 'teacher'):
+        if path := next(iter(released.values()))[0]['config'][role]['checkpoint']:
+            has[role] = f'the recogniser {path}, which you named'
     return Sheet('attackers', ['attacker', 'what it has'], [
-        [name, ATTACKER_HAS.get(name, 'a recogniser that you named')] for name in names],
-        text=True)
+        [name, has.get(name, 'a recogniser that you named')] for name in names], text=True)
 
 
 def lead_sheets(ahead, method):

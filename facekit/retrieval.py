@@ -4,10 +4,11 @@ Two questions are asked of every attack, each with its chance level and its ceil
 probes). *same_image*: is the very original first? *same_person*: is another photo of the same
 person first?
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from facekit import verification
 from facekit.batches import dealt
@@ -23,13 +24,22 @@ class Search:
     gallery: torch.Tensor              # float32 (N, d); may lie on the host, probes on the device
     source: np.ndarray                 # int64 (n,): gallery item that each probe was made from
     person: np.ndarray | None          # int64 (N,): whose item; None = each item is one person
-    threshold: float = np.inf          # cosine that 1 in 1,000 pairs of two people exceed
+    centre: torch.Tensor | None = None     # float32 (d,): see taken()
     ceiling_probes: torch.Tensor | None = None   # originals as probes; None = gallery[source]
 
     def compares_images(self):
         """Whether probes and gallery are unit vectors of single images, so that scores are
         cosines."""
         return self.ceiling_probes is None and self.person is not None
+
+    def centred(self):
+        """The same without the mean embedding of each side, which costs an attacker nothing.
+
+        A distortion moves all images in one direction, behind which a recogniser otherwise loses
+        much of what it sees: of a blur or noise a third and more.
+        """
+        return replace(self, probes=F.normalize(self.probes - self.probes.mean(0)),
+                       centre=self.gallery.mean(0))
 
 
 @dataclass
@@ -51,13 +61,21 @@ class Ranking:
 
 # -------------------------------------------------------------------------------- search
 
-def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=BLOCK, only_best=False):
+def taken(gallery, some, device, centre=None):
+    """Rows of a gallery (N, d) on the device; where a centre (d,) is taken from them, as unit
+    vectors again. So no second gallery is in memory."""
+    rows = gallery[some].to(device, non_blocking=True)
+    return rows if centre is None else F.normalize(rows - centre.to(device), dim=-1)
+
+
+def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=BLOCK, only_best=False,
+           centre=None):
     """Rank every gallery item that a probe should find, exactly and in bounded memory.
 
     probes (n, d), gallery (N, d): float32; ids int64, with probes: the items with the probe's id
     are its targets, except item exclude[i]. The gallery may lie on the host; each process ranks a
     share of the probes. Returns the Ranking of the probes that have a target; with `only_best`,
-    which is cheaper, without precision.
+    which is cheaper, without precision. centre: see taken().
     """
     order = gallery_ids.argsort(stable=True)
     first = torch.searchsorted(gallery_ids[order], probe_ids)
@@ -74,14 +92,14 @@ def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=BLOCK, o
         part, target, valid = (t[valid.any(1)] for t in (part, target, valid))
         same = probe_ids[part, None], gallery_ids[None]
         rank, precision = rank_targets(probes[part], gallery, target, valid, same, block,
-                                       only_best)
+                                       only_best, centre)
         chance = valid.sum(1) / (len(gallery) - (exclude is not None))
         return [t.cpu() for t in (rank, precision, chance, part)]
 
     return Ranking(*(torch.cat(x) for x in zip(*dealt(len(shares), ranked))))
 
 
-def rank_targets(probes, gallery, target, valid, same, block, only_best):
+def rank_targets(probes, gallery, target, valid, same, block, only_best, centre):
     """Rank of the best target and average precision, float32 (b,) each.
 
     target, valid (b, m): gallery items to find, and which of the m count; same: ids (b, 1) and
@@ -90,8 +108,8 @@ def rank_targets(probes, gallery, target, valid, same, block, only_best):
     """
     device = probes.device
     wanted = torch.cat([
-        scores(probes[:, None], gallery[some.to(gallery.device)].to(device).mT).squeeze(1)
-        for some in target.split(32, 1)], 1)
+        scores(probes[:, None], taken(gallery, some.to(gallery.device), device, centre).mT
+               ).squeeze(1) for some in target.split(32, 1)], 1)
     if only_best:
         wanted = wanted.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
         valid = valid.any(1, keepdim=True)
@@ -101,7 +119,7 @@ def rank_targets(probes, gallery, target, valid, same, block, only_best):
     above = torch.zeros(len(probes), targets + 1, device=device)
     for begin in range(0, len(gallery), block):
         some = slice(begin, begin + block)
-        score = scores(probes, gallery[some].to(device, non_blocking=True).T)
+        score = scores(probes, taken(gallery, some, device, centre).T)
         score[same[0] == same[1][:, some]] = -torch.inf
         for side in (False, True):                # counting ties half below and half above
             place = torch.searchsorted(wanted, score, right=side)
@@ -140,28 +158,47 @@ def questions(s):
 
 
 def figures_of(attacks):
-    """One attacker's Attacks on all groups, pooled: {kind: figures of results.json}."""
-    results = {}
+    """One attacker's Attacks on all groups, pooled: {kind: figures of results.json}.
+
+    Embeddings are compared as they are and centred; each question takes what finds more.
+    """
+    plain, *centred = map(pooled, ways([attack.headline for attack in attacks]))
+    results = plain
+    for kind in plain if centred else ():
+        better = centred[0][kind]['rank1'] > plain[kind]['rank1']
+        results[kind] = (centred[0] if better else plain)[kind] | {'centred': better}
+    for kind in results:
+        if curves := curves_of(attacks, kind):
+            results[kind]['curve'] = curves
+    return results
+
+
+def ways(searches):
+    """The Searches of all groups as they are and, where they compare embeddings, centred."""
+    if any(s.ceiling_probes is not None for s in searches):
+        return [searches]
+    return [searches, [s.centred() for s in searches]]
+
+
+def pooled(searches):
+    """Searches of all groups as one: {kind: figures}."""
     rankings, ceilings, people, offset = {}, {}, {}, 0
-    for attack in attacks:
-        s = attack.headline
+    for s in searches:
         perfect = s.ceiling_probes
         if perfect is None:
-            perfect = s.gallery[torch.as_tensor(s.source)].to(s.probes.device)
+            perfect = taken(s.gallery, torch.as_tensor(s.source), s.probes.device, s.centre)
         # Without person, numbers of another group are other people
         names = s.source + offset if s.person is None else s.person[s.source]
         offset += len(s.gallery)
         for kind, question in questions(s).items():
-            if len((ranking := search(s.probes, s.gallery, *question)).rank):
+            ranking = search(s.probes, s.gallery, *question, centre=s.centre)
+            if len(ranking.rank):
                 rankings.setdefault(kind, []).append(ranking)
                 ceilings.setdefault(kind, []).append(
-                    search(perfect, s.gallery, *question, only_best=True))
+                    search(perfect, s.gallery, *question, only_best=True, centre=s.centre))
                 people.setdefault(kind, []).append(names[ranking.probe.numpy()])
-    for kind in rankings:
-        results[kind] = summary(rankings[kind], ceilings[kind], np.concatenate(people[kind]))
-        if curves := curves_of(attacks, kind):
-            results[kind]['curve'] = curves
-    return results
+    return {kind: summary(rankings[kind], ceilings[kind], np.concatenate(people[kind]))
+            for kind in rankings}
 
 
 def summary(rankings, ceilings, person):
@@ -186,11 +223,12 @@ def curves_of(attacks, kind):
     curves = {}
     for series, searches in attacks[0].curves.items():
         for x in searches:
-            points = [attack.curves[series][x] for attack in attacks]
-            rankings = [search(s.probes, s.gallery, *questions(s)[kind], only_best=True)
-                        for s in points if kind in questions(s)]
-            if rankings:
-                curves.setdefault(series, {})[str(x)] = rank1(rankings)
+            points = [s for s in (attack.curves[series][x] for attack in attacks)
+                      if kind in questions(s)]
+            if points:
+                curves.setdefault(series, {})[str(x)] = max(
+                    rank1([search(s.probes, s.gallery, *questions(s)[kind], only_best=True,
+                                  centre=s.centre) for s in some]) for some in ways(points))
     return curves
 
 
@@ -199,13 +237,12 @@ class Cosines:
     """What a recogniser says of the pairs (probe, original)."""
     true: np.ndarray           # float32 (n,): of each probe and its own original
     others: np.ndarray         # float32 (n,): of each probe and an original of another person
-    accepted: float            # share of the true ones that pass at FAR 1e-3; NaN if not known
 
 
 def cosines_of(attacks):
     """The Cosines of one attacker's Attacks on all groups, or None if they do not compare single
     images."""
-    values = {'true': [], 'others': [], 'accepted': []}
+    values = {'true': [], 'others': []}
     for attack in attacks:
         s, rng = attack.headline, np.random.default_rng(0)
         if not s.compares_images() or len(np.unique(s.person)) < 2:
@@ -216,6 +253,4 @@ def cosines_of(attacks):
             for rows in (s.source, other))
         values['true'].append(true)
         values['others'].append(others)
-        values['accepted'].append(np.where(np.isfinite(s.threshold), true > s.threshold, np.nan))
-    true, others, accepted = (np.concatenate(x) for x in values.values())
-    return Cosines(true, others, float(accepted.mean()))
+    return Cosines(*(np.concatenate(x) for x in values.values()))

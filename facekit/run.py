@@ -108,6 +108,7 @@ def start_processes(cfg):
         torch.backends.cudnn.benchmark = not cfg.run.deterministic
     else:
         keep_freed_memory()
+        say_if_emulated(cfg.run.precision)
     return device
 
 
@@ -126,11 +127,22 @@ def choose_device(cfg):
     return torch.device('cuda', local)
 
 
+def say_if_emulated(precision):
+    """Say so where this CPU has no instructions for half precision, which is slow without them."""
+    check = f'_is_mkldnn_{precision}_supported'
+    with contextlib.suppress(AttributeError):            # builds of torch without oneDNN
+        if precision != 'fp32' and not getattr(torch.ops.mkldnn, check)():
+            say(f'run.precision = {precision}, which this CPU can only emulate: training is about '
+                'ten times slower than in float32: use run.precision=fp32')
+
+
 def free_memory(device):
     """Bytes that are free on a device."""
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    # Not SC_AVPHYS_PAGES, which counts no page that only caches a file
+    lines = dict(line.split(':') for line in Path('/proc/meminfo').read_text().splitlines())
+    return 1024 * int(lines['MemAvailable'].split()[0])
 
 
 def keep_freed_memory():

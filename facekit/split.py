@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from facekit import faces
+from facekit import faces, files
 from facekit.errors import InputError, counted
 from facekit.faces import FaceSet
 from facekit.sources import FolderSource
@@ -21,6 +21,14 @@ class Fold:
     mae: np.ndarray           # rows of `public` that train the MAE: also people with few images
     validation: np.ndarray    # rows of `public` that are kept from all training
     released: np.ndarray      # rows of `private` that are released
+
+    def check_learnt(self, saved, path, made_by):
+        """Refuse a checkpoint, which `made_by` is the command to make, that learnt from other
+        images than the public ones: it may have seen who is private here."""
+        learnt = files.entry(saved, 'premises').get('set of images')
+        if not any(self.public.digest(rows) == learnt for rows in (self.train, self.mae)):
+            raise InputError(f'{path} learnt from other images than those that are public in this '
+                             f'config: change it back, or delete the file and run `{made_by}`')
 
 
 def not_excluded(faceset, cfg):
@@ -173,11 +181,13 @@ def count_release(folds, cfg):
     excluded = np.isin(private.people, [str(name) for name in cfg.data.exclude])
     few = ~excluded & (images < cfg.data.min_images)
     rows = np.concatenate([f.released for f in folds])
-    released = len(np.unique(private.labels[rows]))
+    released = np.bincount(private.labels[rows])
+    most = cfg.reconstruct.images_per_person or len(rows)
     return ReleaseCounts(
-        released, len(rows), len(images), len(private), int(excluded.sum()),
-        int(images[excluded].sum()), int(few.sum()),
-        len(images) - int(excluded.sum()) - int(few.sum()) - released, len(private.skipped))
+        int((released > 0).sum()), int(released.clip(max=most).sum()), len(images),
+        len(private), int(excluded.sum()), int(images[excluded].sum()), int(few.sum()),
+        len(images) - int(excluded.sum() + few.sum()) - int((released > 0).sum()),
+        len(private.skipped))
 
 
 def private_digest(folds):

@@ -17,7 +17,6 @@ import torch
 
 from facekit import embed, files, run
 from facekit.classes import DividedHead
-from facekit.config import as_dict
 from facekit.errors import InputError
 from facekit.progress import StageLog
 
@@ -122,7 +121,8 @@ class Training:
             state = head.converted(state, head.whole)
         files.save_checkpoint(self.path, {
             **state, 'step': self.step, 'steps': self.steps, 'logged': self.logged,
-            'sums': self.sums, 'format': files.FORMAT, 'config': as_dict(self.cfg), **self.extra})
+            'sums': self.sums, 'format': files.FORMAT, 'config': files.public_dict(self.cfg),
+            **self.extra})
         self.stop.leave_if_requested()
 
     def check_finite(self, values):

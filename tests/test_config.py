@@ -52,10 +52,17 @@ def test_exponents_without_a_dot_are_numbers():
     assert resolved['mae']['lr'] == 1e-4 and resolved['fr']['lr'] == 1.0
 
 
+@pytest.mark.parametrize('text', ['/photos #2', "O'Hara", '"quoted"', '~x', '2024/faces'])
+def test_a_path_on_the_command_line_is_taken_as_it_is(text):
+    resolved = config.resolve(config.CONFIGS / 'toy.yaml', [f'data.root={text}'])
+    assert resolved['data']['root'] == text.strip('"')
+
+
 @pytest.mark.parametrize('text', ['', '3', '- a', 'a: [', '\x00', 'a: !!python/object:os.system x',
                                   'mae: {epochs: {a: 1}}', 'base: nowhere.yaml', 'base: bad.yaml',
                                   'compare: {x: 3}', 'compare: {x: [mae.lr]}', '1: 2',
-                                  'compare: {reconstructed: []}', 'compare: {facemae: []}'])
+                                  'compare: {reconstructed: []}', 'compare: {facemae: []}',
+                                  'data: {exclude: &a [x], cache: *a}', 'a: {<<: &b {}}\nc: *b'])
 def test_a_broken_file_is_one_sentence(tmp_path, text):
     (tmp_path / 'bad.yaml').write_text(text)
     with pytest.raises(InputError) as error:

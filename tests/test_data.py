@@ -295,6 +295,7 @@ def test_release_order_is_secret_and_complete(tmp_path):
     other = protect.plan_release(folds, b'another', cfg)
     assert (other.image != plan.image).any()
     cfg.reconstruct.images_per_person = 2
+    assert split.count_release(folds, cfg).images == 2 * plan.people
     capped = protect.plan_release(folds, b'secret', cfg)
     assert np.bincount(capped.label).tolist() == [2] * 8
 

@@ -78,6 +78,20 @@ def test_a_paired_difference_is_of_the_same_pairs_and_over_seeds():
     assert not verification.paired_difference({0: easy}, {1: hard}, same)
 
 
+def test_the_interval_of_a_paired_difference_covers_where_seeds_differ():
+    """Of nets that are equally good over seeds, 95 of 100 intervals of three seeds hold 0."""
+    same, rng, covered = np.arange(1000) % 2 == 0, np.random.default_rng(0), []
+
+    def seeds():
+        return {seed: np.where(same, 1, 2) + rng.uniform(0.4, 0.8) * rng.normal(size=1000)
+                for seed in range(3)}
+
+    for _ in range(100):
+        _, low, high = verification.paired_difference(seeds(), seeds(), same, 200)['accuracy']
+        covered.append(low <= 0 <= high)
+    assert np.mean(covered) > 0.9                    # of drawn seeds alone: 0.8
+
+
 def test_pairs_of_held_back_people_are_what_they_say():
     labels = np.r_[np.repeat(np.arange(9), 4), 50, 51, 51]
     people = FaceSet('', np.arange(len(labels)), labels, None, None, [])

@@ -1,4 +1,5 @@
 """Nobody is released by mistake: names, exclusions, what is passed over, the secret, the check."""
+import hashlib
 import json
 import os
 import re
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import run
-from facekit import check, config, faces, images, protect, records, split, toy
+from conftest import TINY, run
+import train_mae
+from facekit import attacks, check, config, faces, images, protect, records, split, toy
 from facekit.errors import InputError
 from test_data import make_config, write_faces
 
@@ -232,6 +234,63 @@ def test_a_release_that_is_not_what_it_should_be_is_not_left_behind(finished, tm
         damage()
         printed = run(tmp_path, *again, code=2)
         assert re.search(words, printed) and 'must not be published' in printed, printed
+        if 'image' in words:              # as another Protection would have made it: always seen
+            assert words in run(tmp_path, 'reconstruct.py', code=2)
+
+
+def test_a_release_of_an_earlier_version_stops_giving_its_key_away(finished, tmp_path):
+    shutil.copytree(finished[0] / 'run' / 'mask', tmp_path, dirs_exist_ok=True)
+    cfg = config.namespace(config.resolve(TINY, [f'run.folder={tmp_path}']))
+    now = json.loads((tmp_path / 'release.json').read_text())
+    secret = protect.read_secret(finished[0] / 'run' / 'release.key')
+    before = {'set of images': now['premises']['set of images'],
+              'secret': hashlib.sha256(secret).hexdigest()}
+    (tmp_path / 'release.json').write_text(json.dumps(now | {'premises': before}))
+    variant = config.Variant('mask', 0, cfg, '')
+    cfg.reconstruct.method, cfg.reconstruct.mask_ratio = 'mask', cfg.mae.mask_ratio
+    protect.check_release(variant, now['premises'], secret)
+    assert json.loads((tmp_path / 'release.json').read_text()) == now
+    with pytest.raises(InputError, match='another secret'):
+        protect.check_release(variant, now['premises'] | {'secret': 'x'}, secret)
+
+
+def test_people_who_were_renamed_are_no_longer_matched_with_their_release(tmp_path):
+    """The plan follows from names: with others all attackers would look in the wrong place."""
+    folder_of_people(tmp_path / 'faces')
+    write_faces(tmp_path / 'public', people=30, start=100)
+    words = ('reconstruct.py', 'data.root=faces', 'data.public=public',
+             'reconstruct.method=pixelate')
+    run(tmp_path, *words)
+    (tmp_path / 'faces' / 'id_000').rename(tmp_path / 'faces' / 'id_000b')
+    assert 'made with another set of names' in run(tmp_path, *words, code=2)
+    (tmp_path / 'faces' / 'id_000b').rename(tmp_path / 'faces' / 'id_000')
+    assert 'nothing to do' in run(tmp_path, *words)
+
+
+def test_nets_that_learnt_from_who_is_private_now_are_refused(finished):
+    """After a change of the split, stages 2 to 4 alone used to go on with the old nets."""
+    folder = finished[0]
+    cfg = config.namespace(config.resolve(TINY, [
+        f'run.folder={folder}/run', f'data.root={folder}/faces', f'data.cache={folder}/cache']))
+    device = torch.device('cpu')
+
+    def load():
+        variant, folds = config.variants(cfg, compare=False)[0], split.split(cfg)
+        yield lambda: protect.load_maes(variant, folds, device)
+        yield lambda: train_mae.load_teacher(cfg, folds[0], device)
+        yield lambda: attacks.Recognisers(cfg, folds, device).public('judge', 0)
+
+    assert all(net() for net in load())
+    cfg.data.split_seed = 5
+    for net in load():
+        with pytest.raises(InputError, match='learnt from other images .* run `python train'):
+            net()
+
+
+def test_who_asked_to_be_left_out_is_not_named_in_a_checkpoint(copied):
+    run(copied, 'train_mae.py', 'irm.weight=0', 'mae.name=few', 'data.exclude=[3, 14]')
+    saved = torch.load(copied / 'run' / 'fold0' / 'few.pt', weights_only=True)
+    assert saved['config']['data']['exclude'] == 2
 
 
 def test_a_method_that_reads_hidden_pixels_is_not_released(tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ def result(method, accuracy, person, photo, **more):
     return {'verification': {'lfw': {'accuracy': accuracy, 'auc': 0.9, 'tar@far=1e-2': 0.5}},
             'privacy': attacks | more, 'reconstruction': {'psnr': 20.0, 'ssim': 0.5},
             'config': {'reconstruct': {'method': method, 'mask_ratio': 0.9},
-                       'mae': {'patch': 8}, 'data': {'size': 48}}}
+                       'mae': {'patch': 8}, 'data': {'size': 48}, 'release': '',
+                       'judge': {'checkpoint': ''}, 'teacher': {'checkpoint': ''}}}
 
 
 def sheet(rows, title, references=None):
