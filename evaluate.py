@@ -30,10 +30,10 @@ import numpy as np
 import torch.nn.functional as F
 from rich.console import Console
 
-from facekit import attacks, embed, faces, files, plots, protect, report, retrieval, run
+from facekit import attacks, embed, faces, files, keys, plots, protect, report, retrieval, run
 from facekit import verification
 from facekit.attack_data import foreign_groups, own_groups
-from facekit.check import check_experiment, check_made_by
+from facekit.check import check_experiment, check_release_images
 from facekit.config import as_dict, variants
 from facekit.errors import InputError
 from facekit.images import psnr_and_ssim
@@ -115,9 +115,9 @@ def leakage(variant, folds, release, student, path, recognisers, device):
         groups = foreign_groups(cfg, release, device)
     else:
         maes = protect.load_maes(variant, folds, device)
-        secret = protect.release_secret(cfg)
+        secret = keys.release_secret(cfg)
         premises = protect.release_premises(folds, maes, secret)
-        protect.check_release(variant, premises, secret)
+        protect.check_release(variant, premises)
         digest, before = None, {}
         if run.rank() == 0:
             digest = attack_digest(variant, folds, premises)
@@ -126,8 +126,10 @@ def leakage(variant, folds, release, student, path, recognisers, device):
         if run.broadcast(before.get('attacked') == digest):
             run.say(f'the attacks of {path} are kept')
             return {key: before[key] for key in ('attacked', 'privacy', 'reconstruction')}
-        check_made_by(variant, folds, maes, secret, device)
-        groups = own_groups(variant, folds, maes, release, device)
+        plan = protect.plan_release(folds, secret, cfg)
+        check_release_images(variant.release, plan, folds[0].private,
+                             [protect.Protection(cfg, mae) for mae in maes], device)
+        groups = own_groups(cfg, folds, maes, release, plan, device)
     figures, cosines = attack_all(variant, groups, student, recognisers, device)
     released = np.concatenate([g.released.pixels() for g in groups])
     originals = np.concatenate([g.sources().pixels() for g in groups])
@@ -284,6 +286,10 @@ def say_where(cfg, compare):
 
 def main(cfg, device, compare):
     attacks.check_attacks(cfg)
+    external = cfg.evaluate.model or cfg.release
+    if external and compare:
+        raise InputError('evaluate.model and release take the place of the rows: leave out '
+                         '--compare')
     if cfg.evaluate.model:                   # a published net sees the pairs at its own size
         cfg.data.size = embed.recogniser(cfg.evaluate.model, device,
                                          onnx_pixels=cfg.evaluate.onnx_pixels).size
@@ -297,7 +303,6 @@ def main(cfg, device, compare):
     ready = ready_variants(cfg, compare)
     for variant in ready:
         row_results, row_scores = evaluate(variant, folds, sets, recognisers, device)
-        external = cfg.evaluate.model or cfg.release
         name = Path(external).name if external else variant.name
         results.setdefault(name, []).append(row_results)
         scores.setdefault(name, {})[variant.seed] = row_scores

@@ -27,9 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from facekit import batches, faces, files, images, plots, protect, run
-from facekit.check import (check_experiment, check_made_by, check_release_files,
-                           check_release_images)
+from facekit import batches, faces, files, images, keys, plots, protect, run
+from facekit.check import check_experiment, check_release_files, check_release_images
 from facekit.config import as_dict, variants
 from facekit.errors import InputError
 from facekit.images import to_float
@@ -69,7 +68,7 @@ def release(variant, folds, device):
     """Write one released data set."""
     cfg = variant.cfg
     maes = protect.load_maes(variant, folds, device)
-    secret = protect.release_secret(cfg)
+    secret = keys.release_secret(cfg)
     premises = protect.release_premises(folds, maes, secret)
     plan = protect.plan_release(folds, secret, cfg)
     protections = [Protection(cfg, mae) for mae in maes]
@@ -79,11 +78,11 @@ def release(variant, folds, device):
         check_release_images(folder, plan, folds[0].private, protections, device)
 
     if run.broadcast((variant.release / 'manifest.json').exists()):
-        protect.check_release(variant, premises, secret)
+        protect.check_release(variant, premises)
         if cfg.reconstruct.check:
             check(variant.release)
-        else:
-            check_made_by(variant, folds, maes, secret, device)
+        else:                # of a Protection whose code was changed since, or this one's
+            check_release_images(variant.release, plan, folds[0].private, protections, device)
         return run.say(f'{variant.release} is finished{" and sound" * cfg.reconstruct.check}: '
                        'nothing to do')
     if protect.draws_mask(cfg.reconstruct.method):

@@ -1,15 +1,14 @@
 """What attackers meet and have: groups of people, from own folds or a foreign release."""
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 import models
-from facekit import batches, faces, images, run
+from facekit import batches, faces
 from facekit.errors import InputError
 from facekit.faces import ImageRows
-from facekit.protect import Protection, draws_mask, plan_release, release_secret
+from facekit.protect import Protection, draws_mask
 from facekit.split import not_excluded, share_of
 
 
@@ -68,19 +67,8 @@ class AttackGroup:
         return self.originals.take(self.source)
 
     def protected(self, chosen, seed):
-        """ImageRows protected with numbers drawn from `seed`, and encoded as a release is, which
-        changes noise: uint8 (len(chosen), H, W, 3)."""
-        made = self.protection.of_rows(chosen, attacker_seeds(chosen, seed), self.device)
-        c = self.protection.cfg.reconstruct
-
-        def as_released(image):
-            encoded = images.encode(torch.from_numpy(image).permute(2, 0, 1), c.format, c.quality)
-            return images.decode(encoded, 'an attacker').permute(1, 2, 0).numpy()
-
-        if c.format == 'png':                  # loses nothing
-            return made
-        with ThreadPoolExecutor(run.cores()) as pool:
-            return np.stack(list(pool.map(as_released, made)))
+        """ImageRows protected with numbers drawn from `seed`: uint8 (len(chosen), H, W, 3)."""
+        return self.protection.of_rows(chosen, attacker_seeds(chosen, seed), self.device)
 
     def probe_embeddings(self, embedder):
         """Unit embeddings (n, d) of the probes, made once."""
@@ -123,13 +111,13 @@ def searched(rows, people, asked, cfg):
     return np.setdiff1d(rows, few, assume_unique=True)
 
 
-def own_groups(variant, folds, maes, release, device):
-    """The released people of each fold as an AttackGroup; release: FaceSet of what was released.
+def own_groups(cfg, folds, maes, release, plan, device):
+    """The released people of each fold as an AttackGroup; release: FaceSet of what was released by
+    a ReleasePlan.
 
     The attackers' pairs are public people, whom the fold's own model protects for them.
     """
-    cfg, private = variant.cfg, folds[0].private
-    plan = plan_release(folds, release_secret(cfg), cfg)
+    private = folds[0].private
     probes = some_of(cfg, len(plan.image))
     # Equally many in all folds, so that curves can be pooled
     pairs = len(some_of(cfg, min(len(f.train) for f in folds)))

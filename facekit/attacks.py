@@ -285,6 +285,6 @@ def code_digest():
     """Hex digits of the code that the figures of an attack depend on."""
     here = Path(__file__).parent
     paths = [Path(models.__file__), *(here / f'{name}.py' for name in (
-        'batches', 'faces', 'images', 'sources', 'split', 'published', 'embed', 'protect',
+        'batches', 'faces', 'images', 'sources', 'split', 'published', 'embed', 'keys', 'protect',
         'verification', 'retrieval', 'attack_data', 'mask_attacks', 'attacks'))]
     return files.digest(b''.join(path.read_bytes() for path in paths))

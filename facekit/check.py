@@ -1,6 +1,5 @@
 """Checks before the first stage and behind a release: what cannot end well is said, and nothing is
 published that is not what it should be."""
-import hashlib
 import re
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 
 import models
-from facekit import attacks, files, images, protect, run, verification
+from facekit import attacks, files, images, keys, protect, run, verification
 from facekit.config import CHOICES, variants
 from facekit.errors import InputError
 from facekit.faces import FaceSet
@@ -37,7 +36,7 @@ def check_experiment(cfg, compare):
                 raise InputError(f'{section}.checkpoint = {path} does not exist: check the path')
         refuse_published(variant.cfg.teacher.checkpoint, 'the teacher shapes the MAE')
     if cfg.reconstruct.key:
-        protect.read_secret(Path(cfg.reconstruct.key))
+        keys.read_secret(Path(cfg.reconstruct.key))
     drawn = cfg.data.root == cfg.toy.root and not Path(cfg.data.root).exists()
     if drawn:
         run.say(f'toy faces will be drawn into {cfg.data.root}')
@@ -115,7 +114,7 @@ def check_release_files(folder, plan, secret, card):
            f'has {len(released)} images whose labels are not the {len(plan.label)} of its plan')
     refuse(facts['images'] != len(plan.label) or facts['people'] != plan.people, folder,
            'has other counts in its manifest')
-    secrets = secret, hashlib.sha256(secret).digest()          # as keyed() takes it
+    secrets = secret, keys.key_of(secret)
     for path in folder.iterdir():
         content = files.open_bytes(path)
         refuse(any(content.find(form) >= 0 for form in (
@@ -148,14 +147,6 @@ def check_release_images(folder, plan, private, protections, device):
             refuse(error > 2, folder, f'has another image at {i} than its plan ({error:.1f})')
         if protect.draws_mask(c.method):
             check_hidden(folder, protections[k], originals, seeds, expected)
-
-
-def check_made_by(variant, folds, maes, secret, device):
-    """Refuse a finished release that another Protection made, as one does that was changed since;
-    maes: see protect.load_maes()."""
-    plan = protect.plan_release(folds, secret, variant.cfg)
-    protections = [protect.Protection(variant.cfg, mae) for mae in maes]
-    check_release_images(variant.release, plan, folds[0].private, protections, device)
 
 
 def check_hidden(folder, protection, originals, seeds, expected):

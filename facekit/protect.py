@@ -1,14 +1,11 @@
-"""The protections: FaceMAE and what it is compared with, their secret, and the plan of a release.
+"""The protections: FaceMAE and what it is compared with, and the plan of a release.
 
 Stage 2 and the attackers of stage 4 meet here: who attacks other people's pairs protects them with
 the very same code.
 """
-import hashlib
 import math
-import os
-import secrets
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,12 +16,12 @@ from einops import reduce, repeat
 
 import models
 from facekit import batches, files, run
-from facekit.config import CONFIGS, check_value
+from facekit.config import check_value
 from facekit.embed import is_sound, load_weights
 from facekit.errors import InputError, quoted
-from facekit.images import to_float, to_uint8
+from facekit.images import decode, encode, to_float, to_uint8
+from facekit.keys import keyed, which_secret
 from facekit.split import private_digest
-from facekit.toy import is_drawn
 
 # The key of the config that says how strong a method is
 STRENGTH = {'facemae': 'mask_ratio', 'mask': 'mask_ratio', 'blur': 'blur_sigma',
@@ -182,77 +179,34 @@ class Protection:
         """What decides which patches are hidden: int64 (B, L) from seeds (B,)."""
         return batches.expanded(seeds, (size // self.cfg.mae.patch) ** 2)
 
+    def encoded(self, faces):
+        """Protected images, uint8 (B, H, W, 3), numpy, as they are once encoded and decoded, which
+        changes noise most."""
+        c = self.cfg.reconstruct
+
+        def both_ways(x):
+            file = encode(torch.from_numpy(x).permute(2, 0, 1), c.format, c.quality)
+            return decode(file, "an attacker's image").permute(1, 2, 0).numpy()
+
+        if c.format == 'png' or not len(faces):             # which loses nothing
+            return faces
+        with ThreadPoolExecutor(run.cores()) as pool:
+            return np.stack(list(pool.map(both_ways, faces)))
+
     def of_rows(self, chosen, seeds, device):
-        """The same for ImageRows and seeds (N,), batch by batch, which are dealt to the
-        processes: uint8 (N, H, W, 3), numpy."""
+        """The same for ImageRows and seeds (N,), as whoever decodes a release sees it: uint8
+        (N, H, W, 3), numpy. Batches are dealt to the processes."""
         count, batch = len(chosen), self.cfg.reconstruct.batch
         parts = np.array_split(np.arange(count), count // batch + 1)
 
         def protected(number):
             part = parts[number]
-            return self(torch.from_numpy(chosen.take(part).pixels()).to(device),
-                        seeds[part].to(device)).cpu().numpy()
+            return self.encoded(self(torch.from_numpy(chosen.take(part).pixels()).to(device),
+                                     seeds[part].to(device)).cpu().numpy())
 
         # To send the few images of one batch around takes longer than to make them
         return np.concatenate(batches.dealt(len(parts), protected) if len(parts) > 1
                               else [protected(0)])
-
-
-# ------------------------------------------------------------------------------- secret
-
-def release_secret(cfg):
-    """The secret of a run's releases, drawn once: 32 bytes or more."""
-    path = Path(cfg.reconstruct.key or Path(cfg.run.folder) / 'release.key')
-    if cfg.reconstruct.key and not path.is_file():
-        raise InputError(f'reconstruct.key = {path} does not exist: leave it empty to have a new '
-                         'secret drawn')
-    files.make_once(path, path.exists, lambda: draw_secret(path))
-    secret = read_secret(path)
-    if secret == read_secret(CONFIGS / 'toy.key'):
-        if not is_drawn(cfg.data.root):
-            raise InputError(f'reconstruct.key = {path} is known to everybody, and '
-                             f'{cfg.data.root} are no drawn faces: set reconstruct.key= for a '
-                             'secret of your own')
-    elif path.stat().st_mode & 0o077:
-        run.say(f'warning: others can read {path}, from which masks, order and labels of the '
-                f'release follow: chmod 600 {path}')
-    return secret
-
-
-def read_secret(path):
-    """The bytes of a key file, which holds 64 or more hex digits; InputError for another."""
-    try:
-        secret = bytes.fromhex(path.read_text(encoding='utf-8-sig').strip())
-    except (OSError, ValueError):
-        secret = b''
-    if len(secret) < 32 or len(set(secret)) < 8:
-        raise InputError(f'{path} holds no secret of 64 hex digits: put the right file back, or, '
-                         'if nothing was released with it, delete it to have a new one drawn')
-    return secret
-
-
-def draw_secret(path):
-    """Write a new secret that the user alone can read, or refuse where the old one is lost."""
-    if any(path.parent.rglob('release.json')):
-        raise InputError(f'{path} is missing, but releases were made with it: put it back, or '
-                         'use another run.folder')
-    with files.replacing(path) as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(secrets.token_hex(32).encode() + b'\n')
-
-
-def keyed(secret, *what):
-    """64 bits, int, from a keyed hash of `what`: BLAKE2b with the secret as key (RFC 7693).
-
-    Without the secret nobody can compute, nor tell from chance, one of these numbers, however many
-    others he knows: that is what a keyed hash promises (a pseudorandom function). So who has one
-    original and its mask, or another row's release, learns no other image's mask, place or label.
-    expanded() makes the bits of one image from its number and can be inverted, but that leads to
-    this image's number only.
-    """
-    text = '\0'.join(map(str, what)).encode(errors='surrogateescape')
-    digest = hashlib.blake2b(text, key=hashlib.sha256(secret).digest(), digest_size=8).digest()
-    return int.from_bytes(digest, signed=True)
 
 
 # --------------------------------------------------------------------------------- plan
@@ -304,8 +258,7 @@ def release_premises(folds, maes, secret):
     names = private.people[np.unique(private.labels[np.concatenate([f.released for f in folds])])]
     premises = {'set of images': private_digest(folds),
                 'set of names': files.digest('\0'.join(names).encode(errors='surrogateescape')),
-                # Not the digest that keyed() has for a key
-                'secret': files.digest(b'which secret: ' + secret)}
+                'secret': which_secret(secret)}
     if maes[0]:
         premises['mae'] = files.digest(''.join(mae.digest() for mae in maes).encode())
     return premises
@@ -317,17 +270,13 @@ def release_keys(cfg):
     return [*keys, 'mae.patch'] if draws_mask(cfg.reconstruct.method) else keys
 
 
-def check_release(variant, premises, secret):
+def check_release(variant, premises):
     """Refuse a finished release that was made with another config, secret, model, images or names.
 
     Its images could not be matched with their originals any more, and would look private.
     """
-    path = variant.folder / 'release.json'
-    saved = files.read_json(path)
-    before = files.entry(saved, 'premises')
-    if before.get('secret') == files.digest(secret):
-        # Of an earlier version, whose digest of the secret was the very key of keyed()
-        before |= {what: premises[what] for what in ('secret', 'set of names')}
-        if run.rank() == 0:
-            files.write_json(path, saved)
+    saved = files.read_json(variant.folder / 'release.json')
+    known = files.entry(saved, 'premises')
+    premises = {what: value for what, value in premises.items()
+                if what in known or what != 'set of names'}            # which older files lack
     files.check_premises(saved, variant.cfg, release_keys(variant.cfg), variant.release, premises)

@@ -27,8 +27,9 @@ class Fold:
         images than the public ones: it may have seen who is private here."""
         learnt = files.entry(saved, 'premises').get('set of images')
         if not any(self.public.digest(rows) == learnt for rows in (self.train, self.mae)):
-            raise InputError(f'{path} learnt from other images than those that are public in this '
-                             f'config: change it back, or delete the file and run `{made_by}`')
+            raise InputError(f'{path} learnt from other images, or label numbers, than are public '
+                             f'in this config: change it back (people are taken out by '
+                             f'data.exclude), or delete the file and run `{made_by}`')
 
 
 def not_excluded(faceset, cfg):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from facekit import attack_data, batches, config, faces, images, protect, records, split
+from facekit import attack_data, batches, config, faces, images, keys, protect, records, split
 from facekit import sources, toy
 from facekit.errors import InputError
 from facekit.protect import FaceMAE, Protection
@@ -200,8 +200,8 @@ def test_people_who_are_excluded_are_in_nothing(tmp_path):
     write_faces(tmp_path / 'faces')
     cfg = make_config(tmp_path, 'data.exclude=[5]', 'reconstruct.method=none', 'toy.identities=0')
     folds = split.split(cfg)
-    variant = config.variants(cfg, compare=False)[0]
-    [group] = attack_data.own_groups(variant, folds, [None], folds[0].private, 'cpu')
+    plan = protect.plan_release(folds, b'secret', cfg)
+    [group] = attack_data.own_groups(cfg, folds, [None], folds[0].private, plan, 'cpu')
     labels, [f] = folds[0].private.labels, folds
     for rows in (f.released, f.train, f.mae, f.validation, group.outsiders.rows):
         assert 5 not in labels[rows]
@@ -259,11 +259,11 @@ def test_hashes_depend_on_image_epoch_and_seed_alone():
 
 
 def test_runs_that_start_together_share_one_secret(tmp_path, monkeypatch):
-    draw = protect.secrets.token_hex
-    monkeypatch.setattr(protect.secrets, 'token_hex', lambda n: (time.sleep(0.1), draw(n))[1])
+    draw = keys.secrets.token_hex
+    monkeypatch.setattr(keys.secrets, 'token_hex', lambda n: (time.sleep(0.1), draw(n))[1])
     cfg = make_config(tmp_path, 'reconstruct.key=')
     with ThreadPoolExecutor(3) as pool:
-        found = set(pool.map(lambda _: protect.release_secret(cfg), range(3)))
+        found = set(pool.map(lambda _: keys.release_secret(cfg), range(3)))
     assert len(found) == 1 and len(found.pop()) == 32
 
 
@@ -272,13 +272,13 @@ def test_the_public_secret_of_the_demo_protects_nobody_else(tmp_path):
     cfg = make_config(tmp_path, f'reconstruct.key={config.CONFIGS / "toy.key"}')
     write_faces(tmp_path / 'faces')
     with pytest.raises(InputError, match='known to everybody'):
-        protect.release_secret(cfg)
+        keys.release_secret(cfg)
     (tmp_path / 'faces' / 'toy.bin').touch()
     with pytest.raises(InputError, match='known to everybody'):
-        protect.release_secret(cfg)
+        keys.release_secret(cfg)
     shutil.rmtree(tmp_path / 'faces')
     toy.draw_set(tmp_path / 'faces', 2, 2, 2, 10, size=16, seed=0)
-    assert len(protect.release_secret(cfg)) == 32
+    assert len(keys.release_secret(cfg)) == 32
 
 
 def test_release_order_is_secret_and_complete(tmp_path):
