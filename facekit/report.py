@@ -29,6 +29,7 @@ QUESTIONS = {
     'same_person': 'person: who holds another photo of a person finds that person first, %',
     'same_image': 'photo: who holds the very photo finds what was made of it first, %',
 }
+EACH_ONCE = 'person, where each person counts once, with many photos or few, %'
 QUESTION_OF = {'person': 'same_person', 'photo': 'same_image'}     # by its word in other tables
 MEASURES = {'acc.': 'accuracy', 'AUC': 'auc', 'TAR@1%': 'tar@far=1e-2'}
 ROUNDED = 0.15     # points by which a mean and a deviation of one digit may be off
@@ -111,17 +112,21 @@ def figure_of(results, key):
 def leakage_sheets(released):
     """Rank 1 of every attack, a Sheet for each question and a few attackers, with chance below."""
     sheets = []
-    for kind, title in QUESTIONS.items():
+    for kind, key, title in (('same_person', 'rank1', QUESTIONS['same_person']),
+                             ('same_person', 'each_person_once', EACH_ONCE),
+                             ('same_image', 'rank1', QUESTIONS['same_image'])):
         figures = {row: [of_question(r['privacy'], kind) for r in results]
                    for row, results in released.items()}
-        names = list(dict.fromkeys(a for seeds in figures.values() for a in seeds[0]))
+        names = list(dict.fromkeys(a for seeds in figures.values() for a in seeds[0]
+                                   if key in seeds[0][a]))
         for some in (names[i:i + WIDE] for i in range(0, len(names), WIDE)):
-            rows = [[row, *(cell([s[a]['rank1'] for s in seeds if a in s],
-                                 seeds[0].get(a, {}).get('rank1_ci')) for a in some)]
+            rows = [[row, *(cell([s[a][key] for s in seeds if a in s],
+                                 seeds[0].get(a, {}).get(f'{key}_ci')) for a in some)]
                     for row, seeds in figures.items()]
             chance = [next((f'{100 * s[a]["chance"]:.2f}' for seeds in figures.values()
                             for s in seeds if a in s), '') for a in some]
-            sheets.append(Sheet(title, ['released set', *some], [*rows, ['chance', *chance]]))
+            below = [['chance', *chance]] if key == 'rank1' else []
+            sheets.append(Sheet(title, ['released set', *some], [*rows, *below]))
     quality = [[row, visible_patches(results[0]['config']), *(
         f'{np.mean([r["reconstruction"][key] for r in results]):.{digits}f}'
         for key, digits in (('psnr', 1), ('ssim', 3)))] for row, results in released.items()]

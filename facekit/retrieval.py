@@ -206,7 +206,11 @@ def summary(rankings, ceilings, person):
     rank, precision, chance = (torch.cat([getattr(r, name) for r in rankings])
                                for name in ('rank', 'precision', 'chance'))
     hits = (rank <= 1).float()
+    who, count = np.unique(person, return_inverse=True, return_counts=True)[1:]
+    # A person with many photos is found more easily, and would count many times
+    once = (np.bincount(who, hits) / count).mean()
     return {'rank1': hits.mean().item(), 'rank1_ci': verification.interval(hits.numpy(), person),
+            'each_person_once': float(once),
             'rank5': (rank <= 5).float().mean().item(),
             'rank20': (rank <= 20).float().mean().item(), 'map': precision.mean().item(),
             'chance': chance.mean().item(), 'probes': len(rank), 'people': len(np.unique(person)),

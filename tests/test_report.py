@@ -1,10 +1,12 @@
 """Tables and verdicts, from results that were made up so that the right words are known."""
 import io
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
-from facekit import config, report
+from facekit import config, report, retrieval
 from facekit.errors import InputError
 
 
@@ -43,6 +45,15 @@ def test_claims_are_reached_at_half_the_error_and_a_fifth_less_leakage():
     assert person == ['reached', '10.0 against 50.0 (noise)']   # not blur, which is worth less
     assert photo == ['reached', '40.0 against 50.0 (noise)']
     assert claims(0.949, 0.41, noise_accuracy=0.96)[2][0] == 'not reached'
+
+
+def test_a_person_with_many_photos_counts_once():
+    rank, person = torch.tensor([1., 1, 1, 1, 5, 1, 7]), np.array([3, 3, 3, 3, 8, 9, 9])
+    ranking = retrieval.Ranking(rank, rank, rank, torch.arange(7))
+    figures = retrieval.summary([ranking], [ranking], person)
+    assert figures['rank1'] == pytest.approx(5 / 7) and figures['each_person_once'] == 0.5
+    privacy = result('facemae', 0.9, 0.1, 0.3, judge_same_person=figures)
+    assert sheet({'facemae': [privacy]}, report.EACH_ONCE) == [['facemae', '50.0']]
 
 
 def test_attackers_who_hold_more_than_the_release_do_not_make_the_headline():
