@@ -294,7 +294,7 @@ def main(cfg, device, compare):
         cfg.data.size = embed.recogniser(cfg.evaluate.model, device,
                                          onnx_pixels=cfg.evaluate.onnx_pixels).size
     sets = verification.load_pair_sets(cfg)
-    folds = [] if cfg.evaluate.model or cfg.release else split(cfg)
+    folds = [] if external else split(cfg)
     if len(folds) == 1 and len(folds[0].validation):
         sets.append(verification.held_back(folds[0]))
     recognisers = attacks.Recognisers(cfg, folds, device)

@@ -2,5 +2,6 @@
 
 start, errors, config, nodes, run, progress, files, images, records, bins, toy, sources, faces,
 split, batches, classes, published, embed, training, keys, protect, verification, attack_data,
-retrieval, mask_attacks, attacks, report, plots, page, check: a module imports only from those before it.
+retrieval, mask_attacks, attacks, report, plots, page, check: a module imports only from those
+before it.
 """

@@ -188,7 +188,7 @@ class Protection:
             file = encode(torch.from_numpy(x).permute(2, 0, 1), c.format, c.quality)
             return decode(file, "an attacker's image").permute(1, 2, 0).numpy()
 
-        if c.format == 'png' or not len(faces):             # which loses nothing
+        if c.format == 'png' or not len(faces):             # PNG loses nothing
             return faces
         with ThreadPoolExecutor(run.cores()) as pool:
             return np.stack(list(pool.map(both_ways, faces)))

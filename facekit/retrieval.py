@@ -162,11 +162,11 @@ def figures_of(attacks):
 
     Embeddings are compared as they are and centred; each question takes what finds more.
     """
-    plain, *centred = map(pooled, ways([attack.headline for attack in attacks]))
-    results = plain
-    for kind in plain if centred else ():
-        better = centred[0][kind]['rank1'] > plain[kind]['rank1']
-        results[kind] = (centred[0] if better else plain)[kind] | {'centred': better}
+    results, *centred = map(pooled, ways([attack.headline for attack in attacks]))
+    for found in centred:
+        for kind, figures in found.items():
+            better = figures['rank1'] > results[kind]['rank1']
+            results[kind] = (figures if better else results[kind]) | {'centred': better}
     for kind in results:
         if curves := curves_of(attacks, kind):
             results[kind]['curve'] = curves
