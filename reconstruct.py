@@ -85,6 +85,9 @@ def release(variant, folds, device):
             check_release_images(variant.release, plan, folds[0].private, protections, device)
         return run.say(f'{variant.release} is finished{" and sound" * cfg.reconstruct.check}: '
                        'nothing to do')
+    if cfg.reconstruct.method == 'none':
+        run.say(f'warning: {variant.release} will hold the photos themselves, to compare with: '
+                'never publish it')
     if protect.draws_mask(cfg.reconstruct.method):
         protect.check_patches(cfg.data.size, cfg.mae.patch, cfg.reconstruct.mask_ratio)
     counts = count_release(folds, cfg)
@@ -187,6 +190,9 @@ def publish(variant, draft, plan, counts, check):
 
 def data_card(facts):
     """README.md of a release with the given manifest."""
+    if facts['method'] == 'none':
+        return ('# Unprotected photos\n\nThese are the photos themselves, resized and renumbered, '
+                'to compare protected releases with. Never publish them.\n')
     return DATA_CARD.format(facts='\n'.join(f'- {k}: {v}' for k, v in facts.items()))
 
 

@@ -55,8 +55,9 @@ class AttackGroup:
 
     def is_random(self):
         """Whether another release of the same photos would differ: the method draws something."""
-        return bool(self.protection) and self.protection.cfg.reconstruct.method in (
-            'facemae', 'mask', 'noise')
+        some = self.originals.take(np.arange(min(8, len(self.originals))))
+        return bool(self.protection) and not np.array_equal(self.protected(some, 0),
+                                                            self.protected(some, 1))
 
     def released_with(self, seed):
         """The n probes made once more with other masks or noise: uint8 (n, H, W, 3)."""
@@ -127,7 +128,10 @@ def own_groups(cfg, folds, maes, release, plan, device):
     groups = []
     for k, fold in enumerate(folds):
         rows, protection = probes[plan.fold[probes] == k], Protection(cfg, maes[k])
-        known = fold.train[np.random.default_rng(1).permutation(len(fold.train))][:pairs]
+        known = np.random.default_rng(1).permutation(fold.mae)
+        # First people whom judge and teacher never saw: a map between photos that they know by
+        # heart fits others less
+        known = known[np.argsort(np.isin(known, fold.train), kind='stable')][:pairs]
         people = fold.public.labels[known]
         gallery = searched(fold.released, private.labels, private.labels[plan.image[rows]], cfg)
         hidden = None
@@ -152,6 +156,11 @@ def foreign_groups(cfg, release, device):
     if len(release) != len(originals) or release.skipped != originals.skipped:
         raise InputError(f'release has {len(release)} good images and originals '
                          f'{len(originals)}: both need the same, in one order')
+    groups = [len(np.unique(labels, axis=-1).T) for labels in (
+        release.labels, originals.labels, np.stack([release.labels, originals.labels]))]
+    if len(set(groups)) > 1:
+        raise InputError('release and originals do not put the same images into one person: both '
+                         'need the same order (what this kit releases is shuffled on purpose)')
     half = np.array([share_of(name, 0) < 0.5 for name in originals.people])[originals.labels]
     probes = some_of(cfg, len(half))
     pairs = len(some_of(cfg, min(half.sum(), (~half).sum())))

@@ -1,8 +1,9 @@
 """Privacy attackers: who tries to find the original behind a released image, and how.
 
 The probes are released images, the gallery is the private originals of their group (a fold of the
-cross-fit). An attack takes an AttackGroup and what its attacker owns, and returns an Attack: a
-headline Search and, where more or less effort is of interest, named curves of further ones.
+cross-fit). An attack takes an AttackGroup and what its attacker owns, and returns an Attack: the
+Searches that its attacker can make, of which the best counts, and, where more or less effort is of
+interest, named curves of further ones.
 attack() at the end of this file tells who owns what.
 """
 import copy
@@ -16,7 +17,7 @@ import models
 from facekit import batches, embed, files, run, verification
 from facekit.embed import Embedder
 from facekit.errors import InputError
-from facekit.mask_attacks import patchwork
+from facekit.mask_attacks import Patches, patchwork
 from facekit.published import is_published, refuse_published
 from facekit.retrieval import Attack, Search
 
@@ -28,12 +29,23 @@ NAMES = ('judge', 'pixels', 'insider', 'masked', 'visible', 'linear', 'trained',
 
 def nearest(embedder, group):
     """The nearest original, as an Embedder sees both."""
-    return Attack(Search(group.probe_embeddings(embedder), group.gallery_embeddings(embedder),
-                         group.source, group.person))
+    return Attack({'embeddings': Search(
+        group.probe_embeddings(embedder), group.gallery_embeddings(embedder), group.source,
+        group.person)})
 
 
-def by_class(judge, pixels, group):
-    """The mean of a person's released images against the means of people's originals.
+def by_pixels(pixels, group, device):
+    """The nearest original in small pixels; where patches may be hidden, also in those of a
+    released image that look visible, which needs no more than a look."""
+    ways = nearest(pixels, group).ways
+    if group.hidden is not None or not group.protection:
+        ways |= Patches(group, device).by_look()
+    return Attack(ways)
+
+
+def by_class(embedders, group):
+    """The mean of a person's released images against the means of people's originals, as any of
+    the embedders {name: Embedder} sees both.
 
     Half of a person's photos are searched for and the other half is held, so that a photo never
     helps to find itself.
@@ -53,19 +65,22 @@ def by_class(judge, pixels, group):
         total = torch.zeros(int(index.max()) + 1, z.shape[1], device=z.device)
         return F.normalize(total.index_add_(0, torch.as_tensor(index, device=z.device), z))
 
-    by_judge, by_pixels = (Search(means(group.probe_embeddings(e), asked, probe),
-                                  means(group.gallery_embeddings(e), held, index),
-                                  np.searchsorted(everybody, known), None)
-                           for e in (judge, pixels))
-    return Attack(by_judge, {'seen by': {'pixels': by_pixels}})
+    def search(embedder):
+        gallery = group.gallery_embeddings(embedder)
+        return Search(means(group.probe_embeddings(embedder), asked, probe),
+                      means(gallery, held, index), np.searchsorted(everybody, known), None,
+                      ceiling_probes=means(gallery, group.source[asked], probe))
+
+    return Attack({name: search(embedder) for name, embedder in embedders.items()})
 
 
-def repeated(judge, pixels, group):
-    """The mean embedding of k releases of each image under different masks."""
+def repeated(embedders, group):
+    """The mean embedding of k releases of each image under different masks, as any of the
+    embedders {name: Embedder} sees them."""
     if not group.is_random():
         return None
     curves = {}
-    for embedder, name in ((judge, 'recogniser'), (pixels, 'pixels')):
+    for name, embedder in embedders.items():
         total, curves[name] = group.probe_embeddings(embedder).clone(), {}
         for k in range(1, 9):
             if k in (1, 2, 4, 8):
@@ -73,7 +88,7 @@ def repeated(judge, pixels, group):
                                          group.source, group.person)
             if k < 8:
                 total += embedder.embed_images(group.released_with(10**6 + k))
-    return Attack(curves['recogniser'][8], curves)
+    return Attack({name: curve[8] for name, curve in curves.items()}, curves)
 
 
 # -------------------------------------------------------- attackers with other people's pairs
@@ -114,7 +129,7 @@ def linear(judge, group):
             curves[name][n] = Search(
                 F.normalize((probes - centre) @ map_).float(), originals, group.source,
                 group.person)
-    return Attack(curves['ridge'][count], curves)
+    return Attack({name: curve[count] for name, curve in curves.items()}, curves)
 
 
 def trained(judge, group, cfg, device):
@@ -145,8 +160,7 @@ def trained(judge, group, cfg, device):
         schedule.step()
     run.agree_on(net)
     learnt = Embedder('trained', net.eval(), cfg, device)
-    return Attack(Search(learnt.embed(group.released), learnt.embed(group.originals),
-                         group.source, group.person))
+    return nearest(learnt, group)
 
 
 # ------------------------------------------------------------------- who owns which net
@@ -189,13 +203,18 @@ def attack(name, n, group, recognisers, student, cfg, device):
 
     recognisers: Recognisers; student: the recogniser that was trained on the release.
     """
+    def everyone():
+        """{name: Embedder} of all who see the release without others' pairs."""
+        owned = {'recogniser': recognisers.public('judge', n), 'pixels': recognisers.pixels(n)}
+        return owned | ({'insider': Embedder('insider', student, cfg, device)} if student else {})
+
     match name:
         case 'judge':           # has a recogniser of other people
             return nearest(recognisers.public('judge', n), group)
         case 'teacher':         # has the very recogniser that shaped the release
             return nearest(recognisers.public('teacher', n, cfg.teacher.checkpoint), group)
         case 'pixels':          # has nothing
-            return nearest(recognisers.pixels(n), group)
+            return by_pixels(recognisers.pixels(n), group, device)
         case 'insider':         # trains a recogniser on the release; uncached: 1 GB a row of CASIA
             return nearest(Embedder('insider', student, cfg, device), group)
         case 'masked':          # knows the masks, or guesses them
@@ -207,9 +226,9 @@ def attack(name, n, group, recognisers, student, cfg, device):
         case 'trained':         # the same, and trains on them
             return trained(recognisers.public('judge', n), group, cfg, device)
         case 'class':           # averages half of a label's images, holds the other half's photos
-            return by_class(recognisers.public('judge', n), recognisers.pixels(n), group)
+            return by_class(everyone(), group)
         case 'repeated':        # has eight releases of the same photos
-            return repeated(recognisers.public('judge', n), recognisers.pixels(n), group)
+            return repeated(everyone(), group)
     return nearest(recognisers.public('teacher', n, name), group)       # a backbone somewhere
 
 

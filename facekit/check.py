@@ -9,7 +9,7 @@ import torch
 import models
 from facekit import attacks, files, images, keys, protect, run, verification
 from facekit.config import CHOICES, variants
-from facekit.errors import InputError
+from facekit.errors import InputError, counted
 from facekit.faces import FaceSet
 from facekit.published import DLIB, refuse_published
 from facekit.records import Records
@@ -17,12 +17,13 @@ from facekit.sources import open_source
 from facekit.split import count_release, make_folds
 
 SAMPLE = 16       # images of a release that are made once more
+FEW_PEOPLE = 200  # from fewer no recogniser learns what strangers look like
 
 
 # ---------------------------------------------------------------------- a whole experiment
 
 def check_experiment(cfg, compare):
-    """Say what a run will do, or refuse what one of its stages could not end; takes seconds.
+    """Say what a run will do, or refuse it if one of its stages would fail; takes seconds.
 
     Nothing is decoded, trained or written.
     """
@@ -46,7 +47,8 @@ def check_experiment(cfg, compare):
         if not (drawn and path.name == 'toy.bin'):
             verification.read_pairs(path)
     names = ', '.join(f'{v.name} (seed {v.seed})' for v in rows)
-    run.say(f'checked: {len(rows)} of {names}; results will be in {cfg.run.folder}')
+    run.say(f'checked: {counted(len(rows), "row")}, {names}; each is released below '
+            f'{cfg.run.folder}, where results will be, too')
 
 
 def check_models(cfg):
@@ -70,6 +72,7 @@ def check_people(cfg, rows):
     public = undecoded(cfg.data.public, len(private)) if cfg.data.public else private
     folds = make_folds(private, public, cfg)
     run.say(count_release(folds, cfg).sentence(cfg.data.exclude))
+    warn_of_people(folds)
     if len(folds) == 1 and cfg.data.validation:
         verification.check_held_back(folds[0])
     for variant in rows:
@@ -80,6 +83,21 @@ def check_people(cfg, rows):
             if batch > count:
                 raise InputError(f'{key} = {batch} is larger than the smallest set it is taken '
                                  f'from, {count} images: use a smaller one')
+
+
+def warn_of_people(folds):
+    """Say what may be wrong with who is public, which only the user can tell."""
+    public, private = folds[0].public, folds[0].private
+    both = sorted(set(public.people) & set(private.people))
+    both = [name for name in both if not name.isdecimal()]      # 1, 2, ... are no names
+    if public is not private and both:
+        run.say(f'warning: {public.path} has {counted(len(both), "name")} of {private.path}, too '
+                f'({both[0]}): if they are the same people, the models learn from whom they shall '
+                'protect; take them out of one')
+    fewest = min(len(np.unique(public.labels[fold.train])) for fold in folds)
+    if fewest < FEW_PEOPLE:
+        run.say(f'warning: attackers learn from {fewest} people: others may find far more than '
+                'they do')
 
 
 def undecoded(path, first=0):

@@ -41,7 +41,7 @@ CHOICES = {
     'fr.margin_gradient': ('exact', 'straight_through'),
 }
 INTEGERS = ('data.release_folds', 'compare_seeds')     # lists that begin empty
-# Of other floats and integers; neither may be negative
+# Upper limits of numbers that RANGES does not name; their lower limit is 0
 MAX_FLOAT, MAX_INT = float('inf'), (1 << 31) - 1
 RANGES = {
     **dict.fromkeys((
@@ -80,6 +80,14 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# Whole numbers are decimal: YAML 1.1 would read the name 010 as eight, and 12:30 as 750
+INT = 'tag:yaml.org,2002:int'
+UniqueKeys.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag != INT]
+    for first, resolvers in UniqueKeys.yaml_implicit_resolvers.items()}
+UniqueKeys.add_implicit_resolver(INT, re.compile(r'[-+]?(0|[1-9][0-9]*)\Z'), '-+0123456789')
+
+
 def read_yaml(path):
     """The mapping in a YAML file, read without constructing anything but plain values."""
     path = Path(path)
@@ -112,7 +120,7 @@ def check_value(key, value, default):
     if type(value) is not kind:
         raise InputError(f'{key} = {quoted(value)} is a {type(value).__name__}: '
                          f'give a {kind.__name__}, for example {key}={example!r}')
-    if isinstance(value, list) and (default or key in INTEGERS):
+    if isinstance(value, list) and key != 'data.exclude' and (default or key in INTEGERS):
         value = [check_value(key, item, 0 if key in INTEGERS else default[0]) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f'{key} = {value} is not finite: give a number such as {default}')
@@ -231,7 +239,11 @@ def resolve(path, assignments=()):
     for path, changes in reversed(chain):
         overlay(config, changes, path)
     for assignment in assignments:
+        excluded = config['data']['exclude']
         assign(config, assignment)
+        if missing := [name for name in excluded if name not in config['data']['exclude']]:
+            raise InputError(f'{assignment}: this leaves out {quoted(missing[0])}, excluded by '
+                             'the config or before: name everybody who shall be excluded')
     config['run']['folder'] = config['run']['folder'] or f'runs/{chain[0][0].stem}'
     config['base'], config['run']['config'] = '', str(chain[0][0])
     return config
@@ -287,35 +299,14 @@ class Variant:
     cfg: SimpleNamespace      # resolved for the row
     seed_folder: str          # '' for the run's own seed, else 'seed1' and so on
 
-    @property
-    def run(self):
-        """Folder of the whole run."""
-        return Path(self.cfg.run.folder)
-
-    @property
-    def folder(self):
-        """Folder of this row and seed."""
-        return self.run / self.cfg.run.row / self.seed_folder
-
-    @property
-    def label(self):
-        """Name in logs and sentences: '' for the method itself, else 'mask' or 'mask/seed1'."""
-        return str(self.folder.relative_to(self.run)).removeprefix('.')
-
-    @property
-    def release(self):
-        """Folder of the released data set."""
-        return self.folder / 'reconstructed'
-
-    @property
-    def student(self):
-        """Checkpoint of the recogniser that is trained on the release."""
-        return self.folder / 'fr.pt'
-
-    @property
-    def results(self):
-        """File of the results."""
-        return self.folder / 'results.json'
+    def __post_init__(self):
+        self.run = Path(self.cfg.run.folder)                            # folder of the whole run
+        self.folder = self.run / self.cfg.run.row / self.seed_folder    # of this row and seed
+        # In logs and sentences: '' for the method itself, else 'mask' or 'mask/seed1'
+        self.label = str(self.folder.relative_to(self.run)).removeprefix('.')
+        self.release = self.folder / 'reconstructed'       # folder of the released data set
+        self.student = self.folder / 'fr.pt'               # the recogniser that learns from it
+        self.results = self.folder / 'results.json'
 
     def mae(self, k):
         """Checkpoint of the masked autoencoder of fold k."""

@@ -142,13 +142,18 @@ def embed_all(net, store, batch, precision, joined=False):
 
 
 def unit_embeddings(net, chosen, cfg, device):
-    """f(x) + f(mirrored x) of ImageRows, L2-normalised, float32 (N, d), see embed_all()."""
+    """f(x) + f(mirrored x) of ImageRows, L2-normalised, float32 (N, d), see embed_all(). Raises
+    InputError where they are not finite."""
     batch = cfg.evaluate.batch
     if device.type == 'cpu':         # a laptop's memory: the largest maps of a batch take 256 MiB
         width = net.conv1.out_channels if isinstance(net, models.IResNet) else 64
         batch = min(batch, max(1, (1 << 26) // (net.size ** 2 * width)))
     store = Store(chosen, device, once=True)
-    return embed_all(net, store, batch, cfg.run.precision, joined=True)[0]
+    z = embed_all(net, store, batch, cfg.run.precision, joined=True)[0]
+    if not z.isfinite().all():
+        raise InputError(f'a recogniser gives no finite numbers in run.precision = '
+                         f'{cfg.run.precision}: set run.precision=fp32, or make it again')
+    return z
 
 
 def pixel_embeddings(chosen, device):

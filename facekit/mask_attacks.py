@@ -31,35 +31,52 @@ def visible_cells(group, side, device):
     return repeat(1 - group.hidden.to(device), 'n (h w) -> n 1 (h p) (w q)', h=side // 2, p=2, q=2)
 
 
+class Patches:
+    """Probes and gallery of an AttackGroup as side x side cells of colour, two by two a patch,
+    which are compared where a weight says that they are visible."""
+
+    def __init__(self, group, device):
+        self.group, side = group, 32
+        if group.hidden is not None:
+            side = 2 * round(group.hidden.shape[1] ** 0.5)
+        self.side, originals = side, cells(group.originals, side, device)[0]
+        self.own = originals[group.source]                               # (n, 3, side, side)
+        self.released, self.detail = cells(group.released, side, device)
+        # -sum w (a - b)^2 up to what does not depend on b, as an inner product
+        self.gallery = torch.cat([originals, originals.square()], 1).flatten(1)
+
+    def search(self, colour, weight):
+        """The Search of `colour` (n, 3, side, side), where weight (n, 1, side, side) is not 0."""
+        probes, ceiling = (torch.cat([2 * weight * x, -weight.expand_as(x)], 1).flatten(1)
+                           for x in (colour, self.own))
+        return Search(probes, self.gallery, self.group.source, self.group.person,
+                      ceiling_probes=ceiling, embeddings=False)
+
+    def by_look(self):
+        """Searches of whoever sees in a released image which of its patches are visible: those
+        with detail, those that are not grey."""
+        coloured = (self.released - 0.5).abs().amax(1, keepdim=True) > 0.02
+        return {'patches with detail': self.search(self.released, self.detail),
+                'patches not grey': self.search(self.released, coloured.float())}
+
+
 def patchwork(group, cfg, device, original=False):
-    """Nearest original in the visible patches, two by two cells each: the attacker who knows the
-    mask and, as a curve, those who guess it: by detail, or by a net that learnt it from other
-    people's protected images, whose masks he knows. `original` has the visible patches of the
-    original image instead of what was released."""
+    """Nearest original in the visible patches: the attacker who knows the mask and, as a curve,
+    those who guess it: by look, or by a net that learnt it from other people's protected images,
+    whose masks he knows. `original` has the visible patches of the original image instead of what
+    was released."""
     if original and group.hidden is None:
         return None
-    side = 32 if group.hidden is None else 2 * round(group.hidden.shape[1] ** 0.5)
-    originals = cells(group.originals, side, device)[0]
-    own = originals[group.source]
-    # -sum w (a - b)^2 up to what does not depend on b, as an inner product
-    gallery = torch.cat([originals, originals.square()], 1).flatten(1)
-
-    def search(colour, weight):
-        probes, ceiling = (torch.cat([2 * weight * x, -weight.expand_as(x)], 1).flatten(1)
-                           for x in (colour, own))
-        return Search(probes, gallery, group.source, group.person, ceiling_probes=ceiling)
-
-    known = visible_cells(group, side, device)
+    patches = Patches(group, device)
+    known = visible_cells(group, patches.side, device)
     if original:
-        return Attack(search(own, known))
-    released, detail = cells(group.released, side, device)
-    guesses = {'by detail': search(released, detail)}
-    learnt = known if group.hidden is None else detail
+        return Attack({'visible patches': patches.search(patches.own, known)})
+    learnt = known if group.hidden is None else patches.detail
     if group.protection and group.hidden is not None:
-        learnt = guess_masks(group, cfg, device)
-        learnt = F.interpolate(learnt, (side, side), mode='nearest')
-    guesses['estimated'] = search(released, learnt)
-    return Attack(search(released, known), {'mask': guesses})
+        learnt = F.interpolate(guess_masks(group, cfg, device), (patches.side,) * 2,
+                               mode='nearest')
+    guesses = patches.by_look() | {'learnt': patches.search(patches.released, learnt)}
+    return Attack({'known masks': patches.search(patches.released, known)}, {'mask': guesses})
 
 
 def guess_masks(group, cfg, device):

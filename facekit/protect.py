@@ -1,7 +1,7 @@
 """The protections: FaceMAE and what it is compared with, and the plan of a release.
 
-Stage 2 and the attackers of stage 4 meet here: who attacks other people's pairs protects them with
-the very same code.
+Stages 2 and 4 share this code: an attacker who learns from other people's photos protects them
+exactly as the release was protected.
 """
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
 from einops import reduce, repeat
 
 import models
@@ -60,7 +59,6 @@ class FaceMAE:
         if cfg.reconstruct.paste_visible:
             pred = torch.where(mask[:, :, None] > 0, pred.float(), self.model.patchify(normalised))
         return self.to_pixels(pred)
-
 
     def digest(self):
         """Hex digits that change with a weight, the mean or std."""
@@ -165,7 +163,9 @@ class Protection:
             case 'mask':
                 x = masked(x, noise, c.mask_ratio, self.cfg.mae.patch)
             case 'blur':
-                x = TF.gaussian_blur(x, 2 * math.ceil(3 * c.blur_sigma) + 1, c.blur_sigma)
+                # Here, as only a blur is worth the three seconds that this import takes
+                from torchvision.transforms.v2.functional import gaussian_blur
+                x = gaussian_blur(x, 2 * math.ceil(3 * c.blur_sigma) + 1, c.blur_sigma)
             case 'pixelate':
                 x = pixelated(x, c.pixelate_block)
             case 'noise':
@@ -194,7 +194,7 @@ class Protection:
             return np.stack(list(pool.map(both_ways, faces)))
 
     def of_rows(self, chosen, seeds, device):
-        """The same for ImageRows and seeds (N,), as whoever decodes a release sees it: uint8
+        """Protect ImageRows with seeds (N,), as whoever decodes a release sees them: uint8
         (N, H, W, 3), numpy. Batches are dealt to the processes."""
         count, batch = len(chosen), self.cfg.reconstruct.batch
         parts = np.array_split(np.arange(count), count // batch + 1)

@@ -15,7 +15,7 @@ ATTACKER_HAS = {        # what the attacker has, printed beside every number
     'judge': 'a recogniser that this kit trained on other people',
     'teacher': 'the very recogniser that shaped the release',
     'dlib': "a published recogniser, dlib's, which anybody can install",
-    'pixels': 'nothing: compares 16 x 16 pixels',
+    'pixels': 'nothing: compares 16 x 16 pixels, or patches that look visible',
     'masked': 'the masks: compares visible pixels only',
     'guess': 'a guess of the masks: compares visible pixels only',
     'visible': 'the unmasked patches of the original itself',
@@ -26,8 +26,8 @@ ATTACKER_HAS = {        # what the attacker has, printed beside every number
     'repeated': 'eight releases of the same photos with other masks',
 }
 QUESTIONS = {
-    'same_person': 'person: who holds another photo of a person finds that person first, %',
-    'same_image': 'photo: who holds the very photo finds what was made of it first, %',
+    'same_person': 'person: among all originals but its own, one of the person comes first, %',
+    'same_image': 'photo: among all originals, the very photo it was made from comes first, %',
 }
 EACH_ONCE = 'person, where each person counts once, with many photos or few, %'
 QUESTION_OF = {'person': 'same_person', 'photo': 'same_image'}     # by its word in other tables

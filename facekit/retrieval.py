@@ -24,13 +24,14 @@ class Search:
     gallery: torch.Tensor              # float32 (N, d); may lie on the host, probes on the device
     source: np.ndarray                 # int64 (n,): gallery item that each probe was made from
     person: np.ndarray | None          # int64 (N,): whose item; None = each item is one person
-    centre: torch.Tensor | None = None     # float32 (d,): see taken()
     ceiling_probes: torch.Tensor | None = None   # originals as probes; None = gallery[source]
+    embeddings: bool = True            # whether both are unit vectors that a net or pixels gave
+    centre: torch.Tensor | None = None     # float32 (d,): see taken()
 
     def compares_images(self):
         """Whether probes and gallery are unit vectors of single images, so that scores are
         cosines."""
-        return self.ceiling_probes is None and self.person is not None
+        return self.embeddings and self.person is not None
 
     def centred(self):
         """The same without the mean embedding of each side, which costs an attacker nothing.
@@ -38,24 +39,26 @@ class Search:
         A distortion moves all images in one direction, behind which a recogniser otherwise loses
         much of what it sees: of a blur or noise a third and more.
         """
-        return replace(self, probes=F.normalize(self.probes - self.probes.mean(0)),
-                       centre=self.gallery.mean(0))
+        def away(z):
+            return None if z is None else F.normalize(z - z.mean(0))
+
+        return replace(self, probes=away(self.probes), centre=self.gallery.mean(0),
+                       ceiling_probes=away(self.ceiling_probes))
 
 
 @dataclass
 class Attack:
     """What one attacker tries on one group."""
-    headline: Search
+    ways: dict                 # {name: Search}, with all it has; of these the best counts
     # {series: {x: Search}}: the same with more or less effort, x = a number or a name
     curves: dict = field(default_factory=dict)
 
 
 @dataclass
 class Ranking:
-    """Where m probes find their targets, float32 or int64 (m,) each, on the CPU."""
-    rank: torch.Tensor         # of the best target, 1 = first; ties share the middle
-    precision: torch.Tensor    # average precision over all targets, 0..1
-    chance: torch.Tensor       # of rank 1 by guessing
+    """How m probes fare, float32 or int64 (m,) each, on the CPU."""
+    first: torch.Tensor        # how likely a target comes first: 0 or 1, or its share of a tie
+    chance: torch.Tensor       # the same by guessing
     probe: torch.Tensor        # int64: which probe
 
 
@@ -68,14 +71,12 @@ def taken(gallery, some, device, centre=None):
     return rows if centre is None else F.normalize(rows - centre.to(device), dim=-1)
 
 
-def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=BLOCK, only_best=False,
-           centre=None):
-    """Rank every gallery item that a probe should find, exactly and in bounded memory.
+def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=BLOCK, centre=None):
+    """Find out which probes find a target first, exactly and in bounded memory.
 
     probes (n, d), gallery (N, d): float32; ids int64, with probes: the items with the probe's id
-    are its targets, except item exclude[i]. The gallery may lie on the host; each process ranks a
-    share of the probes. Returns the Ranking of the probes that have a target; with `only_best`,
-    which is cheaper, without precision. centre: see taken().
+    are its targets, except item exclude[i]. The gallery may lie on the host; each process takes a
+    share of the probes. Returns the Ranking of the probes that have a target. centre: see taken().
     """
     order = gallery_ids.argsort(stable=True)
     first = torch.searchsorted(gallery_ids[order], probe_ids)
@@ -91,46 +92,33 @@ def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=BLOCK, o
             valid &= target != exclude[part, None]
         part, target, valid = (t[valid.any(1)] for t in (part, target, valid))
         same = probe_ids[part, None], gallery_ids[None]
-        rank, precision = rank_targets(probes[part], gallery, target, valid, same, block,
-                                       only_best, centre)
+        found = find(probes[part], gallery, target, valid, same, block, centre)
         chance = valid.sum(1) / (len(gallery) - (exclude is not None))
-        return [t.cpu() for t in (rank, precision, chance, part)]
+        return [t.cpu() for t in (found, chance, part)]
 
     return Ranking(*(torch.cat(x) for x in zip(*dealt(len(shares), ranked))))
 
 
-def rank_targets(probes, gallery, target, valid, same, block, only_best, centre):
-    """Rank of the best target and average precision, float32 (b,) each.
+def find(probes, gallery, target, valid, same, block, centre):
+    """How likely a target comes first where ties are drawn by lot, float32 (b,).
 
     target, valid (b, m): gallery items to find, and which of the m count; same: ids (b, 1) and
-    (1, N), equal where an item is no distractor; with `only_best`, of the m the best is looked at
-    alone.
+    (1, N), equal where an item is no distractor.
     """
     device = probes.device
     wanted = torch.cat([
         scores(probes[:, None], taken(gallery, some.to(gallery.device), device, centre).mT
-               ).squeeze(1) for some in target.split(32, 1)], 1)
-    if only_best:
-        wanted = wanted.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
-        valid = valid.any(1, keepdim=True)
-    targets = valid.shape[1]
-    # Rising order for searchsorted; what does not count comes last and is never reached
-    wanted = wanted.masked_fill(~valid, torch.inf).sort(1).values
-    above = torch.zeros(len(probes), targets + 1, device=device)
+               ).squeeze(1) for some in target.split(32, 1)], 1).masked_fill(~valid, -torch.inf)
+    best = wanted.amax(1, keepdim=True)
+    above, tied = torch.zeros(2, len(probes), device=device)
     for begin in range(0, len(gallery), block):
         some = slice(begin, begin + block)
         score = scores(probes, taken(gallery, some, device, centre).T)
         score[same[0] == same[1][:, some]] = -torch.inf
-        for side in (False, True):                # counting ties half below and half above
-            place = torch.searchsorted(wanted, score, right=side)
-            above.scatter_add_(1, place, torch.full_like(score, 0.5))
-    # A distractor at place p is ahead of the p lowest targets
-    ahead = above.flip(1).cumsum(1).flip(1)[:, 1:]                                   # (b, m)
-    count = valid.sum(1, keepdim=True)
-    among_targets = count - torch.arange(targets, device=device)             # place, best = 1
-    rank = among_targets + ahead
-    precision = torch.where(among_targets > 0, among_targets / rank, 0).sum(1) / count[:, 0]
-    return rank.gather(1, count - 1)[:, 0], precision
+        above += (score > best).sum(1)
+        tied += (score == best).sum(1)
+    targets = (wanted == best).sum(1)
+    return torch.where(above == 0, targets / (targets + tied), 0)
 
 
 def scores(a, b):
@@ -160,24 +148,25 @@ def questions(s):
 def figures_of(attacks):
     """One attacker's Attacks on all groups, pooled: {kind: figures of results.json}.
 
-    Embeddings are compared as they are and centred; each question takes what finds more.
+    Embeddings are compared as they are and centred; each question takes the way that finds most.
     """
-    results, *centred = map(pooled, ways([attack.headline for attack in attacks]))
-    for found in centred:
-        for kind, figures in found.items():
-            better = figures['rank1'] > results[kind]['rank1']
-            results[kind] = (figures if better else results[kind]) | {'centred': better}
+    results = {}
+    for name in attacks[0].ways:
+        for suffix, searches in centrings([attack.ways[name] for attack in attacks]).items():
+            for kind, figures in pooled(searches).items():
+                if kind not in results or figures['rank1'] > results[kind]['rank1']:
+                    results[kind] = figures | {'way': name + suffix}
     for kind in results:
         if curves := curves_of(attacks, kind):
             results[kind]['curve'] = curves
     return results
 
 
-def ways(searches):
-    """The Searches of all groups as they are and, where they compare embeddings, centred."""
-    if any(s.ceiling_probes is not None for s in searches):
-        return [searches]
-    return [searches, [s.centred() for s in searches]]
+def centrings(searches):
+    """{'': the Searches of all groups, ', centred': the same centred, if they are embeddings}."""
+    if not all(s.embeddings for s in searches):
+        return {'': searches}
+    return {'': searches, ', centred': [s.centred() for s in searches]}
 
 
 def pooled(searches):
@@ -192,10 +181,10 @@ def pooled(searches):
         offset += len(s.gallery)
         for kind, question in questions(s).items():
             ranking = search(s.probes, s.gallery, *question, centre=s.centre)
-            if len(ranking.rank):
+            if len(ranking.first):
                 rankings.setdefault(kind, []).append(ranking)
                 ceilings.setdefault(kind, []).append(
-                    search(perfect, s.gallery, *question, only_best=True, centre=s.centre))
+                    search(perfect, s.gallery, *question, centre=s.centre))
                 people.setdefault(kind, []).append(names[ranking.probe.numpy()])
     return {kind: summary(rankings[kind], ceilings[kind], np.concatenate(people[kind]))
             for kind in rankings}
@@ -203,23 +192,20 @@ def pooled(searches):
 
 def summary(rankings, ceilings, person):
     """Pooled Rankings, and those of originals as probes, as figures; person (m,) of each probe."""
-    rank, precision, chance = (torch.cat([getattr(r, name) for r in rankings])
-                               for name in ('rank', 'precision', 'chance'))
-    hits = (rank <= 1).float()
+    first, chance = (torch.cat([getattr(r, name) for r in rankings]).numpy()
+                     for name in ('first', 'chance'))
     who, count = np.unique(person, return_inverse=True, return_counts=True)[1:]
     # A person with many photos is found more easily, and would count many times
-    once = (np.bincount(who, hits) / count).mean()
-    return {'rank1': hits.mean().item(), 'rank1_ci': verification.interval(hits.numpy(), person),
-            'each_person_once': float(once),
-            'rank5': (rank <= 5).float().mean().item(),
-            'rank20': (rank <= 20).float().mean().item(), 'map': precision.mean().item(),
-            'chance': chance.mean().item(), 'probes': len(rank), 'people': len(np.unique(person)),
-            'ceiling': rank1(ceilings)}
+    once = (np.bincount(who, first) / count).mean()
+    return {'rank1': float(first.mean(dtype=float)),
+            'rank1_ci': verification.interval(first, person), 'each_person_once': float(once),
+            'chance': float(chance.mean(dtype=float)), 'probes': len(first),
+            'people': len(count), 'ceiling': rank1(ceilings)}
 
 
 def rank1(rankings):
     """Share of probes whose best target comes first, over several Rankings."""
-    return (torch.cat([r.rank for r in rankings]) <= 1).float().mean().item()
+    return torch.cat([r.first for r in rankings]).mean(dtype=torch.float64).item()
 
 
 def curves_of(attacks, kind):
@@ -231,8 +217,8 @@ def curves_of(attacks, kind):
                       if kind in questions(s)]
             if points:
                 curves.setdefault(series, {})[str(x)] = max(
-                    rank1([search(s.probes, s.gallery, *questions(s)[kind], only_best=True,
-                                  centre=s.centre) for s in some]) for some in ways(points))
+                    rank1([search(s.probes, s.gallery, *questions(s)[kind], centre=s.centre)
+                           for s in some]) for some in centrings(points).values())
     return curves
 
 
@@ -248,7 +234,7 @@ def cosines_of(attacks):
     images."""
     values = {'true': [], 'others': []}
     for attack in attacks:
-        s, rng = attack.headline, np.random.default_rng(0)
+        s, rng = next(iter(attack.ways.values())), np.random.default_rng(0)
         if not s.compares_images() or len(np.unique(s.person)) < 2:
             return None
         other = verification.of_others(s.person, s.source, rng)

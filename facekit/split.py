@@ -68,6 +68,7 @@ def split(cfg):
 def make_folds(private, public, cfg):
     """split() of FaceSets; public is private where one set is both."""
     allowed = not_excluded(private, cfg)
+    allowed &= ~is_copy(private, ~allowed)
     counts = np.bincount(private.labels, minlength=len(private.people))
     releasable = (counts >= cfg.data.min_images)[private.labels] & allowed
     folds = []
@@ -82,6 +83,12 @@ def make_folds(private, public, cfg):
         check_disjoint(fold)
         folds.append(fold)
     return folds
+
+
+def is_copy(faceset, excluded):
+    """Which images are the same pictures as one that is excluded (bool (N,)), under other
+    people's names: bool (N,)."""
+    return np.isin(faceset.hashes, faceset.hashes[excluded]) & ~excluded
 
 
 def groups_of(people, cfg):
@@ -149,6 +156,7 @@ class ReleaseCounts:
     of_images: int
     excluded_people: int      # by data.exclude
     excluded_images: int
+    excluded_copies: int      # of these images, under other people's names
     people_with_few: int      # with fewer images than data.min_images
     people_in_other_folds: int    # that data.release_folds leaves out
     damaged_images: int       # left out by data.on_corrupt=skip
@@ -165,11 +173,14 @@ class ReleaseCounts:
         if excluded:
             parts.append(f'excluded: {", ".join(map(str, excluded))} '
                          f'({counted(self.excluded_images, "image")})')
+        if self.excluded_copies:
+            parts.append(f'excluded, too: {counted(self.excluded_copies, "image")} of others, the '
+                         'same picture as one of theirs')
         if self.people_with_few:
             parts.append(f'{self.people_with_few} with fewer than data.min_images')
         if self.people_in_other_folds:
-            parts.append(f'{self.people_in_other_folds} in groups that data.release_folds leaves '
-                         'out')
+            parts.append(f'{self.people_in_other_folds} are public: models learn from them '
+                         '(data.release_folds)')
         if self.damaged_images:
             parts.append(counted(self.damaged_images, 'damaged image'))
         return '; '.join(parts)
@@ -186,7 +197,8 @@ def count_release(folds, cfg):
     most = cfg.reconstruct.images_per_person or len(rows)
     return ReleaseCounts(
         int((released > 0).sum()), int(released.clip(max=most).sum()), len(images),
-        len(private), int(excluded.sum()), int(images[excluded].sum()), int(few.sum()),
+        len(private), int(excluded.sum()), int(images[excluded].sum()),
+        int(is_copy(private, excluded[private.labels]).sum()), int(few.sum()),
         len(images) - int(excluded.sum() + few.sum()) - int((released > 0).sum()),
         len(private.skipped))
 

@@ -18,16 +18,14 @@ from facekit.faces import ImageRows
 
 
 def brute_force(probes, gallery, probe_ids, gallery_ids, exclude):
-    """Rank and average precision from a full sort, one probe at a time."""
+    """Whether a target comes first, chance and probe, from a full sort, one probe at a time."""
     found = []
     for i, z in enumerate(probes):
         keep = np.arange(len(gallery)) != (exclude[i] if exclude is not None else -1)
         order = np.argsort(-(gallery @ z)[keep], kind='stable')
         hit = (gallery_ids == probe_ids[i])[keep][order]
         if hit.any():
-            places = np.flatnonzero(hit) + 1
-            found.append((places[0], (np.arange(1, len(places) + 1) / places).mean(),
-                          hit.sum() / keep.sum(), i))
+            found.append((hit[0], hit.sum() / keep.sum(), i))
     return np.array(found)
 
 
@@ -43,7 +41,7 @@ def test_search_equals_a_full_sort(block):
     numbers = torch.arange(60)
     for ids, gallery_ids, exclude in ((source, numbers, None), (people[source], people, source)):
         got = retrieval.search(probes, gallery, ids, gallery_ids, exclude, block)
-        got = np.stack([got.rank, got.precision, got.chance, got.probe], 1)
+        got = np.stack([got.first, got.chance, got.probe], 1)
         expected = brute_force(probes.numpy(), gallery.numpy(), ids.numpy(), gallery_ids.numpy(),
                                None if exclude is None else exclude.numpy())
         np.testing.assert_allclose(got, expected, rtol=1e-5)
@@ -55,18 +53,21 @@ def test_search_gives_chance_for_noise_and_for_collapse():
     source = torch.randint(500, (2000,))
     rank1 = retrieval.rank1([retrieval.search(probes, gallery, source, torch.arange(500))])
     assert rank1 < 0.008                       # chance 0.002, four standard errors
-    same = F.normalize(torch.ones(500, 16))    # one embedding for everybody is no hit
-    assert (retrieval.search(same[source], same, source, torch.arange(500)).rank > 200).all()
+    same = F.normalize(torch.ones(500, 16))    # one embedding for everybody
+    found = retrieval.search(same[source], same, source, torch.arange(500))
+    assert torch.allclose(found.first, found.chance)
 
 
-def test_who_needs_rank_one_alone_gets_the_same_ranks():
+def test_ties_are_drawn_by_lot():
+    """A gallery in which some pictures stand twice hides nobody."""
     gallery, person = people(40, 5, 8, 0)
-    gallery[7], n = gallery[12], torch.arange(200)              # ties, of two people
-    probes = F.normalize(gallery + 0.3 * torch.randn(200, 8))
-    for ids in ((n, n, None), (person, person, n)):
-        whole, best = (retrieval.search(probes, gallery, *ids, 64, only_best) for only_best in
-                       (False, True))
-        assert torch.equal(whole.rank, best.rank) and torch.equal(whole.chance, best.chance)
+    gallery[7], gallery[8] = gallery[12], gallery[12]           # of persons 1, 1 and 2
+    n = torch.arange(200)
+    first = retrieval.search(gallery, gallery, n, n, block=64).first
+    assert torch.allclose(first[[7, 8, 12]], torch.tensor(1 / 3)) and first.sum() == 198
+    by_person = retrieval.search(gallery, gallery, person, person, n).first
+    assert by_person[7] == by_person[8] == 0.5       # one twin is the same person, one is not
+    assert by_person[12] == 0                        # both twins are another person
 
 
 def test_a_gallery_is_cut_among_people_without_a_probe():
@@ -149,7 +150,7 @@ def test_independent_noise_gives_chance_to_every_attacker():
         for kind in ('same_image', 'same_person'):
             low, high = found[f'x_{kind}']['rank1_ci']
             assert low <= found[f'x_{kind}']['chance'] <= high + 0.01
-    found = tried(partial(attacks.by_class, eye, eye), group)['x_same_person']
+    found = tried(partial(attacks.by_class, {'eye': eye}), group)['x_same_person']
     assert found['rank1'] < 0.12 and found['chance'] == pytest.approx(1 / 60)
 
 
@@ -167,9 +168,10 @@ def test_who_averages_a_label_holds_other_photos_than_those_it_was_made_from():
     group, eye = group_of(lambda z, seed: z)
     group.originals = group.released = ImageRows(
         F.normalize(noisy(torch.zeros(240, 32), 7, 1)), np.arange(240))
-    found = [attacks.by_class(eye, eye, group) for _ in range(2)]
+    found = [attacks.by_class({'eye': eye}, group) for _ in range(2)]
     figures = retrieval.figures_of(found)['same_person']
     assert figures['rank1'] < 0.12 and figures['people'] == 120       # of two folds
+    assert figures['ceiling'] < 0.12             # nor do the originals in their place
 
 
 def test_an_unprotected_release_gives_the_ceiling():
@@ -204,29 +206,30 @@ def test_what_moves_all_images_in_one_direction_hides_nobody():
     shift = F.normalize(torch.ones(32), dim=0)
     group, eye = group_of(lambda z, seed: noisy(z, seed, 0.15) + 2 * shift)
     found = attacks.nearest(eye, group)
-    plain = retrieval.pooled([found.headline])['same_image']['rank1']
+    search = found.ways['embeddings']
+    plain = retrieval.pooled([search])['same_image']['rank1']
     figures = retrieval.figures_of([found])
-    assert figures['same_image']['rank1'] > plain + 0.1 and figures['same_image']['centred']
+    assert figures['same_image']['rank1'] > plain + 0.1
+    assert figures['same_image']['way'] == 'embeddings, centred'
     # The same as with a gallery that is centred in memory
-    probes, gallery = (F.normalize(z - z.mean(0)) for z in (found.headline.probes,
-                                                            found.headline.gallery))
+    probes, gallery = (F.normalize(z - z.mean(0)) for z in (search.probes, search.gallery))
     n = torch.arange(len(probes))
-    rank = retrieval.search(probes, gallery, n, n).rank
-    assert (rank <= 1).float().mean() == figures['same_image']['rank1']
+    first = retrieval.search(probes, gallery, n, n).first
+    assert first.mean().item() == pytest.approx(figures['same_image']['rank1'])
     assert figures['same_image']['ceiling'] == 1
 
 
 def test_labels_and_repeated_releases_average_the_protection_away():
     group, eye = group_of(lambda z, seed: noisy(z, seed, 0.45))
     single = tried(partial(attacks.nearest, eye), group)
-    assert tried(partial(attacks.by_class, eye, eye), group)['x_same_person'][
-        'rank1'] > single['x_same_person']['rank1'] + 0.2
-    curve = tried(partial(attacks.repeated, eye, eye), group)['x_same_image']['curve']
-    rising = [curve['recogniser'][k] for k in '1248']
+    by_label = tried(partial(attacks.by_class, {'eye': eye}), group)['x_same_person']
+    assert by_label['rank1'] > single['x_same_person']['rank1'] + 0.2
+    curve = tried(partial(attacks.repeated, {'eye': eye}), group)['x_same_image']['curve']
+    rising = [curve['eye'][k] for k in '1248']
     assert rising[0] == single['x_same_image']['rank1']
     assert rising == sorted(rising) and rising[3] > rising[0] + 0.4
     group.again = False                      # blurring twice tells nothing new
-    assert tried(partial(attacks.repeated, eye, eye), group) is None
+    assert tried(partial(attacks.repeated, {'eye': eye}), group) is None
 
 
 def test_who_knows_the_mask_sees_through_it():
@@ -241,7 +244,12 @@ def test_who_knows_the_mask_sees_through_it():
                         ImageRows(images, n), n + 100, hidden=hidden)
     found = tried(partial(attacks.patchwork, cfg=None, device='cpu'), group)['x_same_image']
     assert found['rank1'] == found['ceiling'] == 1
-    assert found['curve']['mask']['estimated'] > 0.9    # a flat patch gives itself away
+    looked = found['curve']['mask']          # a flat or grey patch gives itself away
+    assert min(looked['patches with detail'], looked['patches not grey']) > 0.9
+    pixels = Embedder('pixels', None, None, 'cpu')
+    whole = tried(partial(attacks.nearest, pixels), group)['x_same_image']['rank1']
+    seen = tried(partial(attacks.by_pixels, pixels, device='cpu'), group)['x_same_image']
+    assert seen['rank1'] > max(0.9, whole) and seen['way'].startswith('patches')
     group.hidden = 1 - hidden                        # who looks at the hidden ones sees grey
     found = tried(partial(attacks.patchwork, cfg=None, device='cpu'), group)
     assert found['x_same_image']['rank1'] < 0.1
@@ -316,7 +324,7 @@ def test_equal_embeddings_tie_whatever_the_shapes_of_the_products():
         for count in (3, 700, 1400):
             found = retrieval.search(gallery[:count], gallery, torch.arange(count),
                                      torch.arange(1400), block=block)
-            assert (found.rank == 1.5).all()
+            assert (found.first == 0.5).all()
 
 
 def test_backbones_of_one_file_name_and_files_called_as_an_attack_stay_apart(tmp_path):
@@ -367,3 +375,12 @@ def test_masks_are_read_off_a_release_better_by_a_net_than_by_detail():
     learnt = mask_attacks.guess_masks(group, cfg, 'cpu').flatten().numpy()
     by_detail, by_net = (verification.auc(-x, visible) for x in (detail, learnt))
     assert by_net > 0.95 and by_net > by_detail + 0.1
+
+
+def test_a_recogniser_that_overflows_is_refused_and_finds_nobody_by_chance():
+    cfg = SimpleNamespace(evaluate=SimpleNamespace(batch=8), run=SimpleNamespace(precision='fp32'))
+    net = models.iresnet(10, 8, 32, 32).eval()
+    torch.nn.init.constant_(net.fc.weight, 1e38)
+    images = ImageRows(np.full((3, 32, 32, 3), 99, np.uint8), np.arange(3))
+    with pytest.raises(InputError, match='no finite numbers'):
+        Embedder('broken', net, cfg, torch.device('cpu')).embed(images)

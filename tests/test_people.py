@@ -12,7 +12,8 @@ import torch
 
 from conftest import TINY, run
 import train_mae
-from facekit import attacks, check, config, faces, images, keys, protect, records, split, toy
+from facekit import attack_data, attacks, check, config, faces, images, keys, protect, records
+from facekit import split, toy
 from facekit.errors import InputError
 from test_data import make_config, write_faces
 
@@ -346,3 +347,74 @@ def test_the_data_card_says_what_the_key_protects(finished):
     for words in ('not anonymous', 'Two releases of the same photos', 'cannot be called back',
                   'can be read off'):
         assert words in ' '.join(text.split())
+
+
+def test_attackers_learn_first_from_people_whom_no_recogniser_saw(tmp_path):
+    root = folder_of_people(tmp_path / 'faces', people=40)
+    for person in range(0, 40, 2):                     # half of them has one photo only
+        for name in ('1.png', '2.png'):
+            (root / f'id_{person:03}' / name).unlink()
+    cfg = make_config(tmp_path, 'data.min_images=2', 'reconstruct.method=noise')
+    folds = split.split(cfg)
+    plan = protect.plan_release(folds, b'secret', cfg)
+    groups = attack_data.own_groups(cfg, folds, [None] * len(folds), folds[0].private, plan, 'cpu')
+    for group, fold in zip(groups, folds):
+        known = group.pair_originals.rows
+        seen = np.isin(known, fold.train)
+        assert len(known) and 0 < (~seen).sum() == len(np.setdiff1d(fold.mae, fold.train))
+        assert (np.diff(seen.astype(int)) >= 0).all()
+
+
+def test_a_foreign_release_in_another_order_is_refused(tmp_path):
+    """It would look private: each image would be searched for behind another one."""
+    cfg = make_config(tmp_path, f'release={tmp_path}/theirs', f'originals={tmp_path}/faces')
+    write_faces(tmp_path / 'faces', people=8, each=3)
+    write_faces(tmp_path / 'theirs', people=8, each=3)
+    assert attack_data.foreign_groups(cfg, faces.load(tmp_path / 'theirs', cfg), 'cpu')
+    write_faces(tmp_path / 'theirs', people=12, each=2)
+    with pytest.raises(InputError, match='same order'):
+        attack_data.foreign_groups(cfg, faces.load(tmp_path / 'theirs', cfg), 'cpu')
+
+
+def test_who_is_excluded_stays_excluded_whatever_is_typed(tmp_path):
+    """A hurried hand gives the key twice, forgets the config's list, or writes 010."""
+    (tmp_path / 'my.yaml').write_text(f'base: {TINY}\ndata: {{exclude: [ann, bob]}}\n')
+    for words, told in ((['data.exclude=[bob]'], "leaves out 'ann'"),
+                        (['data.exclude=[ann, bob, cy]', 'data.exclude=[ann, bob]'], "out 'cy'")):
+        with pytest.raises(InputError, match=told):
+            config.resolve(tmp_path / 'my.yaml', words)
+    longer = config.resolve(tmp_path / 'my.yaml', ['data.exclude=[bob, ann, 010, 12:30, 1_0, 12]'])
+    assert longer['data']['exclude'] == ['bob', 'ann', '010', '12:30', '1_0', 12]
+
+
+def test_a_picture_of_an_excluded_person_is_not_released_under_another_name(tmp_path):
+    root = folder_of_people(tmp_path / 'faces')
+    cfg = make_config(tmp_path, 'data.exclude=[id_005]', 'data.release_folds=[]')
+    shutil.copy(root / 'id_005' / '0.png', root / 'id_003' / 'copy.png')
+    folds = split.split(cfg)
+    copies = np.flatnonzero(folds[0].private.hashes == folds[0].private.hashes[
+        folds[0].private.labels == 5][0])
+    assert len(copies) == 2
+    for fold in folds:
+        for rows in (fold.released, fold.train, fold.mae):
+            assert not np.isin(copies, rows).any()
+    counts = split.count_release(folds, cfg)
+    assert counts.excluded_copies == 1 and counts.images == 33
+    assert '1 image of others' in counts.sentence(cfg.data.exclude)
+
+
+def test_what_only_the_user_can_tell_of_the_people_is_said(tmp_path, capsys):
+    folder_of_people(tmp_path / 'faces')
+    folder_of_people(tmp_path / 'other', people=3)
+    cfg = make_config(tmp_path, f'data.public={tmp_path}/other')
+    check.check_people(cfg, [])
+    printed = capsys.readouterr().out
+    assert re.search(r'other has 3 names of .*faces, too \(id_000\)', printed)
+    assert 'attackers learn from 3 people' in printed
+
+
+def test_photos_that_are_released_to_compare_with_say_that_they_are_photos(finished):
+    card = (finished[0] / 'run' / 'originals' / 'reconstructed' / 'README.md').read_text()
+    assert 'Never publish' in card
+    assert 'originals/reconstructed will hold the photos themselves' in ' '.join(
+        finished[1].split())
