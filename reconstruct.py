@@ -89,7 +89,11 @@ def release(variant, folds, device):
         run.say(f'warning: {variant.release} will hold the photos themselves, to compare with: '
                 'never publish it')
     if protect.draws_mask(cfg.reconstruct.method):
-        protect.check_patches(cfg.data.size, cfg.mae.patch, cfg.reconstruct.mask_ratio)
+        visible, patches = protect.check_patches(cfg.data.size, cfg.mae.patch,
+                                                 cfg.reconstruct.mask_ratio)
+        copied = cfg.reconstruct.method == 'mask' or cfg.reconstruct.paste_visible
+        run.say(f'{visible} of {patches} patches of each photo are visible'
+                + ', and are copied into the release' * copied)
     counts = count_release(folds, cfg)
     run.say(counts.sentence(cfg.data.exclude))
     draft = own_draft(variant, premises)

@@ -202,7 +202,7 @@ def train(variant, fold, device):
     tools/bench.py can time the very steps."""
     cfg, path, c = variant.cfg, variant.mae(fold.k), variant.cfg.mae
     share = run.own_share(c.batch, 'mae.batch')
-    patches = protect.check_patches(cfg.data.size, c.patch, c.mask_ratio)
+    _, patches = protect.check_patches(cfg.data.size, c.patch, c.mask_ratio)
     order = batches.Order(len(fold.mae), c.batch, cfg.run.seed, 'mae.batch',
                           fold.public.labels[fold.mae], cfg.irm.images_per_identity)
     steps = max(1, round(c.epochs * order.steps_per_epoch))

@@ -110,14 +110,14 @@ def load_maes(variant, folds, device):
 
 
 def check_patches(size, patch, ratio):
-    """Say how many patches a mask leaves, or why there is no such mask; returns their number L."""
+    """How many patches of an image a mask leaves, and how many there are; InputError where there
+    is no such mask."""
     patches = (size // patch) ** 2
     try:
         keep, _, _ = models.random_masking(torch.zeros(1, patches), ratio)
     except ValueError as error:
         raise InputError(str(error)) from None
-    run.say(f'{keep.shape[1]} of {patches} patches visible')
-    return patches
+    return keep.shape[1], patches
 
 
 # ------------------------------------------------------------------------- protections
