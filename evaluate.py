@@ -157,12 +157,15 @@ def attack_all(variant, groups, student, recognisers, device):
     compare single images {attack: retrieval.Cosines}."""
     cfg, figures, cosines = variant.cfg, {}, {}
     names = attacks.short_names(cfg.evaluate.attacks)
+    # One a group, dropped with the row: each keeps the embeddings of its originals, 1 GB of CASIA
+    insiders = [embed.Embedder('insider', student, cfg, device) if student else None
+                for _ in groups]
     log = StageLog(cfg.run.folder, f'evaluate/{variant.label}'.rstrip('/'), len(names))
     for number, (entry, name) in enumerate(names.items()):
         log.announce(f'attack {name}')
         if entry == 'membership' or entry == 'insider' and not student:
             continue
-        tried = [attacks.attack(entry, n, group, recognisers, student, cfg, device)
+        tried = [attacks.attack(entry, n, group, recognisers, insiders[n], cfg, device)
                  for n, group in enumerate(groups) if len(group.source)]
         if not (tried := [attack for attack in tried if attack]):
             continue

@@ -198,15 +198,16 @@ class Recognisers:
         return self.cache[path, n]
 
 
-def attack(name, n, group, recognisers, student, cfg, device):
+def attack(name, n, group, recognisers, insider, cfg, device):
     """The Attack of evaluate.attacks called `name` on group n, or None where it makes no sense.
 
-    recognisers: Recognisers; student: the recogniser that was trained on the release.
+    recognisers: Recognisers; insider: Embedder of the recogniser that was trained on the release,
+    or None.
     """
     def everyone():
         """{name: Embedder} of all who see the release without others' pairs."""
         owned = {'recogniser': recognisers.public('judge', n), 'pixels': recognisers.pixels(n)}
-        return owned | ({'insider': Embedder('insider', student, cfg, device)} if student else {})
+        return owned | ({'insider': insider} if insider else {})
 
     match name:
         case 'judge':           # has a recogniser of other people
@@ -215,8 +216,8 @@ def attack(name, n, group, recognisers, student, cfg, device):
             return nearest(recognisers.public('teacher', n, cfg.teacher.checkpoint), group)
         case 'pixels':          # has nothing
             return by_pixels(recognisers.pixels(n), group, device)
-        case 'insider':         # trains a recogniser on the release; uncached: 1 GB a row of CASIA
-            return nearest(Embedder('insider', student, cfg, device), group)
+        case 'insider':         # trains a recogniser on the release
+            return nearest(insider, group)
         case 'masked':          # knows the masks, or guesses them
             return patchwork(group, cfg, device)
         case 'visible':         # has the visible patches of the original itself

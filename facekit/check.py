@@ -88,8 +88,8 @@ def check_people(cfg, rows):
 def warn_of_people(folds):
     """Say what may be wrong with who is public, which only the user can tell."""
     public, private = folds[0].public, folds[0].private
-    both = sorted(set(public.people) & set(private.people))
-    both = [name for name in both if not name.isdecimal()]      # 1, 2, ... are no names
+    both = sorted(name for name in set(public.people) & set(private.people)
+                  if not name.isdecimal())                      # 1, 2, ... are no names
     if public is not private and both:
         run.say(f'warning: {public.path} has {counted(len(both), "name")} of {private.path}, too '
                 f'({both[0]}): if they are the same people, the models learn from whom they shall '
