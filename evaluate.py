@@ -52,8 +52,7 @@ def evaluate(variant, folds, sets, recognisers, device):
     a file of their own.
     """
     cfg = variant.cfg
-    external = cfg.evaluate.model or cfg.release
-    path = variant.folder / 'external.json' if external else variant.results
+    path = path_of_results(variant)
     with files.only_writer(path):
         student, learnt_from = load_student(variant, device)
         release = faces.load_release(variant) if cfg.release or folds else None
@@ -68,17 +67,23 @@ def evaluate(variant, folds, sets, recognisers, device):
             results |= {'people': asdict(count_release(folds, cfg)),
                         'left_out': {side: getattr(folds[0], side).left_out()
                                      for side in ('private', 'public')}}
-        results |= {'seconds': stage_seconds(variant.run), 'made_with': run.provenance(),
+        results |= {'seconds': stage_seconds(variant.run), 'made_with': run.provenance(device),
                     'config': files.public_dict(cfg)}
         files.write_json(path, results)
     return results, scores
+
+
+def path_of_results(variant):
+    """Where the figures of a row go, those of others' models and releases apart."""
+    external = variant.cfg.evaluate.model or variant.cfg.release
+    return variant.folder / 'external.json' if external else variant.results
 
 
 def load_student(variant, device):
     """The recogniser that is evaluated and the digest of the images it learnt from; None and ''
     where a foreign release has no recogniser of its own."""
     path = Path(variant.cfg.evaluate.model or variant.student)
-    if variant.cfg.release and not run.broadcast(path.exists()):
+    if variant.cfg.release and not run.on_rank_0(path.exists):
         say_no_student(variant)
         return None, ''
     if is_published(path):
@@ -118,9 +123,7 @@ def leakage(variant, folds, release, student, path, recognisers, device):
         secret = keys.release_secret(cfg)
         premises = protect.release_premises(folds, maes, secret)
         protect.check_release(variant, premises)
-        digest, before = None, {}
-        if run.rank() == 0:
-            digest = attack_digest(variant, folds, premises)
+        before, digest = {}, run.on_rank_0(lambda: attack_digest(variant, folds, premises, device))
         with contextlib.suppress(InputError):              # missing or damaged: made again
             before = files.read_json(path)
         if run.broadcast(before.get('attacked') == digest):
@@ -133,16 +136,22 @@ def leakage(variant, folds, release, student, path, recognisers, device):
     figures, cosines = attack_all(variant, groups, student, recognisers, device)
     released = np.concatenate([g.released.pixels() for g in groups])
     originals = np.concatenate([g.sources().pixels() for g in groups])
-    if run.rank() == 0 and cosines:
-        prefix = picture_prefix(variant)
-        plots.histogram({name: (c.true, c.others) for name, c in cosines.items()},
-                        f'{prefix}attacks.png')
-        rank1 = {name: figures[f'{name}_same_image']['rank1'] for name in cosines}
-        strongest = max(rank1, key=rank1.get)
-        plots.save_most_linked(strongest, rank1[strongest], cosines[strongest].true, released,
-                               originals, f'{prefix}most_linked.png')
+    if cosines:
+        run.on_rank_0(lambda: save_attack_pictures(picture_prefix(variant), figures, cosines,
+                                                   released, originals))
     return {'attacked': digest, 'privacy': figures,
             'reconstruction': psnr_and_ssim(released, originals, device)}
+
+
+def save_attack_pictures(prefix, figures, cosines, released, originals):
+    """Pictures of the attacks that compare single images: see attack_all(); the images are uint8
+    (n, H, W, 3)."""
+    plots.histogram({name: (c.true, c.others) for name, c in cosines.items()},
+                    f'{prefix}attacks.png')
+    rank1 = {name: figures[f'{name}_same_image']['rank1'] for name in cosines}
+    strongest = max(rank1, key=rank1.get)
+    plots.save_most_linked(strongest, rank1[strongest], cosines[strongest].true, released,
+                           originals, f'{prefix}most_linked.png')
 
 
 def picture_prefix(variant):
@@ -192,7 +201,7 @@ def membership(variant, groups, student, device):
     return figures
 
 
-def attack_digest(variant, folds, premises):
+def attack_digest(variant, folds, premises, device):
     """What the attacks on a row depend on, 64 hex digits: equal ones mean equal results."""
     cfg = variant.cfg
     data = [f.public.digest(f.train) for f in folds]
@@ -202,7 +211,7 @@ def attack_digest(variant, folds, premises):
     nets = [digest_of_net(path, path.stat().st_mtime_ns) for path in map(Path, nets)
             if path.is_file()]
     config = {k: v for k, v in as_dict(cfg).items() if 'compare' not in k}
-    machine = {k: v for k, v in run.provenance().items() if k != 'commit'}
+    machine = {k: v for k, v in run.provenance(device).items() if k != 'commit'}
     machine |= versions([cfg.judge.checkpoint, *cfg.evaluate.attacks])
     return files.digest(repr([config, attacks.code_digest(), machine, premises, data,
                               nets]).encode())
@@ -233,7 +242,7 @@ def floors(cfg, folds, sets, device):
 def ready_variants(cfg, compare):
     """The Variants whose student is there, or all if none is; names those that are to come."""
     every = variants(cfg, compare)
-    exist = run.broadcast([v.student.exists() for v in every])      # the same on all processes
+    exist = run.on_rank_0(lambda: [v.student.exists() for v in every])
     ready = [v for v, exists in zip(every, exist) if exists] or every
     if later := [f'{v.name} (seed {v.seed})' for v in every if v not in ready]:
         run.say(f'without a student yet, left out: {", ".join(later)}')
@@ -255,7 +264,8 @@ def leads(scores, method):
 
 
 def write_comparison(cfg, results, scores):
-    """results.json, table.txt, report.html and plots of all rows; returns the Sheets.
+    """results.json, table.txt, report.html and plots of all rows, by rank 0 alone; returns the
+    Sheets.
 
     results = {row: [results of each seed]}, scores as for leads().
     """
@@ -264,6 +274,7 @@ def write_comparison(cfg, results, scores):
     own = next((r for r in results.get(method, []) if r['seed'] == cfg.run.seed), {})
     released = {name: r for name, r in results.items() if 'privacy' in r[0]}
     with files.only_writer(folder / 'results.json'):
+        save_roc(f'{folder}/figures/', scores)
         files.write_json(folder / 'results.json', {'rows': results, 'ahead': ahead, **own})
         sheets = report.tables(results, ahead, method, cfg.reference)
         with files.replacing(folder / 'table.txt') as file:
@@ -309,19 +320,31 @@ def main(cfg, device, compare):
         name = Path(external).name if external else variant.name
         results.setdefault(name, []).append(row_results)
         scores.setdefault(name, {})[variant.seed] = row_scores
-    if run.rank():
-        return
-    first = {row: next(iter(seeds.values())) for row, seeds in scores.items()}
-    tested = next((name for row_scores in first.values() for name in row_scores), None)
-    if tested:
-        prefix = f'{cfg.run.folder}/figures/' if compare else picture_prefix(ready[0])
-        plots.verification_plots({row: row_scores[tested] for row, row_scores in first.items()
-                                  if tested in row_scores}, prefix)
-    sheets = (write_comparison(cfg, results, scores) if compare
-              else report.tables(results, {}, '', cfg.reference))
+    run.on_rank_0(lambda: show(cfg, compare, ready[0], results, scores))
+
+
+def show(cfg, compare, variant, results, scores):
+    """Tables and pictures of what was evaluated, by rank 0 alone; arguments as of
+    write_comparison()."""
+    if compare:
+        sheets = write_comparison(cfg, results, scores)
+    else:
+        sheets = report.tables(results, {}, '', cfg.reference)
+        with files.only_writer(path_of_results(variant)):
+            save_roc(picture_prefix(variant), scores)
     for sheet in sheets:
         sheet.print(Console())
     say_where(cfg, compare)
+
+
+def save_roc(prefix, scores):
+    """ROC and score histograms of all rows on the first set that was tested: see
+    plots.verification_plots(); scores as for leads()."""
+    first = {row: next(iter(seeds.values())) for row, seeds in scores.items()}
+    tested = next((name for row_scores in first.values() for name in row_scores), None)
+    if tested:
+        plots.verification_plots({row: row_scores[tested] for row, row_scores in first.items()
+                                  if tested in row_scores}, prefix)
 
 
 if __name__ == '__main__':

@@ -102,10 +102,12 @@ def release(variant, folds, device):
             'format': files.FORMAT, 'config': as_dict(cfg), 'premises': premises})
     if not run.broadcast((draft / 'train.rec').exists()):
         write_images(variant, draft, plan, folds[0].private, protections, device)
-    if run.rank() == 0:
+
+    def finish():
         save_picture(variant, plan, folds[0].private, protections, device)
         publish(variant, draft, plan, counts, check)
-    run.barrier()
+
+    run.on_rank_0(finish)
     run.say(f'released {len(plan.image)} images of {plan.people} people: {variant.release}')
 
 
@@ -185,7 +187,7 @@ def publish(variant, draft, plan, counts, check):
              'paste_visible': c.paste_visible and c.method == 'facemae',
              'images': len(plan.image), 'people': plan.people, 'size': cfg.data.size,
              'format': c.format, 'quality': c.quality, **counts.left_out(),
-             'made_by': f'FaceMAE kit {run.provenance()["commit"]}'}
+             'made_by': f'FaceMAE kit {run.commit()}'}
     (draft / 'manifest.json').write_text(json.dumps(facts, indent=1) + '\n')
     (draft / 'README.md').write_text(data_card(facts))
     check(draft)

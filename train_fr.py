@@ -181,6 +181,9 @@ def train(cfg, task, device):
     optimizer = torch.optim.SGD(
         [p for p in [*net.parameters(), *head.parameters()] if p.requires_grad],
         momentum=c.momentum, weight_decay=c.weight_decay, fused=device.type == 'cuda')
+    for p in optimizer.param_groups[0]['params']:
+        # Where fp16's first step overflows, a fused SGD would take any memory for its momentum
+        optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
     training = Training(cfg, path, task.stage, {'net': net, 'head': head}, optimizer, steps,
                         c.batch, ('loss', 'accuracy'), device, {'premises': premises}, saved)
     if cfg.run.compile:

@@ -176,7 +176,7 @@ def embed_originals(cfg, teacher, store):
     if (not cfg.irm.weight or cfg.mae.epochs - cfg.irm.warmup_epochs <= 2
             or run.broadcast(needed > run.free_memory(store.device) / 4)):
         return None
-    return torch.stack(embed.embed_all(teacher, store, cfg.mae.micro_batch, cfg.run.precision))
+    return embed.embed_all(teacher, store, cfg.mae.micro_batch, cfg.run.precision)
 
 
 def make_optimizer(model, cfg, device):

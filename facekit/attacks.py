@@ -63,7 +63,8 @@ def by_class(embedders, group):
     def means(z, chosen, index):
         z = z[torch.as_tensor(chosen, device=z.device)]
         total = torch.zeros(int(index.max()) + 1, z.shape[1], device=z.device)
-        return F.normalize(total.index_add_(0, torch.as_tensor(index, device=z.device), z))
+        total.index_add_(0, torch.as_tensor(index, device=z.device), z)
+        return F.normalize(total).to(group.device)
 
     def search(embedder):
         gallery = group.gallery_embeddings(embedder)
@@ -87,7 +88,7 @@ def repeated(embedders, group):
                 curves[name][k] = Search(F.normalize(total), group.gallery_embeddings(embedder),
                                          group.source, group.person)
             if k < 8:
-                total += embedder.embed_images(group.released_with(10**6 + k))
+                total += embedder.embed_images(group.released_with(10**6 + k)).to(total.device)
     return Attack({name: curve[8] for name, curve in curves.items()}, curves)
 
 
@@ -112,23 +113,28 @@ def ridge(x, y):
     return best[1]
 
 
+def in_blocks(z, change, device):
+    """change() of embeddings z (N, d), which may lie on the host, made block by block on the
+    device: float32, where z lies."""
+    return torch.cat([change(some.to(device)).float().to(z.device) for some in z.split(65536)])
+
+
 def linear(judge, group):
     """A linear map from released to original embeddings, fitted to n pairs of other people."""
     count = len(group.pair_person)
     parts = [[judge.embed_images(images) for images in group.training_pairs(chosen, 1)]
              for chosen in np.array_split(np.arange(count), count // 2048 + 1)]
     x, y = (torch.cat(z).double() for z in zip(*parts))
-    probes, gallery = (z.double() for z in (group.probe_embeddings(judge),
-                                            group.gallery_embeddings(judge)))
+    probes, gallery = group.probe_embeddings(judge), group.gallery_embeddings(judge)
     curves, sizes = {'ridge': {}, 'rotation': {}}, [16, 64, 256, 1024, 4096, 16384]
     for n in [count, *(n for n in sizes[::-1] if n < count)]:
         centre, target = x[:n].mean(0), y[:n].mean(0)
-        originals = F.normalize(gallery - target.to(gallery.device)).float()
+        originals = in_blocks(gallery, lambda z: F.normalize(z.double() - target), x.device)
         for name, fit in (('ridge', ridge), ('rotation', procrustes)):
             map_ = fit(x[:n] - centre, y[:n] - target)
-            curves[name][n] = Search(
-                F.normalize((probes - centre) @ map_).float(), originals, group.source,
-                group.person)
+            mapped = in_blocks(probes, lambda z: F.normalize((z.double() - centre) @ map_),
+                               x.device)
+            curves[name][n] = Search(mapped, originals, group.source, group.person)
     return Attack({name: curve[count] for name, curve in curves.items()}, curves)
 
 

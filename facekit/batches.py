@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from facekit import nodes, run
+from facekit import run
 from facekit.errors import InputError
 
 
@@ -75,9 +75,8 @@ def dealt(count, do):
     All processes call it, and do() takes a process's own numbers in rising order.
     """
     done = {number: do(number) for number in range(run.rank(), count, run.world())}
-    if run.world() > 1:
-        done = {number: result for some in nodes.everywhere(done, run.Stop.group)
-                for number, result in some.items()}
+    for some in run.everywhere(done):
+        done |= some
     return [done[number] for number in range(count)]
 
 

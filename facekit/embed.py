@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import models
 from facekit import files, images, run
-from facekit.batches import Store, dealt
+from facekit.batches import Store
 from facekit.errors import InputError
 from facekit.faces import ImageRows
 from facekit.published import is_published, published
@@ -119,26 +119,38 @@ def embed_batch(net, batch, precision):
 
 
 def embed_all(net, store, batch, precision, joined=False):
-    """Embeddings of every image of a Store and of its mirror image: two float32 tensors (N, d), or
-    one of unit vectors of their sums if they shall be `joined`, which lies on the host where it
-    would take a quarter of the device's free memory.
+    """Embeddings of every image of a Store and of its mirror image: float32 (2, N, d), or (1, N, d)
+    of unit vectors of their sums if they shall be `joined`. These lie on the host where they would
+    take a quarter of the device's free memory.
 
-    Batches are dealt to the processes and gathered, so the result does not depend on them.
+    The processes take turns at the batches and gather them round by round, so the result does not
+    depend on their number and no process holds it twice.
     """
     numbers = torch.arange(len(store)).split(batch)
     faces = store.ahead(numbers[run.rank()::run.world()])
-    length = net.fc.out_features if isinstance(net, models.IResNet) else 512
+    length = embedding_length(net, store.device)
     needed = 4 * len(store) * length
     on_host = joined and needed > max(run.free_memory(store.device) / 4, 1 << 30)
-    device = torch.device('cpu') if on_host else store.device
+    out = torch.empty(1 if joined else 2, len(store), length,
+                      device='cpu' if on_host else store.device)
+    for first in range(0, len(numbers), run.world()):
+        own = torch.zeros(len(out), batch, length, device=store.device)
+        if first + run.rank() < len(numbers):
+            both = next(faces)
+            plain, mirrored = (embed_batch(net, x, precision) for x in (both, both.flip(2)))
+            own[:, :len(both)] = (F.normalize(plain + mirrored)[None] if joined
+                                  else torch.stack([plain, mirrored]))
+        for rows, z in zip(numbers[first:], run.gathered(own[None])):
+            out[:, rows[0]:rows[-1] + 1] = z[:, :len(rows)]
+    return out
 
-    def embedded(number):
-        both = next(faces)
-        plain, mirrored = (embed_batch(net, x, precision) for x in (both, both.flip(2)))
-        parts = [F.normalize(plain + mirrored)] if joined else [plain, mirrored]
-        return [z.to(device if run.world() == 1 else 'cpu') for z in parts]
 
-    return [torch.cat(parts).to(device) for parts in zip(*dealt(len(numbers), embedded))]
+def embedding_length(net, device):
+    """How many numbers an embedding of a recogniser has."""
+    if isinstance(net, models.IResNet):
+        return net.fc.out_features
+    blank = torch.zeros(1, 3, net.size, net.size, device=device)
+    return net(blank).shape[1]
 
 
 def unit_embeddings(net, chosen, cfg, device):

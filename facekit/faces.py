@@ -132,8 +132,7 @@ def load(path, cfg, photos=True):
     way = str(path.resolve()), cfg.data.on_size, cfg.data.on_corrupt
     folder = Path(cfg.data.cache, f'{path.name}-{files.digest(repr(way).encode())[:10]}-'
                                   f'{cfg.data.size}')
-    cached = run.broadcast(wants_cache(folder, mark, source, cfg, photos)
-                           if run.rank() == 0 else None)
+    cached = run.on_rank_0(lambda: wants_cache(folder, mark, source, cfg, photos))
     needs = ['hashes.npy', 'images.u8'][:1 + cached]
     files.make_once(folder, lambda: is_current(folder, mark, needs),
                     lambda: look_at_all(folder, mark, source, cfg, photos, cached))

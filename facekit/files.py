@@ -106,13 +106,13 @@ def only_writer(path):
     clusters, leaves it to the user to start nothing twice.
     """
     path = Path(path)
-    lock = filelock.FileLock(path.with_name(path.name + '.lock'))
-    waiting = False
-    while not run.broadcast(acquired(lock, path) if run.rank() == 0 else None):
+    lock, waiting = filelock.FileLock(path.with_name(path.name + '.lock')), False
+    while run.rank() == 0 and not acquired(lock, path):
         if not waiting:
             run.say(f'another run is making {path}: waiting for it')
         waiting = True
         time.sleep(0.2)
+    run.barrier()
     try:
         yield
     finally:
@@ -133,11 +133,13 @@ def acquired(lock, path):
 
 def make_once(path, ready, make):
     """Unless ready(): make() what `path` shall be, on rank 0 of one of the runs that ask."""
-    if not run.broadcast(ready() if run.rank() == 0 else None):
-        with only_writer(path):
-            if run.rank() == 0 and not ready():
-                make()
-            run.barrier()
+    def make_if_needed():
+        if not ready():
+            with only_writer(path):
+                if not ready():
+                    make()
+
+    run.on_rank_0(make_if_needed)
 
 
 # ----------------------------------------------------------------------------- checkpoints

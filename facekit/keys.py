@@ -18,9 +18,7 @@ def release_secret(cfg):
                          'secret drawn')
     files.make_once(path, path.exists, lambda: draw_secret(path))
     secret = read_secret(path)
-    if run.rank() == 0:
-        hide_key(Path(cfg.run.folder), secret)
-    run.barrier()
+    run.on_rank_0(lambda: hide_key(Path(cfg.run.folder), secret))
     if secret == read_secret(CONFIGS / 'toy.key'):
         if not is_drawn(cfg.data.root):
             raise InputError(f'reconstruct.key = {path} is known to everybody, and '

@@ -128,6 +128,6 @@ def stage_seconds(folder):
 
 def peak_memory():
     """The most memory that was taken, bytes: by tensors on a GPU, else by this process."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

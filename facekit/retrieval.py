@@ -107,28 +107,44 @@ def find(probes, gallery, target, valid, same, block, centre):
     """
     device = probes.device
     wanted = torch.cat([
-        scores(probes[:, None], taken(gallery, some.to(gallery.device), device, centre).mT
-               ).squeeze(1) for some in target.split(32, 1)], 1).masked_fill(~valid, -torch.inf)
+        exact(probes[:, None], taken(gallery, some.to(gallery.device), device, centre))
+        for some in target.split(32, 1)], 1).masked_fill(~valid, -torch.inf)
     best = wanted.amax(1, keepdim=True)
     above, tied = torch.zeros(2, len(probes), device=device)
     for begin in range(0, len(gallery), block):
         some = slice(begin, begin + block)
-        score = scores(probes, taken(gallery, some, device, centre).T)
-        score[same[0] == same[1][:, some]] = -torch.inf
-        above += (score > best).sum(1)
-        tied += (score == best).sum(1)
+        rows = taken(gallery, some, device, centre)
+        more, equal = compared(probes, rows, best, same[0] == same[1][:, some])
+        above += more
+        tied += equal
     targets = (wanted == best).sum(1)
     return torch.where(above == 0, targets / (targets + tied), 0)
 
 
-def scores(a, b):
-    """Matrix product of float32 tensors, summed in float64 and rounded to float32.
+def compared(probes, rows, best, same):
+    """How many `rows` (N, d) have an exact() score above best (b, 1), and how many an equal one:
+    int64 (b,) twice; same (b, N): which do not count.
 
-    So that equal vectors get equal scores, in whatever product and block they stand: in float32
-    the order of a sum, and with it the last bit, depends on the shapes, and rounding would decide
-    ties.
+    A product in float32 decides, and float64 where that could be wrong: it is slow on most GPUs.
     """
-    return (a.double() @ b.double()).float()
+    score = (probes @ rows.T).masked_fill(same, -torch.inf)
+    # Twice what rounding can change in a sum of d products
+    doubt = (probes.shape[1] * torch.finfo(torch.float32).eps
+             * probes.norm(dim=1, keepdim=True) * rows.norm(dim=1).amax())
+    close = ((score - best).abs() <= doubt).nonzero()
+    for some in close.split(16384):
+        probe, row = some.unbind(1)
+        score[probe, row] = exact(probes[probe], rows[row])
+    return (score > best).sum(1), (score == best).sum(1)
+
+
+def exact(a, b):
+    """Inner products of rows of float32 tensors (..., d), summed in float64, rounded to float32.
+
+    So that equal vectors get equal scores, in whatever block they stand: in float32 the order of a
+    sum, and with it the last bit, depends on the shapes, and rounding would decide ties.
+    """
+    return (a.double() * b.double()).sum(-1).float()
 
 
 # ------------------------------------------------------------------------------- figures

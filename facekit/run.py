@@ -1,6 +1,8 @@
 """What surrounds the work of a stage: processes, device, requests to stop, the launch.
 
-Nothing here knows about faces. A stage ends with `run.launch(main, check_experiment)`.
+Nothing here knows about faces. A stage ends with `run.launch(main, check_experiment)`. What rank 0
+does alone, it does in `with run.alone()` or `run.on_rank_0(do)`: there it counts as the only process,
+so that nothing inside can wait for another one.
 """
 import argparse
 import contextlib
@@ -13,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from facekit import nodes
 from facekit.config import CONFIGS, namespace, resolve
 from facekit.errors import InputError, printable
 
@@ -30,27 +32,53 @@ TIMEOUT = datetime.timedelta(days=1)    # of who waits for rank 0, which may loo
 
 # ------------------------------------------------------------------------------ processes
 
+class Group:
+    """The processes of this run."""
+    host = None              # all of them over gloo: to wait there keeps GPU and core idle
+    alone = False            # whether this process counts as the only one: see alone()
+
+
 def rank():
     """Number of this process, 0 .. world() - 1."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if world() > 1 else 0
 
 
 def world():
     """Number of processes of this run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not Group.alone else 1
+
+
+@contextlib.contextmanager
+def alone():
+    """While inside, this process counts as the only one: world() is 1, and what otherwise waits for
+    the others (barrier, broadcast, only_writer, ...) does not."""
+    before, Group.alone = Group.alone, True
+    try:
+        yield
+    finally:
+        Group.alone = before
+
+
+def on_rank_0(do):
+    """What do() returns, on all processes; rank 0 calls it alone, while the others wait."""
+    value = None
+    if rank() == 0:
+        with alone():
+            value = do()
+    return broadcast(value)
 
 
 def barrier():
     """Wait until all processes have come here."""
-    if dist.is_initialized():
-        dist.barrier()
+    if world() > 1:
+        dist.barrier(group=Group.host)
 
 
 def broadcast(value):
     """The value that rank 0 has, on all processes; any picklable object."""
     values = [value]
     if world() > 1:
-        dist.broadcast_object_list(values, 0)
+        dist.broadcast_object_list(values, 0, group=Group.host)
     return values[0]
 
 
@@ -65,7 +93,16 @@ def collect(value):
     if world() == 1:
         return [value]
     values = [None] * world() if rank() == 0 else None
-    dist.gather_object(value, values, group=Stop.group)
+    dist.gather_object(value, values, group=Group.host)
+    return values
+
+
+def everywhere(value):
+    """The values of all processes, any picklable objects, in rank order, on all of them."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value, group=Group.host)
     return values
 
 
@@ -88,14 +125,11 @@ def start_processes(cfg):
                          'MASTER_PORT: start the script with torchrun, or unset WORLD_SIZE')
     device = choose_device(cfg)
     if wanted > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=TIMEOUT)
-        # Agreeing over gloo keeps the device out of it: no GPU sync in the training loop
-        Stop.group = dist.new_group(backend='gloo', timeout=TIMEOUT)
-        if device.type == 'cuda':
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            nodes.check_gpus(nodes.everywhere(uuid, Stop.group))
-        if int(os.environ.get('LOCAL_WORLD_SIZE', wanted)) < wanted:
-            nodes.check_folders(cfg, Stop.group)
+        if device.type == 'cuda':          # device_id: else NCCL guesses it, and warns at barriers
+            dist.init_process_group('nccl', timeout=TIMEOUT, device_id=device)
+        else:
+            dist.init_process_group('gloo', timeout=TIMEOUT)
+        Group.host = dist.new_group(backend='gloo', timeout=TIMEOUT)
     on_this_node = int(os.environ.get('LOCAL_WORLD_SIZE', wanted))
     torch.set_num_threads(cfg.run.threads or max(1, cores() // on_this_node))
     if cfg.run.deterministic:
@@ -108,7 +142,7 @@ def start_processes(cfg):
         torch.backends.cudnn.benchmark = not cfg.run.deterministic
     else:
         keep_freed_memory()
-        say_if_emulated(cfg.run.precision)
+    say_if_emulated(cfg.run.precision, device)
     return device
 
 
@@ -127,8 +161,12 @@ def choose_device(cfg):
     return torch.device('cuda', local)
 
 
-def say_if_emulated(precision):
-    """Say so where this CPU has no instructions for half precision, which is slow without them."""
+def say_if_emulated(precision, device):
+    """Say so where the device has no instructions for half precision, which is slow without."""
+    if device.type == 'cuda':
+        if precision == 'bf16' and not torch.cuda.is_bf16_supported(including_emulation=False):
+            say('run.precision = bf16, which this GPU can only emulate: use run.precision=fp16')
+        return
     check = f'_is_mkldnn_{precision}_supported'
     with contextlib.suppress(AttributeError):            # builds of torch without oneDNN
         if precision != 'fp32' and not getattr(torch.ops.mkldnn, check)():
@@ -137,9 +175,10 @@ def say_if_emulated(precision):
 
 
 def free_memory(device):
-    """Bytes that are free on a device."""
+    """Bytes that are free on a device, those that torch keeps for later among them."""
     if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     # Not SC_AVPHYS_PAGES, which counts no page that only caches a file
     lines = dict(line.split(':') for line in Path('/proc/meminfo').read_text().splitlines())
     return 1024 * int(lines['MemAvailable'].split()[0])
@@ -184,6 +223,8 @@ def average_next(wanted, *modules):
 
 def gathered(x):
     """Rows (n, ...) of all processes in rank order, (N, ...), without a gradient."""
+    if world() == 1:
+        return x
     everyone = x.new_empty(world(), *x.shape)
     dist.all_gather(list(everyone), x.contiguous())
     return everyone.flatten(0, 1)
@@ -207,7 +248,6 @@ class Stop:
     """SIGTERM and Ctrl-C ask for a last checkpoint; Ctrl-C again ends the process at once."""
     requested = False                # of the process, not of one training in it
     interrupted = False              # whether Ctrl-C is ending the process
-    group = None                     # of all processes, over gloo
 
     def __init__(self):
         self.agreed = False
@@ -230,8 +270,8 @@ class Stop:
     def checkpoint_due(self, wanted):
         """True on all processes at the same step, once any wants to save or was asked to stop."""
         flags = torch.tensor([int(wanted), int(self.requested)])
-        if self.group:
-            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        if world() > 1:        # over gloo, which keeps the device out of it
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=Group.host)
         self.agreed = bool(flags[1])
         return bool(flags.any())
 
@@ -267,14 +307,19 @@ def git(*words):
     return ''
 
 
-def provenance():
-    """What a result depends on beside the config: versions, hardware, commit."""
-    commit, top = f'version {VERSION}', git('rev-parse', '--show-toplevel')
+def commit():
+    """The kit's git commit, or its version where it is no clone."""
+    top = git('rev-parse', '--show-toplevel')
     if top and Path(top).resolve() == CONFIGS.parent.resolve():   # else it is another repository's
-        commit = git('describe', '--always', '--dirty', '--abbrev=12')
-    device = (torch.cuda.get_device_name() if torch.cuda.is_available()
-              else f'CPU, {os.cpu_count()} cores')
-    return {'commit': commit, 'device': device, 'processes': world(),
+        return git('describe', '--always', '--dirty', '--abbrev=12')
+    return f'version {VERSION}'
+
+
+def provenance(device):
+    """What a result depends on beside the config: versions, hardware, commit."""
+    name = (torch.cuda.get_device_name(device) if device.type == 'cuda'
+            else f'CPU, {os.cpu_count()} cores')
+    return {'commit': commit(), 'device': name, 'processes': world(),
             'python': sys.version.split()[0], 'torch': torch.__version__,
             'numpy': np.__version__}
 
@@ -306,21 +351,33 @@ def launch(main, check):
             main(cfg, start_processes(cfg), args.compare)
             barrier()                  # torch 2.6 hangs where a group ends before its last message
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
     except Exception as error:
         if Stop.interrupted:               # a library's C code can make another exception of it
-            sys.exit(130)
-        sentence = explanation(error, folder)
-        if not sentence:
-            raise
-        print(f'error: {printable(sentence)}', file=sys.stderr, flush=True)
-        # Behind another process's back a barrier would wait for this one (TIMEOUT)
-        os._exit(2) if world() > 1 else sys.exit(2)
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)       # no traceback of a process that leaves
-        if dist.is_initialized():
-            Stop.group = None                              # or its threads abort the process
-            dist.destroy_process_group()
+            leave(130)
+        if sentence := explanation(error, folder):
+            print(f'error: {printable(sentence)}', file=sys.stderr)
+            leave(2)
+        traceback.print_exc()
+        leave(1)
+    leave(0)
+
+
+def leave(code):
+    """End the process with an exit code.
+
+    Where it failed, other processes wait for this one, and to take leave of them would be to wait
+    for them: it ends at once, and its launcher then ends the others.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)       # no traceback of a process that leaves
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and dist.is_initialized() and dist.get_world_size() > 1:
+        os._exit(code)
+    if dist.is_initialized():
+        Group.host = None                              # or its threads abort the process
+        dist.destroy_process_group()
+    sys.exit(code)
 
 
 def explanation(error, folder):

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ from facekit import attacks, images, protect, records, toy
 from facekit import run as process
 from facekit.config import namespace, resolve, variants
 from facekit.errors import InputError
-from facekit.nodes import check_gpus
 
 
 def test_the_pipeline_writes_what_it_promises(finished):
@@ -233,10 +231,12 @@ def test_half_precision_trains(copied, precision):
 
 
 @pytest.mark.parametrize('supported', [True, False])
-def test_a_cpu_that_emulates_bf16_is_named(monkeypatch, capsys, supported):
+def test_a_device_that_emulates_bf16_is_named(monkeypatch, capsys, supported):
     monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: supported)
-    process.say_if_emulated('bf16')
-    assert ('use run.precision=fp32' in capsys.readouterr().out) != supported
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: supported)
+    for device, remedy in (('cpu', 'fp32'), ('cuda', 'fp16')):
+        process.say_if_emulated('bf16', torch.device(device))
+        assert (f'use run.precision={remedy}' in capsys.readouterr().out) != supported
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(copied):
@@ -330,47 +330,6 @@ def test_two_processes_on_one_gpu_are_refused(monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '1')
     with pytest.raises(InputError, match='no GPU of its own'):
         process.choose_device(cfg)
-
-
-def test_two_launchers_that_give_one_gpu_to_both_are_refused():
-    check_gpus(['a', 'b', 'c'])
-    with pytest.raises(InputError, match='processes 1 and 2 have the same GPU'):
-        check_gpus(['a', 'b', 'b'])
-
-
-def nodes(folders, *arguments):
-    """What two nodes print, each with its own launcher and one process, and their exit codes."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    launchers = [subprocess.Popen(
-        [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', f'--node_rank={number}',
-         '--nproc_per_node=1', '--master_addr=127.0.0.1', f'--master_port={port}',
-         str(ROOT / 'train_fr.py'), '--config', str(TINY), 'run.folder=run', *arguments],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | ENVIRONMENT) for number, folder in enumerate(folders)]
-    printed = [launcher.communicate(timeout=200)[0] for launcher in launchers]
-    return printed, [launcher.returncode for launcher in launchers]
-
-
-def test_two_nodes_train_what_one_does_if_they_share_their_folders(copied, tmp_path_factory):
-    arguments = 'stage=teacher', 'teacher.epochs=1', 'run.log_every=1'
-    printed, codes = nodes([copied, copied], 'run.folder=two', *arguments)
-    assert codes == [0, 0], printed
-    run(copied, 'train_fr.py', 'run.folder=one', *arguments)
-    one, two = ([json.loads(line)['loss'] for line in (
-        copied / name / 'log/teacher/fold0.jsonl').read_text().splitlines()]
-        for name in ('one', 'two'))
-    np.testing.assert_allclose(one, two, rtol=1e-4)
-    assert not list(copied.rglob('.shared-*'))
-    elsewhere = tmp_path_factory.mktemp('elsewhere')
-    printed, codes = nodes([copied, elsewhere], 'run.folder=three', *arguments)
-    assert 0 not in codes
-    for text in printed:
-        assert 'process 1 on ' in text and ' does not see faces of process 0' in text
-    printed, codes = nodes([copied, elsewhere], 'run.folder=three', f'data.root={copied}/faces',
-                           *arguments)
-    assert all(' does not see three of process 0' in text for text in printed), printed
 
 
 def test_the_whole_experiment_is_checked_in_seconds_before_the_first_stage(finished, tmp_path):

@@ -29,6 +29,7 @@ class Assumed:
     peak: float = 989e12           # FLOP/s of an H100 in bf16, dense, by its data sheet
     vit: float = 0.40              # share of it that a ViT in training reaches
     resnet: float = 0.20           # and an IResNet, whose convolutions are thinner
+    float32: float = 50e12         # FLOP/s of the class layer, which no TF32 rounds; at most 67e12
     in_node: float = 300e9         # bytes/s that a GPU sends to the 7 others of its node
     between: float = 40e9          # and to other nodes, with one 400 Gb/s card a GPU
     image: int = 5400              # bytes of a JPEG of 112 pixels (CASIA's train.rec / images)
@@ -127,7 +128,7 @@ def train_fr(cfg, gpus, people):
     net = recogniser(cfg.fr.depth, cfg.fr.width, cfg.data.size, cfg.fr.dim)
     batch = min(ASSUMED.largest, max(cfg.fr.batch, 128 * gpus))
     head = 3 * 2 * cfg.fr.dim * people / 1e9                # of an image, over all GPUs
-    seconds = 1e9 * (3 * net.gflop / ASSUMED.resnet + head / ASSUMED.vit)
+    seconds = 1e9 * (3 * net.gflop / ASSUMED.resnet + head * ASSUMED.peak / ASSUMED.float32)
     gathered = batch * (12 * cfg.fr.dim + 40)       # embeddings, their gradients, softmax, labels
     return step(gpus, batch, seconds / ASSUMED.peak, net.parameters, gathered)
 

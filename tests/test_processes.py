@@ -1,0 +1,99 @@
+"""Several processes: what they give together, what one does alone, and how a failure ends them."""
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from conftest import ENVIRONMENT, ROOT, TINY, run
+
+TOGETHER = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from facekit import files, run
+
+
+def main(cfg, device, compare):
+    def alone():
+        with files.only_writer('alone'):        # each of these would wait for the other process
+            run.barrier()
+            return run.broadcast(run.world()) + len(run.everywhere(0))
+
+    assert run.on_rank_0(alone) == 2 and run.world() == 2
+    print('done alone', flush=True)
+    if run.rank() == 1:
+        raise KeyError('planted fault')
+    run.barrier()
+
+
+run.launch(main, None)
+"""
+
+
+def figures(folder):
+    """All figures of results.json by their paths."""
+    def flat(path, value):
+        items = value.items() if isinstance(value, dict) else (
+            enumerate(value) if isinstance(value, list) else None)
+        if items is None:
+            return {path: value}
+        return {k: v for name, x in items for k, v in flat(f'{path}/{name}', x).items()}
+
+    results = json.loads((folder / 'run' / 'results.json').read_text())
+    return {name: value for name, value in flat('', results).items() if not any(
+        word in name for word in ('/seconds/', '/made_with/', '/config/', '/attacked'))}
+
+
+def test_two_processes_compare_as_one_does(finished, tmp_path):
+    """All attacks, tables and pictures; what rank 0 does alone waits for nobody."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    made = ['results.json', 'table.txt', 'report.html']
+    for path in [p for name in made for p in (tmp_path / 'run').rglob(name)]:
+        path.unlink()
+    pictures = {p.name for p in (tmp_path / 'run/figures').iterdir()}
+    for name in ('roc.png', 'tradeoff.png', 'release_most_linked.png', 'mask_attacks.png'):
+        (tmp_path / 'run/figures' / name).unlink()
+    run(tmp_path, 'evaluate.py', '--compare', processes=2)
+    one, two = figures(finished[0]), figures(tmp_path)
+    assert one.keys() == two.keys() and len(one) > 500
+    assert {name: (one[name], two[name]) for name in one if one[name] != two[name]} == {}
+    assert pictures == {p.name for p in (tmp_path / 'run/figures').iterdir()}
+    for name in made[1:]:
+        assert (tmp_path / 'run' / name).stat().st_size > 1000
+
+
+def test_what_rank_0_does_alone_waits_for_nobody_and_a_failure_ends_all(tmp_path):
+    (tmp_path / 'together.py').write_text(TOGETHER)
+    begin = time.time()
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+         'together.py', '--config', str(TINY), 'run.folder=run'], cwd=tmp_path, text=True,
+        capture_output=True, env=os.environ | ENVIRONMENT, timeout=100)
+    assert done.stdout.count('done alone') == 2, done.stderr
+    assert done.returncode and time.time() - begin < 60
+    assert "KeyError: 'planted fault'" in done.stderr
+
+
+def test_two_nodes_train_what_one_does(copied):
+    """Each node has its own launcher; both have the same folder."""
+    arguments = 'stage=teacher', 'teacher.epochs=1', 'run.log_every=1'
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    nodes = [subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', f'--node_rank={number}',
+         '--nproc_per_node=1', '--master_addr=127.0.0.1', f'--master_port={port}',
+         str(ROOT / 'train_fr.py'), '--config', str(TINY), 'run.folder=two', *arguments],
+        cwd=copied, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | ENVIRONMENT) for number in range(2)]
+    printed = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    run(copied, 'train_fr.py', 'run.folder=one', *arguments)
+    one, two = ([json.loads(line)['loss'] for line in (
+        copied / name / 'log/teacher/fold0.jsonl').read_text().splitlines()]
+        for name in ('one', 'two'))
+    np.testing.assert_allclose(one, two, rtol=1e-4)
