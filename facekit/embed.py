@@ -119,9 +119,10 @@ def embed_batch(net, batch, precision):
 
 
 def embed_all(net, store, batch, precision, joined=False):
-    """Embeddings of every image of a Store and of its mirror image: float32 (2, N, d), or (1, N, d)
-    of unit vectors of their sums if they shall be `joined`. These lie on the host where they would
-    take a quarter of the device's free memory.
+    """Embeddings of every image of a Store and of its mirror image: float32 (2, N, d).
+
+    If they shall be `joined`, (1, N, d) of unit vectors of their sums, which lie on the host where
+    they would take a quarter of the device's free memory.
 
     The processes take turns at the batches and gather them round by round, so the result does not
     depend on their number and no process holds it twice.

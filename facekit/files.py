@@ -1,6 +1,8 @@
 """Files of a run: written whole or not at all, by one run at a time, read without running code."""
 import argparse
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import mmap
@@ -10,7 +12,6 @@ import shutil
 import time
 from pathlib import Path
 
-import filelock
 import torch
 
 from facekit import run
@@ -105,30 +106,35 @@ def only_writer(path):
     The lock ends with its process, however that ends. A file system without locks, as on some
     clusters, leaves it to the user to start nothing twice.
     """
-    path = Path(path)
-    lock, waiting = filelock.FileLock(path.with_name(path.name + '.lock')), False
-    while run.rank() == 0 and not acquired(lock, path):
-        if not waiting:
-            run.say(f'another run is making {path}: waiting for it')
-        waiting = True
-        time.sleep(0.2)
-    run.barrier()
-    try:
+    with contextlib.ExitStack() as stack:
+        if run.rank() == 0:
+            stack.enter_context(locked(Path(path)))
+        run.barrier()
         yield
-    finally:
-        lock.release()
 
 
-def acquired(lock, path):
-    """Whether this process got the lock, or there are no locks here."""
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock <path>.lock while inside; waits for another process that holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + '.lock'), 'ab') as file:
+        waiting = False
+        while is_taken(file):
+            if not waiting:
+                run.say(f'another run is making {path}: waiting for it')
+            waiting = True
+            time.sleep(0.2)
+        yield
+
+
+def is_taken(file):
+    """Whether another process holds the lock of an open file; else this one does from now on, or
+    the file system has no locks."""
     try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        return False
-    except NotImplementedError:             # filelock's word for a file system without locks
-        pass
-    return True
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    return False
 
 
 def make_once(path, ready, make):

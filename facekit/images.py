@@ -27,8 +27,8 @@ def decode(data, where, formats=('JPEG', 'PNG')):
 
     EXIF orientation is applied, whatever the format; grey, palette and 16 bit become 8-bit RGB;
     what is transparent becomes grey, as a maker may have erased it so; of a file that holds more
-    than one picture, such as a phone's MPO, the first is taken. Threads decode at once. Raises InputError, naming `where`, for other formats, damage and more than
-    16 megapixels.
+    than one picture, such as a phone's MPO, the first is taken. Threads decode at once. Raises
+    InputError, naming `where`, for other formats, damage and more than 16 megapixels.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
