@@ -8,7 +8,7 @@ import torch
 
 import models
 from facekit import attacks, files, images, keys, protect, run, verification
-from facekit.config import CHOICES, variants
+from facekit.config import SPECS, variants
 from facekit.errors import InputError, counted
 from facekit.faces import FaceSet
 from facekit.published import DLIB, refuse_published
@@ -121,7 +121,8 @@ def check_release_files(folder, plan, secret, card):
     expected = ['README.md', 'manifest.json', 'property', 'train.idx', 'train.rec']
     refuse(names != expected, folder, f'holds {names}, not {expected}')
     facts = files.read_json(folder / 'manifest.json')
-    words = {word for choices in CHOICES.values() for word in choices}
+    words = [word for key in ('reconstruct.method', 'reconstruct.format')
+             for word in SPECS[key].split(' | ')]
     for key, value in facts.items():
         known = isinstance(value, (int, float)) or value in words or key == 'made_by' and (
             re.fullmatch(r'FaceMAE kit [\w. -]+', str(value)))
