@@ -203,7 +203,7 @@ def attack_digest(variant, folds, premises):
             if path.is_file()]
     config = {k: v for k, v in as_dict(cfg).items() if 'compare' not in k}
     machine = {k: v for k, v in run.provenance().items() if k != 'commit'}
-    machine |= versions([cfg.judge.checkpoint, *cfg.evaluate.attacks])
+    machine |= versions(cfg)
     return files.digest(repr([config, attacks.code_digest(), machine, premises, data,
                               nets]).encode())
 
@@ -289,6 +289,7 @@ def say_where(cfg, compare):
 
 def main(cfg, device, compare):
     attacks.check_attacks(cfg)
+    versions(cfg)                            # refuses early what needs a missing package
     external = cfg.evaluate.model or cfg.release
     if external and compare:
         raise InputError('evaluate.model and release take the place of the rows: leave out '
