@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import conftest
 import evaluate
 import models
-from facekit import attacks, check, embed, errors, published
-from facekit.config import namespace, resolve
+from facekit import attacks, check, embed, errors, published, toy, verification
+from facekit.config import as_dict, namespace, resolve
 from facekit.errors import InputError
 
 CPU = torch.device('cpu')
@@ -124,6 +124,34 @@ def test_a_missing_package_is_told_before_the_first_stage_and_by_the_evaluation(
         with pytest.raises(InputError, match=f'not installed: run `pip install {package}`'):
             start()
         assert [path.name for path in folder.iterdir()] == ['net.onnx']
+
+
+@pytest.mark.parametrize('size', [100, 61])
+def test_a_recogniser_is_evaluated_at_its_own_size_whatever_the_patches_are(folder, size):
+    toy.draw_set('faces', 2, 1, 20, 40, 32, 0)
+    net = models.iresnet(10, 8, size, 32)
+    torch.save({'net': net.state_dict(), 'config': as_dict(config(f'data.size={size}'))}, 'net.pt')
+    evaluate.main(config('evaluate.model=net.pt'), CPU, compare=False)
+    results = json.loads((folder / 'run' / 'external.json').read_text())
+    pairs = verification.load_pairs(Path('faces/toy.bin'), size)
+    expected = verification.verify(net.eval(), [pairs], config(), CPU)[0]
+    assert results['verification']['toy']['auc'] == expected['toy']['auc']
+    assert results['config']['data']['size'] == 32
+
+
+def test_a_recogniser_named_beside_a_foreign_release_is_used_or_refused(folder, net, monkeypatch):
+    monkeypatch.setattr(published, 'DlibRecogniser', lambda: net)
+    toy.draw_set('faces', 12, 4, 20, 40, 32, 0)
+    foreign = ['release=faces', 'originals=faces', 'evaluate.attacks=[insider]']
+    evaluate.main(config(*foreign, 'evaluate.model=dlib'), CPU, compare=False)
+    results = json.loads((folder / 'run' / 'external.json').read_text())
+    assert results['verification']['toy']['pairs'] == 40
+    assert results['privacy']['insider_same_image']['rank1'] == 1
+    for name in ('none.pth', 'none.onnx', 'DLIB'):
+        for start in (lambda cfg: check.check_experiment(cfg, compare=False),
+                      lambda cfg: evaluate.main(cfg, CPU, compare=False)):
+            with pytest.raises(InputError, match=f'{name}.* check the path'):
+                start(config(*foreign, f'evaluate.model={name}'))
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
