@@ -45,6 +45,7 @@ def stage(folder, script, *words):
              f'reconstruct.key={ROOT}/configs/toy.key']      # else each run hides other patches
     assignments = [word for word in words if word != '--compare']
     cfg = namespace(resolve(TINY, [*SMALL, *paths, *assignments]))
+    torch.use_deterministic_algorithms(False)         # which an earlier one may have asked for
     simcuda.watch.phase = script
     importlib.import_module(script).main(cfg, run.start_processes(cfg), '--compare' in words)
 
