@@ -19,7 +19,7 @@ import yaml
 from facekit.errors import InputError, quoted
 
 # Names in a run folder, which no row of a comparison may have
-RESERVED = 'fold', 'seed', 'figures', 'reconstructed', 'cache', 'faces', 'log'
+RESERVED = 'fold', 'seed', 'figures', 'reconstructed', 'looks', 'faces', 'log'
 # What rows cannot set: they share faces, split, teacher, judge and run folder
 SHARED = 'data.', 'toy.', 'teacher.', 'judge.', 'run.'
 CONFIGS = Path(__file__).parent.parent / 'configs'
@@ -29,7 +29,6 @@ CHOICES = {
     'run.precision': ('bf16', 'fp16', 'fp32'),
     'data.on_size': ('refuse', 'resize'),
     'data.on_corrupt': ('stop', 'skip'),
-    'data.decode': ('auto', 'cache', 'stream'),
     'mae.mse_on': ('all', 'hidden'),
     'irm.relations': ('cosine', 'centred', 'l2', 'direct'),
     'reconstruct.method': ('facemae', 'mask', 'blur', 'pixelate', 'noise', 'none'),
@@ -292,7 +291,7 @@ class Variant:
     """A row of a comparison with one seed: its config, and where its files lie.
 
     The method itself with run.seed lies in the run folder, other rows and seeds in sub-folders of
-    it, so that all share teacher, judge and cache.
+    it, so that all share teacher and judge.
     """
     name: str                 # of the row, as tables show it
     seed: int                 # run.seed of this repetition

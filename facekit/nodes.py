@@ -33,10 +33,11 @@ def check_folders(cfg, group):
               cfg.mae.init, cfg.fr.init, cfg.reconstruct.key, cfg.release, cfg.originals]
     with contextlib.ExitStack() as stack:
         paths = [path for path in inputs if path and Path(path).exists()]
-        for folder in (cfg.run.folder, cfg.data.cache) if dist.get_rank() == 0 else ():
-            Path(folder).mkdir(parents=True, exist_ok=True)
+        if dist.get_rank() == 0:
+            folder = Path(cfg.run.folder)
+            folder.mkdir(parents=True, exist_ok=True)
             mark = stack.enter_context(tempfile.NamedTemporaryFile(prefix='.shared-', dir=folder))
-            paths.append(str(Path(folder, Path(mark.name).name)))
+            paths.append(str(folder / Path(mark.name).name))
         paths, end = everywhere(paths, group)[0], time.time() + PATIENCE
         while (missing := [p for p in paths if not Path(p).exists()]) and time.time() < end:
             time.sleep(0.2)
@@ -46,5 +47,5 @@ def check_folders(cfg, group):
             path = Path(missing[0])
             path = path.parent if path.name.startswith('.shared-') else path
             raise InputError(f'process {number} on {host} does not see {path} of process 0: all '
-                             'nodes must share run.folder, data.cache and what is read, under the '
-                             'same paths, and be started in the same folder')
+                             'nodes must share run.folder and what is read, under the same '
+                             'paths, and be started in the same folder')

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import numpy as np
 
-from facekit import files, run
 from facekit.errors import InputError, counted
+from facekit.files import digest, open_bytes
 from facekit.records import Records
 
 
@@ -44,7 +44,8 @@ class FolderSource:
     def __init__(self, path):
         """`passed_over` {why: paths} is what is no image of a person."""
         self.path, self.files, self.passed_over = path, [], {}
-        for folder in sorted(path.iterdir()) if path.is_dir() else ():
+        folders = sorted(path.iterdir()) if path.is_dir() else []
+        for folder in folders:
             if why := self.reason(folder, False):
                 self.passed_over.setdefault(why, []).append(folder)
                 continue
@@ -81,7 +82,7 @@ class FolderSource:
 
     def read(self, i):
         """The file of image i, bytes-like."""
-        return files.open_bytes(self.files[i])
+        return open_bytes(self.files[i])
 
     def where(self, i):
         """Where image i stands, for a sentence."""
@@ -116,15 +117,17 @@ def open_source(path):
     return source
 
 
-def say_passed_over(source):
-    """Name what a source holds beside images of people, a line a reason."""
+def passed_over(source):
+    """Sentences that name what a source holds beside images of people, one a reason."""
+    sentences = []
     for why, paths in source.passed_over.items():
         some = ', '.join(str(path.relative_to(source.path)) for path in paths[:3])
-        run.say(f'{source.path}: passed over, {why}: {len(paths)} ({some}'
-                f'{", ..." if len(paths) > 3 else ""})')
+        more = ', ...' if len(paths) > 3 else ''
+        sentences.append(f'{source.path}: passed over, {why}: {len(paths)} ({some}{more})')
+    return sentences
 
 
 def fingerprint(paths, labels):
     """Hex digits that change when one of the files or labels does."""
     state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in map(Path, paths)]
-    return files.digest(repr(state).encode() + labels.tobytes())
+    return digest(repr(state).encode() + labels.tobytes())

@@ -23,9 +23,9 @@ from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run, tensors
 ROWS = ['--compare', 'compare={mask: [reconstruct.method=mask]}']
 RELEASES = ['run/reconstructed', 'run/release.json', 'run/mask/reconstructed',
             'run/mask/release.json']
-# The command of a stage, what it finds of the finished experiment, and its main file. No stage
-# finds a cache, so that each builds one first. `faces` finds nothing at all: it draws people, many
-# enough for a kill to fall into the drawing, and takes one step.
+# The command of a stage, what it finds of the finished experiment, and its main file. Each looks at
+# its sets first. `faces` finds nothing at all: it draws people, many enough for a kill to fall into
+# the drawing, and takes one step.
 STAGES = {
     'faces': (['train_fr.py', 'stage=teacher', 'teacher.epochs=1e-6', 'toy.identities=120'],
               [], 'faces/train.rec'),
@@ -40,7 +40,7 @@ STAGES = {
     'compare': (['evaluate.py', *ROWS], ['faces', 'run/fold0', 'run/fr.pt', 'run/mask/fr.pt',
                                          'run/release.key', *RELEASES], 'run/table.txt')}
 DRAFT = re.compile(r'\.(tmp|part|parts)(/|$)')
-CHANGING = {'images_per_second', 'seconds', 'memory_gib', 'mark'}   # mark: times of source files
+CHANGING = {'images_per_second', 'seconds', 'memory_gib'}
 LONG = pytest.mark.long
 
 
@@ -56,9 +56,12 @@ def content(path):
         state = torch.load(path, weights_only=True)
         return {'step': state['step'], 'logged': state['logged'],
                 **{k: t.numpy().tobytes() for k, t in tensors(state).items()}}
-    if path.suffix == '.jsonl':          # a cache that is already there is not built and logged
+    if path.suffix == '.jsonl':          # a set that was looked at before is not looked at again
         lines = [unchanging(line) for line in path.read_text().splitlines()]
-        return [x for x in lines if not x['stage'].startswith('cache')]
+        return [x for x in lines if not x['stage'].startswith('look')]
+    if path.suffix == '.npz':            # without the times of the source's files
+        look = np.load(path)
+        return look['hashes'].tolist(), look['skipped'].tolist()
     if path.suffix == '.html':           # without the wall times
         return re.sub('<h2>Wall time.*?</table>', '', path.read_text(), flags=re.DOTALL)
     return unchanging(path.read_text()) if path.suffix == '.json' else path.read_bytes()
@@ -70,33 +73,28 @@ class Stage:
     def __init__(self, name, source, folder):
         self.name, self.source, self.folder = name, source, folder / 'work'
         self.command, self.finds, self.main = STAGES[name]
-        self.cache = folder / 'cache'
         self.folder.mkdir()
         self.renew()
         script, begin = self.start(), time.time()
         assert script.wait() == 0, script.out + script.err
         self.seconds, self.result = time.time() - begin, self.contents()
-        shutil.copytree(self.folder / 'cache', self.cache)
 
-    def renew(self, cached=False):
+    def renew(self):
         """Bring the folder into the state before the stage."""
         for path in self.folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        found = [(self.source / p, self.folder / p) for p in self.finds]
-        for old, new in found + [(self.cache, self.folder / 'cache')] * cached:
+        for old, new in ((self.source / p, self.folder / p) for p in self.finds):
             new.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(old, new) if old.is_dir() else shutil.copy2(old, new)
 
     def start(self, **how):
-        # With data.decode=auto a disk that is nearly full has no cache
-        return Script(self.folder, *self.command, 'run.save_minutes=0', 'data.decode=cache',
-                      **how).begin()
+        return Script(self.folder, *self.command, 'run.save_minutes=0', **how).begin()
 
     def contents(self):
         """All files that a reader would take for whole, by name."""
         files = {str(p.relative_to(self.folder)): p for p in self.folder.rglob('*') if p.is_file()}
         said = {name: content(p) for name, p in files.items() if not DRAFT.search(name)}
-        return {name: found for name, found in said.items() if found != []}  # log of caches alone
+        return {name: found for name, found in said.items() if found != []}  # log of a look alone
 
     def check_middle(self):
         """What is there is as it shall be; a checkpoint may be of any step, which is returned."""
@@ -167,13 +165,13 @@ def test_a_file_that_cannot_grow_is_one_sentence(stage, every):
     stage.renew()
     stage.finish()
     made = [stage.main] if not every else [name for name in stage.result if not name.startswith(
-        (*stage.finds, 'cache', 'run/log')) and not name.endswith(('.lock', '.html'))]
+        (*stage.finds, 'run/log')) and not name.endswith(('.lock', '.html'))]
     limits = {int((stage.folder / name).stat().st_size * share) - 1
               for name in made for share in (1, 0.5)[:every + 1]}
     for limit in random.Random(stage.name).sample(sorted(limits), min(len(limits), 10)):
         code, step = 0, 0
         while code == 0:                      # a training has a last good state, that shall stay
-            stage.renew(cached=True)
+            stage.renew()
             if stage.main[-3:] != '.pt':
                 break
             script = stage.start()
