@@ -21,7 +21,7 @@ from rich.progress import track
 from facekit import files, images, run, toy
 from facekit.errors import InputError, counted
 from facekit.progress import StageLog
-from facekit.sources import open_source, passed_over
+from facekit.sources import fingerprint, open_source, passed_over
 
 MEMORY = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')    # bytes of this machine
 PART = 256        # images that a thread decodes at a time: a run that is stopped waits for them
@@ -80,15 +80,15 @@ class StreamedImages:
 
     def expect_random_order(self):
         """Tell the kernel not to read ahead in a file of which it can hold only a part."""
-        mapped = self.source.mapped()
-        if mapped and len(mapped) > MEMORY / 2:
-            mapped.madvise(mmap.MADV_RANDOM)
+        data = self.source.data
+        if data and len(data) > MEMORY / 2:
+            data.madvise(mmap.MADV_RANDOM)
 
 
 @dataclass
 class ImageRows:
     """A choice of images, in an order, without a copy of them."""
-    images: np.ndarray        # uint8 (M, H, W, 3) RGB: array, memory map or StreamedImages
+    images: np.ndarray        # uint8 (M, H, W, 3) RGB: an array, or StreamedImages
     rows: np.ndarray          # int64 (N,): which of them
 
     def __len__(self):
@@ -107,7 +107,7 @@ class ImageRows:
 class FaceSet:
     """A face data set."""
     path: Path                # where it was read from
-    images: StreamedImages    # indexed like uint8 (N, size, size, 3) RGB, or such an array
+    images: StreamedImages    # uint8 (N, size, size, 3) RGB, or an array
     labels: np.ndarray        # int64 (N,), 0 .. P - 1: whose image
     people: np.ndarray        # str (P,): what the source calls them
     hashes: np.ndarray        # uint64 (N,), of the image files
@@ -181,7 +181,7 @@ def first_look(path, source, cfg, photos):
     """The hashes, uint64 (N,), of the sound image files of a source, and the numbers of the
     damaged ones, a list, as the run folder keeps them for as long as the source stays the same."""
     settings = {key: getattr(cfg.data, key) for key in ('size', 'on_size', 'on_corrupt')}
-    mark = json.dumps(settings | {'source': source.fingerprint()})
+    mark = json.dumps(settings | {'source': fingerprint(source)})
     name = files.digest(repr([str(path.resolve()), settings]).encode())[:10]
     saved = Path(cfg.run.folder, 'looks', f'{path.name}-{name}.npz')
     files.make_once(saved, lambda: is_current(saved, mark),
@@ -194,7 +194,8 @@ def is_current(saved, mark):
     """Whether a file of first_look() is whole and of this source and these settings."""
     try:
         with np.load(saved, allow_pickle=False) as look:
-            return look['mark'] == mark and len(look['hashes']) + len(look['skipped']) > 0
+            content = {name: look[name] for name in ('mark', 'hashes', 'skipped')}   # check sums
+        return bool(content['mark'] == mark)
     except Exception:          # damage can make any of many kinds
         return False
 

@@ -1,5 +1,4 @@
 """A face data set as it lies on disk: records, or a folder per person. Nothing is decoded here."""
-from pathlib import Path
 
 import numpy as np
 
@@ -11,11 +10,11 @@ from facekit.records import Records
 class RecordSource:
     """The encoded images of a record set. Records carry label numbers for names."""
     formats = 'JPEG', 'PNG'
-    passed_over = {}
 
     def __init__(self, path):
-        self.records = Records(path)
-        self.path = self.records.path
+        self.records, self.passed_over = Records(path), {}
+        self.path, self.data = self.records.path, self.records.data
+        self.files = [self.path]
         names, self.labels = np.unique(self.records.labels, return_inverse=True)
         self.people = names.astype(str)
 
@@ -27,19 +26,12 @@ class RecordSource:
         """Where image i stands, for a sentence."""
         return f'{self.path} record {self.records.keys[i]}'
 
-    def mapped(self):
-        """The memory map of its file."""
-        return self.records.data
-
-    def fingerprint(self):
-        """Changes when the source does."""
-        return fingerprint([self.path], self.labels)
-
 
 class FolderSource:
     """The image files of a folder with one sub-folder per person, whose name is the person's."""
     formats = 'JPEG', 'PNG', 'WEBP', 'BMP'
     endings = '.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp'
+    data = None          # each image is a file; of records it is the memory map
 
     def __init__(self, path):
         """`passed_over` {why: paths} is what is no image of a person."""
@@ -88,13 +80,6 @@ class FolderSource:
         """Where image i stands, for a sentence."""
         return str(self.files[i])
 
-    def mapped(self):
-        """None: each image is a file."""
-
-    def fingerprint(self):
-        """Changes when the source does."""
-        return fingerprint(self.files, self.labels)
-
 
 def open_source(path):
     """The RecordSource or FolderSource at `path`, told apart by what it holds."""
@@ -127,7 +112,7 @@ def passed_over(source):
     return sentences
 
 
-def fingerprint(paths, labels):
-    """Hex digits that change when one of the files or labels does."""
-    state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in map(Path, paths)]
-    return digest(repr(state).encode() + labels.tobytes())
+def fingerprint(source):
+    """Hex digits that change when one of the source's files or labels does."""
+    state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
+    return digest(repr(state).encode() + source.labels.tobytes())

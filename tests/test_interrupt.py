@@ -303,15 +303,14 @@ def test_processes_may_be_more_or_less_after_an_interruption(copied, arguments, 
             assert error < 1e-3, (name, error)
 
 
-IN_PIECES = """
+IN_PARTS = """
 import os, signal, reconstruct
 from facekit import run
 reconstruct.PART, real = 8, reconstruct.make_part
 
 def make_part(number, *others):
-    if str(number) == os.environ.get('DIES_AT'):
-        os.kill(os.getpid(), signal.SIGKILL)
-    print(f'made {number}', flush=True)
+    if str(number) == os.environ.get('AT'):
+        os.kill(os.getpid(), getattr(signal, os.environ['SIGNAL']))
     return real(number, *others)
 
 reconstruct.make_part = make_part
@@ -319,25 +318,25 @@ run.launch(reconstruct.main, None)
 """
 
 
-def test_a_release_goes_on_with_any_number_of_processes(copied, finished):
-    """To the same bytes, without making again what was written."""
+def test_an_interrupted_release_is_made_anew_with_any_number_of_processes(copied, finished):
+    """To the same bytes; nothing half is left where the release shall be."""
     shutil.copy(finished[0] / 'run' / 'fold0' / 'mae.pt', copied / 'run' / 'fold0' / 'mae.pt')
-    script, release = copied / 'pieces.py', copied / 'run' / 'reconstructed'
-    script.write_text(IN_PIECES)
+    script, release = copied / 'parts.py', copied / 'run' / 'reconstructed'
+    script.write_text(IN_PARTS)
     run(copied, script)
     undisturbed = {path.name: path.read_bytes() for path in release.iterdir()}
     shutil.rmtree(release)
-    scripts = [Script(copied, script, DIES_AT='3')]
-    assert scripts[0].wait() == -signal.SIGKILL
-    scripts += together(copied, script, DIES_AT='6')
-    assert {one.wait() for one in scripts[1:]} == {-signal.SIGKILL, 2}
+    for number, code in (('SIGKILL', -signal.SIGKILL), ('SIGTERM', 130), ('SIGINT', 130)):
+        one = Script(copied, script, AT='3', SIGNAL=number)
+        assert one.wait(30) == code and 'Traceback' not in one.err, one.err
+        assert not release.exists()
+    scripts = together(copied, script, AT='6', SIGNAL='SIGKILL')
+    assert {one.wait() for one in scripts} == {-signal.SIGKILL, 2}
     assert not release.exists()
-    scripts.append(Script(copied, script, 'run.log_every=3', 'evaluate.batch=9'))
-    assert scripts[-1].wait() == 0, scripts[-1].err
+    scripts = together(copied, script, 'run.log_every=3', 'evaluate.batch=9')
+    assert [one.wait() for one in scripts] == [0, 0], scripts[0].err + scripts[1].err
     assert {path.name: path.read_bytes() for path in release.iterdir()} == undisturbed
-    made = re.findall(r'made (\d)', ''.join(one.out for one in scripts))
-    assert set(made) == set('01234567') and [made.count(n) for n in '013'] == [1, 1, 1]
-    assert len(made) <= 12 and not list(release.parent.glob('*.tmp'))
+    assert not list(release.parent.glob('*.tmp'))
 
 
 @pytest.mark.parametrize('dies, cause', [(0, 'killed'), (1, 'killed'), (0, 'full disk')])
@@ -408,10 +407,16 @@ def test_another_method_in_the_folder_of_a_release_never_mixes_with_it(copied, f
     facts = json.loads((copied / 'run' / 'reconstructed' / 'manifest.json').read_text())
     assert facts['method'] == 'none'
     # And what a kill left of it, even a draft that is whole, the other method does not take over
-    draft = copied / 'run' / 'reconstructed.0123456789abcdef.tmp'
-    (copied / 'run' / 'reconstructed').rename(draft)
-    run(copied, 'reconstruct.py', 'reconstruct.method=mask')
-    facts = json.loads((copied / 'run' / 'reconstructed' / 'manifest.json').read_text())
+    release, draft = copied / 'run' / 'reconstructed', copied / 'run' / 'reconstructed.tmp'
+    release.rename(draft)
+    release.mkdir()
+    (release / 'notes.txt').write_text('mine')
+    words = 'reconstruct.py', 'reconstruct.method=mask'
+    assert 'is no release of this kit' in run(copied, *words, code=2)
+    assert (release / 'notes.txt').read_text() == 'mine'
+    (release / 'notes.txt').unlink()
+    run(copied, *words)
+    facts = json.loads((release / 'manifest.json').read_text())
     assert facts['method'] == 'mask' and not draft.exists()
 
 

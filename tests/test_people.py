@@ -12,9 +12,10 @@ import torch
 
 from conftest import TINY, run
 import train_mae
-from facekit import attack_data, attacks, check, config, faces, images, keys, protect, records
-from facekit import split, toy
+from facekit import attack_data, attacks, batches, check, config, faces, images, keys, protect
+from facekit import records, split, toy
 from facekit.errors import InputError
+from facekit.protect import FaceMAE, Protection
 from test_data import make_config, write_faces
 
 
@@ -104,11 +105,17 @@ def test_what_a_folder_holds_beside_images_is_counted_and_named(tmp_path, capsys
     (root / '__MACOSX').mkdir()
     (root / 'list.txt').write_text('x')
     (root / 'link').symlink_to(root / 'id_000')
+    (root / 'id_001' / 'loop').symlink_to(root)
+    (root / 'nobody').mkdir()
     found = faces.load(root, make_config(tmp_path))
     assert len(found) == 9 + 5 and found.people.tolist() == ['id_000', 'id_001', 'id_002']
+    assert found.labels.tolist() == [0] * 3 + [1] * 8 + [2] * 3
+    assert [path.name for path in found.source.files[3:11]] == [
+        '0.png', '1.png', '2.png', 'A.JPG', 'a.bmp', 'a.jfif', 'a.jpeg', 'a.webp']
     said = capsys.readouterr().out
     for words in ('file that ends in .heic: 2 (id_002/x.heic, id_002/y.heic)',
                   'file that ends in .txt: 1', 'hidden: 2', 'link to a folder: 1',
+                  'folder inside the folder of a person: 1 (id_001/loop)',
                   'file beside the folders of people: 1'):
         assert words in said, said
 
@@ -134,7 +141,9 @@ def make_other_record(root):
     (make_other_record, '', ['file.rec', 'name the file itself']),
     (write_faces, 'train.idx', ['index', 'train.rec']),
     (lambda root: (root.mkdir(), (root / 'faces.zip').write_bytes(b'PK')), 'faces.zip',
-     ['faces.zip is a file', 'unpack'])])
+     ['faces.zip is a file', 'unpack']),
+    (lambda root: (root.mkdir(), (root / '1.jpg').touch()), '', ['one sub-folder per person']),
+    (lambda root: None, '', ['does not exist', 'data.root'])])
 def test_a_set_that_is_none_is_told_what_it_is(tmp_path, make, path, words):
     make(tmp_path / 'faces')
     with pytest.raises(InputError) as error:
@@ -173,6 +182,7 @@ def test_a_secret_worth_nothing_is_refused(tmp_path, text):
 def test_the_public_secret_is_known_in_every_spelling_and_one_that_others_read_is_named(
         tmp_path, capsys):
     write_faces(tmp_path / 'faces')
+    (tmp_path / 'faces' / 'toy.bin').touch()                   # does not make them drawn faces
     public = (config.CONFIGS / 'toy.key').read_bytes().strip()
     for text in (public.upper(), b'\xef\xbb\xbf' + public, public + b'\n\n'):
         (tmp_path / 'my.key').write_bytes(text)
@@ -185,6 +195,28 @@ def test_the_public_secret_is_known_in_every_spelling_and_one_that_others_read_i
     path.chmod(0o644)
     keys.release_secret(cfg)
     assert 'others can read' in capsys.readouterr().out
+    shutil.rmtree(tmp_path / 'faces')
+    toy.draw_set(tmp_path / 'faces', 2, 2, 2, 10, size=16, seed=0)
+    assert len(keys.release_secret(make_config(tmp_path, f'reconstruct.key={tmp_path}/my.key')))
+
+
+def test_release_order_is_secret_and_complete(tmp_path):
+    write_faces(tmp_path / 'faces')
+    cfg = make_config(tmp_path, 'data.release_folds=[]', 'toy.identities=0')
+    folds = split.split(cfg)
+    source = folds[0].public.labels
+    plan = protect.plan_release(folds, b'secret', cfg)
+    assert sorted(plan.image) == list(range(24)) and (np.diff(plan.label) >= 0).all()
+    # One new label a person
+    assert len({(a, b) for a, b in zip(source[plan.image], plan.label)}) == plan.people == 8
+    assert (source[plan.image] != np.sort(source)).any()
+    assert all(i in folds[k].released for k, i in zip(plan.fold, plan.image))
+    other = protect.plan_release(folds, b'another', cfg)
+    assert (other.image != plan.image).any()
+    cfg.reconstruct.images_per_person = 2
+    assert split.count_release(folds, cfg).images == 2 * plan.people
+    capped = protect.plan_release(folds, b'secret', cfg)
+    assert np.bincount(capped.label).tolist() == [2] * 8
 
 
 def test_releases_share_no_mask_order_or_label_and_one_seed_tells_no_other(tmp_path):
@@ -204,6 +236,50 @@ def test_releases_share_no_mask_order_or_label_and_one_seed_tells_no_other(tmp_p
 
 
 # ---------------------------------------------------------------------------- the release
+
+@pytest.mark.parametrize('paste', ['true', 'false'])
+@pytest.mark.parametrize('method', ['facemae', 'mask'])
+def test_hidden_pixels_do_not_reach_the_release(tmp_path, method, paste):
+    cfg = make_config(tmp_path, f'reconstruct.method={method}',
+                      f'reconstruct.paste_visible={paste}')
+    torch.manual_seed(0)
+    model = protect.build_mae(cfg.mae, 32).eval()
+    protection = Protection(cfg, FaceMAE(model, torch.rand(3, 32, 32), 0.25))
+    originals = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
+    seeds = batches.image_seeds(9, torch.arange(5))
+    noise = protection.patch_noise(seeds, 32)
+    grey = protect.masked(torch.zeros(5, 3, 32, 32), noise, 0.75, 8)
+    hidden = (grey > 0).permute(0, 2, 3, 1)
+    changed = torch.where(hidden, 255 - originals, originals)
+    assert (changed != originals).float().mean() > 0.7
+    released = [protection(x, seeds) for x in (originals, changed)]
+    assert torch.equal(*released)
+    if method == 'mask' or paste == 'true':                      # what is visible is there
+        assert torch.equal(released[0][~hidden], originals[~hidden])
+
+
+@pytest.mark.parametrize('method', ['facemae', 'mask', 'blur', 'pixelate', 'noise', 'none'])
+def test_methods_treat_an_image_alike_in_every_batch(tmp_path, method):
+    cfg = make_config(tmp_path, f'reconstruct.method={method}', 'reconstruct.pixelate_block=5')
+    model = protect.build_mae(cfg.mae, 32).eval()
+    protection = Protection(cfg, FaceMAE(model, torch.rand(3, 32, 32), 0.25))
+    originals = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
+    seeds = batches.image_seeds(4, torch.tensor([5, 9, 2, 7, 1, 3]))
+    whole = protection(originals, seeds)
+    alone = torch.cat([protection(originals[i:i + 1], seeds[i:i + 1]) for i in range(6)])
+    assert (whole.int() - alone.int()).abs().max() <= 1
+    assert torch.equal(whole, originals) == (method == 'none')
+
+
+def test_normalised_targets_are_refused(tmp_path):
+    path = tmp_path / 'mae.pt'
+    cfg = make_config(tmp_path)
+    config_dict = config.as_dict(cfg)
+    config_dict['mae']['norm_pix_loss'] = True
+    torch.save({'step': 1, 'steps': 1, 'config': config_dict, 'model': {}, 'std': 0.25,
+                'mean': torch.zeros(3, 1, 1)}, path)
+    with pytest.raises(InputError, match='leak'):
+        protect.load_mae(path, 32, 'cpu', '')
 
 def test_a_release_that_is_not_what_it_should_be_is_not_left_behind(finished, tmp_path):
     """Each kind of damage to a finished release is found by its check."""
