@@ -30,8 +30,8 @@ import numpy as np
 import torch.nn.functional as F
 from rich.console import Console
 
-from facekit import attacks, embed, faces, files, keys, plots, protect, report, retrieval, run
-from facekit import verification
+from facekit import attacks, batches, embed, faces, files, keys, plots, protect, report, retrieval
+from facekit import run, verification
 from facekit.attack_data import foreign_groups, own_groups
 from facekit.check import check_experiment, check_release_images
 from facekit.config import as_dict, variants
@@ -138,6 +138,7 @@ def leakage(variant, folds, release, student, path, recognisers, device):
         check_release_images(variant.release, plan, folds[0].private,
                              [protect.Protection(cfg, mae) for mae in maes], device)
         groups = own_groups(cfg, folds, maes, release, plan, device)
+    batches.decode_once(rows for group in groups for rows in group.read_often())
     figures, cosines = attack_all(variant, groups, student, recognisers, device)
     released = np.concatenate([g.released.pixels() for g in groups])
     originals = np.concatenate([g.sources().pixels() for g in groups])

@@ -38,6 +38,11 @@ class AttackGroup:
             raise InputError(f'person {min(shared)} is attacked and in an attacker\'s training: '
                              'this is an error of the split, please report it')
 
+    def read_often(self):
+        """The ImageRows that attackers read again and again."""
+        every = self.released, self.originals, self.pair_originals, self.pair_released
+        return [rows for rows in every if rows is not None]
+
     def training_pairs(self, chosen, seed):
         """Pairs `chosen` (int64 (B,)) of the M, protected with `seed`: protected images and their
         originals, two uint8 arrays (B, H, W, 3)."""

@@ -68,7 +68,8 @@ def pages_folder(finished, tmp_path_factory):
 
 
 @pytest.mark.parametrize('line', sorted({line for _, line in commands()
-                                         if line.startswith('python') and '--help' not in line}))
+                                         if line.startswith('python') and '--help' not in line
+                                         and 'bench.py' not in line}))
 def test_a_command_of_the_pages_runs_on_the_tests_config(line, pages_folder):
     script, *words = [PLACES.get(word, word) for word in shlex.split(line)[1:]]
     run(pages_folder, script, *(w for w in words if not w.endswith('.yaml') and w != '--config'))
@@ -118,6 +119,10 @@ def test_the_projection_is_what_the_tool_prints():
     page = (ROOT / 'docs' / 'scale.md').read_text()
     assert len(done.stdout) > 1000 and all(part.strip() in page
                                            for part in done.stdout.split('\n\n'))
+
+
+def numbers(line):
+    return [float(x) for x in re.findall(r'\d+(?:\.\d+)?', line)]
 
 
 def test_the_renaming_of_hugging_faces_keys_gives_ours():

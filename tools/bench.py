@@ -217,18 +217,17 @@ def loop_accuracies(distance, same):
 
 
 def reading(b):
-    """Rows of record sets, the decoded cache and batches."""
+    """Rows of record sets, the first look at one, and batches."""
     c, size, folder = b.cfg, b.cfg.data.size, b.folder
     files = [images.encode(x, 'jpeg', 95) for x in b.drawn] * 64
     records.write_records(folder / 'faces', files, np.arange(len(files)) // 64, size)
     b.row('reading', 'images decoded, one core', b.timed(
         lambda: [images.decode(x, 'face') for x in files[:64]]), 64)
 
-    def build():
-        c.data.cache = str(folder / 'cache')
-        shutil.rmtree(c.data.cache, ignore_errors=True)
+    def look():
+        shutil.rmtree(folder / 'looks', ignore_errors=True)
         faces.load(folder / 'faces', c)
-    b.row('reading', 'cache built, all cores', b.timed(build), len(files))
+    b.row('reading', 'looked at, all cores', b.timed(look), len(files))
     kit, floats, theirs = loaders.take_turns(folder / 'faces', b.cfg, b.device, c.fr.batch, LOADED,
                                              RUNS)
     count = LOADED // c.fr.batch * c.fr.batch
