@@ -1,5 +1,7 @@
-"""Drives the kit's stages in this process, on the simulated GPU of simcuda.py or on the CPU; and in
-two processes over a simulated NCCL, which takes tensors of a GPU only."""
+"""Drives the kit's stages in this process, on the simulated GPU of simcuda.py or on the CPU.
+
+And in two processes on simulated GPUs, over a simulated NCCL, which takes tensors of a GPU only.
+"""
 import collections
 import contextlib
 import faulthandler
@@ -8,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import traceback
 
 import pytest
@@ -17,11 +18,8 @@ import torch.distributed as dist
 
 import simcuda
 from conftest import FORKS, ROOT, TINY
-
-sys.path.insert(0, str(ROOT))
-
-from facekit import plots, run, training  # noqa: E402
-from facekit.config import namespace, resolve  # noqa: E402
+from facekit import plots, run, training
+from facekit.config import namespace, resolve
 
 STAGES = [['train_fr', 'stage=teacher'], ['train_fr', 'stage=judge'], ['train_mae', '--compare'],
           ['reconstruct', '--compare'], ['train_fr', '--compare'], ['evaluate', '--compare']]
@@ -41,7 +39,7 @@ OTHERS = ['reduce', 'gather', 'scatter', 'isend', 'irecv', 'reduce_scatter', 'al
 def stage(folder, script, *words):
     """What `python script.py words` does; `folder` has the run folder, the faces and a cache."""
     paths = [f'run.folder={folder}/run', f'data.root={folder}/faces', f'toy.root={folder}/faces',
-             f'data.cache={folder}/cache', f'evaluate.sets=[{folder}/faces/toy.bin]',
+             f'evaluate.sets=[{folder}/faces/toy.bin]',
              f'reconstruct.key={ROOT}/configs/toy.key']      # else each run hides other patches
     assignments = [word for word in words if word != '--compare']
     cfg = namespace(resolve(TINY, [*SMALL, *paths, *assignments]))
@@ -75,7 +73,9 @@ def tell_steps(patch):
     The first step, which also fills caches, counts as the beginning of the stage.
     """
     def followed(name, phase):
-        def method(self, *args, real=getattr(training.Training, name), **kwargs):
+        real = getattr(training.Training, name)
+
+        def method(self, *args, **kwargs):
             result = real(self, *args, **kwargs)
             simcuda.watch.phase = f'{phase(result)} of {self.stage}'
             if name == 'update':
@@ -196,8 +196,7 @@ def process(rank, port, folder, notes, plan):
         run.leave(0)
     except Exception:
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)                                    # the other process would be waited for
+        run.leave(1)                       # at once: to wait for the other one would be for ever
 
 
 def two_processes(folder, notes, plan):

@@ -15,7 +15,6 @@ import contextlib
 import functools
 import os
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
@@ -27,17 +26,11 @@ from torch.utils._pytree import tree_map
 aten = torch.ops.aten
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device('cuda', 0)         # of this process
-CPU = torch.device('cpu')
-CUDA_BUILD = torch.backends.cuda.is_built()      # else nothing tells which operations CUDA has
 # Operations that read values of the device, or whose output's size depends on them
 READS = {'_local_scalar_dense', 'equal', 'allclose', 'nonzero', 'masked_select', '_unique2',
-         'unique_consecutive', 'bincount', 'histc', 'repeat_interleave', '_linalg_svd',
-         '_linalg_eigh', 'linalg_inv_ex', 'linalg_cholesky_ex', 'linalg_qr', 'linalg_lstsq'}
-INDEXING = {'index', 'index_put', 'index_put_', '_unsafe_index', '_index_put_impl_'}
+         'bincount', 'histc', 'repeat_interleave', '_linalg_svd', '_linalg_eigh', 'linalg_inv_ex'}
 # Not tagged pointwise, but take a number of the host
-SCALARS = {'fill_', 'fill', 'masked_fill', 'masked_fill_', 'where', 'index_put', 'index_put_',
-           '_foreach_mul_', '_foreach_add_', '_foreach_div_', '_foreach_copy_', '_fused_adamw_',
-           '_fused_sgd_'}
+SCALARS = 'fill', 'masked_fill', 'where', 'index_put', '_foreach_', '_fused_'
 NO_INTEGERS = {'mm', 'addmm', 'bmm', 'baddbmm', 'mv', 'addmv', 'dot', 'convolution', 'linear'}
 # By the documentation of torch.use_deterministic_algorithms
 NOT_DETERMINISTIC = {
@@ -58,7 +51,6 @@ class Watch:
         self.waits = collections.Counter()      # {(phase, 'what at place'): waits of the host}
         self.copies = collections.Counter()     # {phase: copies to the device without a wait}
         self.faults = []                        # what no CUDA device would do
-        self.pinned = {}                        # {address: weak reference to a pinned tensor}
         self.pending = []                       # (source, its content then): may still be copied
 
     def wait(self, what):
@@ -75,8 +67,7 @@ class Watch:
 
     def copy(self, source, to_gpu, ahead, name):
         """A copy between host and device; ahead: non_blocking."""
-        known = self.pinned.get(source.untyped_storage().data_ptr()) if to_gpu else None
-        if ahead and known and known() is not None:
+        if ahead and getattr(source, 'pinned', False):
             self.copies[self.phase] += 1
             self.pending.append((source, source.clone()))
         elif ahead and not to_gpu:
@@ -102,8 +93,8 @@ def place():
 class Cuda(torch.Tensor):
     """A tensor on the simulated device; .inner is a plain one in the same memory.
 
-    To C++ it lies on the CPU, as the autograd engine would look for streams elsewhere; its
-    dispatch keys are those of CUDA, so that CUDA's autocast acts; Python sees the device here.
+    To C++ it lies on the CPU, as the autograd engine would look for streams elsewhere; but CUDA's
+    autocast acts on it, and to Python it lies on the device.
     """
     device = property(lambda self: DEVICE)
     is_cuda, is_cpu = property(lambda self: True), property(lambda self: False)
@@ -166,13 +157,13 @@ def inner(x):
 
 
 def outer(x, arguments):
-    """An operation's result on the device; `arguments` {id of the CPU tensor: tensor of the device}
-    are what it returns where it works in place."""
+    """A result on the device; arguments {id of the CPU tensor: tensor of the device}, of which one
+    is the result of what works in place."""
     if isinstance(x, (list, tuple)):
         return type(x)([outer(y, arguments) for y in x])
-    if not isinstance(x, torch.Tensor):
-        return x
-    return arguments[id(x)] if id(x) in arguments else Cuda(x)
+    if id(x) in arguments:
+        return arguments[id(x)]
+    return Cuda(x) if isinstance(x, torch.Tensor) else x
 
 
 # ---------------------------------------------------------------------------- operations
@@ -188,31 +179,32 @@ def execute(func, args, kwargs):
     if name in ('_to_copy', 'copy_'):
         source, ahead = args[0], kwargs.get('non_blocking', False)
         if name == 'copy_':
-            to_gpu, source, ahead = on_gpu(args[0]), args[1], (*args, ahead)[2]
+            to_gpu, source = on_gpu(args[0]), args[1]
+            ahead = args[2] if len(args) > 2 else ahead
         if on_gpu(source) != to_gpu:
             watch.copy(source, to_gpu, ahead, name)
     elif any_on_gpu:
         check(func, name, args, tensors)
     plain = {k: inner(x) for k, x in kwargs.items() if k != 'pin_memory'}
     if asked is not None:
-        plain['device'] = CPU
+        plain['device'] = torch.device('cpu')
     out = func(*inner(args), **plain)
-    if to_gpu and 'empty' in name:                       # a GPU's memory holds what was there before
+    if to_gpu and 'empty' in name:          # a GPU's memory holds what was there before
         out.fill_(torch.nan if out.is_floating_point() else 77)
     return outer(out, {id(x.inner): x for x in tensors if on_gpu(x)}) if to_gpu else out
 
 
 def check(func, name, args, tensors):
-    """CUDA's rules on what may meet in an operation, and on what makes the host wait."""
-    indices = [x for x in args[1] if x is not None] if name in INDEXING else []
-    if indices:
+    """CUDA's rules on what may meet in an operation, and what makes the host wait."""
+    indices = []
+    if name in ('index', 'index_put', 'index_put_', '_unsafe_index', '_index_put_impl_'):
+        indices = [x for x in args[1] if x is not None]
         check_indices(name, args, indices)
-    pointwise = torch.Tag.pointwise in func.tags or name in SCALARS
+    pointwise = torch.Tag.pointwise in func.tags or name.startswith(SCALARS)
     for x in tensors:
         if not on_gpu(x) and not any(x is index for index in indices) and (
                 x.ndim or not pointwise or x is args[0] and name.endswith('_')):
-            watch.fault(f'{name}: expected all tensors on one device, found cuda and a cpu tensor '
-                        f'of shape {tuple(x.shape)}')
+            watch.fault(f'{name}: one is on cuda, on the cpu is one of shape {tuple(x.shape)}')
     if name in READS:
         watch.wait(name)
     if not has_kernel(func):
@@ -226,7 +218,7 @@ def check(func, name, args, tensors):
 def check_indices(name, args, indices):
     if not on_gpu(args[0]):
         watch.fault(f'{name}: indices on cuda, indexed tensor on the cpu')
-    # The host must know how many rows a mask takes, but not where it sets one number to
+    # The host must know how many rows a mask takes, but not where they are set to one number
     sets_number = len(args) > 2 and not on_gpu(args[2]) and args[2].numel() == 1
     for index in indices:
         if not on_gpu(index):
@@ -238,44 +230,38 @@ def check_indices(name, args, indices):
 @functools.cache
 def has_kernel(func):
     name = func._schema.name + ('.' + func._schema.overload_name).rstrip('.')
-    return ('for_cpu' in name or not CUDA_BUILD
-            or torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, 'CUDA'))
+    unknown = 'for_cpu' in name or not torch.backends.cuda.is_built()
+    return unknown or torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, 'CUDA')
 
 
-# ------------------------------------------------------------------------------ autocast
-
-def policy(op):
+def cast(op, *args, **kwargs):
     """What CUDA's autocast does before `op`; torch's own kernels look for a C++ device."""
     lower = op.overloadpacket.__name__ in LOWER
+    dtype = torch.get_autocast_dtype('cuda') if lower else torch.float32
 
-    def cast(*args, **kwargs):
-        dtype = torch.get_autocast_dtype('cuda') if lower else torch.float32
+    def change(x):
+        floats = on_gpu(x) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if floats else x
 
-        def change(x):
-            floats = on_gpu(x) and x.is_floating_point() and x.dtype != torch.float64
-            return x.to(dtype) if floats else x
-
-        with torch._C._ExcludeDispatchKeyGuard(
-                torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)):
-            args, kwargs = tree_map(change, (args, kwargs))
-            return op(*args, **kwargs)
-    return cast
+    with torch._C._ExcludeDispatchKeyGuard(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)):
+        args, kwargs = tree_map(change, (args, kwargs))
+        return op(*args, **kwargs)
 
 
-def register_autocast(library):
-    """Let a Library have a policy() for every operation that CUDA's autocast knows."""
+def register_casts(library):
+    """cast() before every operation that CUDA's autocast knows."""
     for key in torch._C._dispatch_get_all_op_names():
-        if key.startswith('aten::') and torch._C._dispatch_has_kernel_for_dispatch_key(
-                key, 'AutocastCUDA'):
+        known = torch._C._dispatch_has_kernel_for_dispatch_key(key, 'AutocastCUDA')
+        if known and key.startswith('aten::'):
             name, _, overload = key.removeprefix('aten::').partition('.')
             op = getattr(getattr(aten, name), overload or 'default')
-            library.impl(op, policy(op), allow_override=True)
+            library.impl(op, functools.partial(cast, op), allow_override=True)
 
 
 # ------------------------------------------------------------------- what needs a driver
 
 def to(self, *args, original=torch.Tensor.to, **kwargs):
-    """Tensor.to of all tensors."""
     if args and on_gpu(args[0]):
         args = (args[0].device, args[0].dtype, *args[1:])
     if not on_gpu(self) and 'cuda' not in str((args, kwargs)):
@@ -295,21 +281,19 @@ def to(self, *args, original=torch.Tensor.to, **kwargs):
 
 
 def pin_memory(x, device=None):
-    """A copy in memory that is called pinned."""
+    """A copy that is called pinned."""
     if on_gpu(x):
         watch.fault('only CPU tensors can be pinned')
     copy = x.clone()
-    watch.pinned[copy.untyped_storage().data_ptr()] = weakref.ref(copy)
+    copy.pinned = True
     return copy
 
 
 def made(real):
     """torch.tensor or torch.as_tensor, which copy numbers of the host to a device."""
     def make(data, *, device=None, **options):
-        if on_gpu(data):
-            return data.to(device or DEVICE, **options)
-        x = real(data, **options)
-        return x if device is None or torch.device(device).type == 'cpu' else to(x, DEVICE)
+        x = data if on_gpu(data) else real(data, **options)
+        return x if device is None else x.to(device)
     return make
 
 
@@ -350,17 +334,16 @@ def device(free=140 << 30):
         (torch.Tensor, 'pin_memory'): pin_memory,
         (torch.nn.functional, 'scaled_dot_product_attention'): attention,
         (torch_optimizer, '_group_tensors_by_device_and_dtype'): grouped,
-        (torch_optimizer.Optimizer, '_accelerator_graph_capture_health_check'): lambda self: None}
+        (torch_optimizer.Optimizer, '_accelerator_graph_capture_health_check'): lambda self: None,
+        # Else a module's parameters would keep their type and take the memory alone
+        (torch.__future__, '_overwrite_module_params_on_conversion'): True}
     with pytest.MonkeyPatch.context() as patch, Device():
         for (owner, name), value in stand_ins.items():
             patch.setattr(owner, name, value, raising=False)
         library = torch.library.Library('aten', 'IMPL', 'AutocastCUDA')
-        register_autocast(library)
-        # Else a module's parameters would keep their type and take the memory alone
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        register_casts(library)
         try:
             yield watch
         finally:
-            torch.__future__.set_overwrite_module_params_on_conversion(False)
             library._destroy()
             watch = Watch()
