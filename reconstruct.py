@@ -33,7 +33,7 @@ from facekit.config import as_dict, variants
 from facekit.errors import InputError
 from facekit.images import to_float
 from facekit.progress import StageLog
-from facekit.protect import STRENGTH, Protection
+from facekit.protect import Protection
 from facekit.records import RecordWriter
 from facekit.sources import FolderSource
 from facekit.split import count_release, split
@@ -88,8 +88,8 @@ def release(variant, folds, device):
     if cfg.reconstruct.method == 'none':
         run.say(f'warning: {variant.release} will hold the photos themselves, to compare with: '
                 'never publish it')
-    if protect.draws_mask(cfg.reconstruct.method):
-        visible, patches = protect.check_patches(cfg.data.size, cfg.mae.patch,
+    if protect.method_of(cfg).draws_mask:
+        visible, patches = protect.visible_count(cfg.data.size, cfg.mae.patch,
                                                  cfg.reconstruct.mask_ratio)
         copied = cfg.reconstruct.method == 'mask' or cfg.reconstruct.paste_visible
         run.say(f'{visible} of {patches} patches of each photo are visible'
@@ -182,7 +182,7 @@ def publish(variant, draft, plan, counts, check):
     """Let a draft whose records are written appear as the release, with its manifest and data
     card, if check(folder) has nothing against it."""
     cfg, c = variant.cfg, variant.cfg.reconstruct
-    strength = STRENGTH.get(c.method)
+    strength = protect.method_of(cfg).strength
     facts = {'method': c.method, **({strength: getattr(c, strength)} if strength else {}),
              'paste_visible': c.paste_visible and c.method == 'facemae',
              'images': len(plan.image), 'people': plan.people, 'size': cfg.data.size,
@@ -217,10 +217,9 @@ def show(originals, seeds, protection, path):
     """Picture of uint8 originals (B, H, W, 3), what the mask leaves of them, what is released."""
     rows, cfg = {'original': to_float(originals)}, protection.cfg
     if cfg.reconstruct.method == 'facemae':
-        noise = protection.patch_noise(seeds, originals.shape[1])
         ratio = cfg.reconstruct.mask_ratio
-        rows[f'visible {100 - 100 * ratio:.0f} %'] = protect.masked(rows['original'], noise, ratio,
-                                                                   cfg.mae.patch)
+        hidden = protect.hidden_patches(seeds, ratio, cfg)
+        rows[f'visible {100 - 100 * ratio:.0f} %'] = protect.greyed(rows['original'], hidden)
     plots.save_grid(rows | {'released': to_float(protection(originals, seeds))}, path)
 
 

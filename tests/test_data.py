@@ -310,9 +310,8 @@ def test_hidden_pixels_do_not_reach_the_release(tmp_path, method, paste):
     protection = Protection(cfg, FaceMAE(model, torch.rand(3, 32, 32), 0.25))
     originals = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
     seeds = batches.image_seeds(9, torch.arange(5))
-    noise = protection.patch_noise(seeds, 32)
-    grey = protect.masked(torch.zeros(5, 3, 32, 32), noise, 0.75, 8)
-    hidden = (grey > 0).permute(0, 2, 3, 1)
+    hidden = protect.drawn(protect.hidden_patches(seeds, 0.75, cfg), 8) > 0
+    hidden = hidden.permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
     changed = torch.where(hidden, 255 - originals, originals)
     assert (changed != originals).float().mean() > 0.7
     released = [protection(x, seeds) for x in (originals, changed)]

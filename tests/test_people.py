@@ -12,7 +12,7 @@ import torch
 
 from conftest import TINY, run
 import train_mae
-from facekit import attack_data, attacks, check, config, faces, images, keys, protect, records
+from facekit import attack_data, check, config, faces, images, keys, protect, records
 from facekit import split, toy
 from facekit.errors import InputError
 from test_data import make_config, write_faces
@@ -282,7 +282,7 @@ def test_nets_that_learnt_from_who_is_private_now_are_refused(finished):
         variant, folds = config.variants(cfg, compare=False)[0], split.split(cfg)
         yield lambda: protect.load_maes(variant, folds, device)
         yield lambda: train_mae.load_teacher(cfg, folds[0], device)
-        yield lambda: attacks.Recognisers(cfg, folds, device).public('judge', 0)
+        yield lambda: attack_data.Recognisers(cfg, folds, device).public('judge', 0)
 
     assert all(net() for net in load())
     cfg.data.split_seed = 5
@@ -309,10 +309,8 @@ def test_a_method_that_reads_hidden_pixels_is_not_released(tmp_path, monkeypatch
     records.write_records(tmp_path / 'out', encoded, plan.label, 32)
     arguments = tmp_path / 'out', plan, folds[0].private, protections, torch.device('cpu')
     check.check_release_images(*arguments)
-    honest = protect.masked
-    monkeypatch.setattr(check.protect.Protection, '__call__', lambda self, faces, seeds: (
-        images.to_uint8(honest(x := images.to_float(faces), self.patch_noise(seeds, 32), 0.75, 8)
-                        + x.mean() / 100)))
+    monkeypatch.setitem(protect.PROTECTIONS, 'mask', protect.Method(
+        lambda x, *rest: protect.masked(x, *rest) + x.mean() / 100, 'mask_ratio', draws_mask=True))
     with pytest.raises(InputError, match='hidden pixels'):
         check.check_release_images(*arguments)
 
