@@ -81,15 +81,20 @@ def path_of_results(variant):
 def load_student(variant, device):
     """The recogniser that is evaluated and the digest of the images it learnt from; None and ''
     where a foreign release has no recogniser of its own."""
-    path = Path(variant.cfg.evaluate.model or variant.student)
-    if variant.cfg.release and not run.on_rank_0(path.exists):
+    cfg, path = variant.cfg, variant.student
+    if cfg.evaluate.model:
+        return foreign_recogniser(cfg, device), ''
+    if cfg.release and not run.on_rank_0(path.exists):
         say_no_student(variant)
         return None, ''
-    if is_published(path):
-        return embed.recogniser(path, device, onnx_pixels=variant.cfg.evaluate.onnx_pixels), ''
     saved = files.load_finished(path, run.command('train_fr.py'))
     learnt_from = files.entry(saved, 'premises').get('set of images')
     return embed.recogniser_from(saved, path, device), learnt_from
+
+
+def foreign_recogniser(cfg, device):
+    """The recogniser of evaluate.model."""
+    return embed.recogniser(cfg.evaluate.model, device, onnx_pixels=cfg.evaluate.onnx_pixels)
 
 
 def fits(variant, learnt_from, release):
@@ -192,7 +197,7 @@ def attack_digest(variant, folds, premises, device):
             if path.is_file()]
     config = {k: v for k, v in as_dict(cfg).items() if 'compare' not in k}
     machine = {k: v for k, v in run.provenance(device).items() if k != 'commit'}
-    machine |= versions([cfg.judge.checkpoint, *cfg.evaluate.attacks])
+    machine |= versions(cfg)
     return files.digest(repr([config, attacks.code_digest(), machine, premises, data,
                               nets]).encode())
 
@@ -279,14 +284,15 @@ def say_where(cfg, compare):
 
 def main(cfg, device, compare):
     attacks.check_attacks(cfg)
+    versions(cfg)                            # refuses early what needs a missing package
     external = cfg.evaluate.model or cfg.release
     if external and compare:
         raise InputError('evaluate.model and release take the place of the rows: leave out '
                          '--compare')
-    if cfg.evaluate.model:                   # a published net sees the pairs at its own size
-        cfg.data.size = embed.recogniser(cfg.evaluate.model, device,
-                                         onnx_pixels=cfg.evaluate.onnx_pixels).size
-    sets = verification.load_pair_sets(cfg)
+    size = cfg.data.size
+    if cfg.evaluate.model:                   # a foreign recogniser sees the pairs at its own size
+        size = foreign_recogniser(cfg, device).size
+    sets = verification.load_pair_sets(cfg, size)
     folds = [] if external else split(cfg)
     if len(folds) == 1 and len(folds[0].validation):
         sets.append(verification.held_back(folds[0]))

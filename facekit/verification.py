@@ -127,13 +127,13 @@ def find_set(name, cfg):
     return next((p for p in places if p.is_file() or (p / 'pairs.txt').is_file()), places[0])
 
 
-def load_pair_sets(cfg):
-    """The PairSets of evaluate.sets."""
+def load_pair_sets(cfg, size):
+    """The PairSets of evaluate.sets, their images resized to `size` pixels."""
     paths = list(dict.fromkeys(find_set(name, cfg) for name in cfg.evaluate.sets))
     if len({path.stem for path in paths}) < len(paths):
         raise InputError(f'evaluate.sets = {cfg.evaluate.sets} has two sets of one name, which '
                          'is all that tells them apart: rename a file')
-    return [load_pairs(path, cfg.data.size) for path in paths]
+    return [load_pairs(path, size) for path in paths]
 
 
 def read_pairs(path):
