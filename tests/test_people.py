@@ -350,7 +350,7 @@ def test_a_kit_inside_another_repository_does_not_name_that(finished, tmp_path):
                                    '--allow-empty', '-m', 'secret']):
         subprocess.run(['git', *words], cwd=tmp_path / 'outer', check=True)
     told = subprocess.run(
-        [sys.executable, '-c', 'from facekit import run; print(run.provenance()["commit"])'],
+        [sys.executable, '-c', 'from facekit import run; print(run.commit())'],
         cwd=tmp_path / 'outer' / 'kit', capture_output=True, text=True, check=True,
         env={k: v for k, v in os.environ.items() if k != 'GIT_DIR'}).stdout.strip()
     assert told == 'version 2.0'
