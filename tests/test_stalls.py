@@ -20,6 +20,7 @@ from facekit import batches, run
 from facekit.config import namespace, resolve, variants
 from facekit.faces import FaceSet
 from facekit.split import Fold
+from facekit.training import Training
 
 META = torch.device('meta')
 
@@ -78,23 +79,34 @@ def config(folder, *assignments):
         'mae.epochs=1e3', 'mae.mean_face=false', 'mae.preview_epochs=0', *assignments])), False)[0]
 
 
-def check(training):
+class Enough(Exception):
+    """Ends a training after some steps."""
+
+
+def check(monkeypatch, train, *arguments):
     """The second to fourth step of a training, of which each may copy its indices and images."""
-    next(training)
-    with NoStall() as watch:
-        for _ in range(3):
-            next(training)
+    watch, update = NoStall(), Training.update
+    with contextlib.ExitStack() as stack:
+        def watched(training, losses, learning_rate):
+            update(training, losses, learning_rate)
+            if training.step == 1:
+                stack.enter_context(watch)
+            if training.step == 4:
+                raise Enough
+
+        monkeypatch.setattr(Training, 'update', watched)
+        with pytest.raises(Enough):
+            train(*arguments)
     assert 3 <= watch.copies <= 9
-    training.close()
 
 
 @pytest.mark.parametrize('more', [[], ['fr.augment=1'], ['fr.sample_rate=0.5'],
                                   ['fr.loss=cosface', 'fr.norm_batch=16']])
-def test_a_recognisers_step(on_meta, tmp_path, more):
+def test_a_recognisers_step(on_meta, tmp_path, monkeypatch, more):
     cfg, drawn = config(tmp_path, *more).cfg, faces()
-    check(train_fr.train(cfg, train_fr.Recogniser(
-        'student', tmp_path / 'fr.pt', drawn, np.arange(len(drawn)), 10, 8, 1e3, 0, [], 'fr'),
-        META))
+    student = train_fr.Recogniser('student', tmp_path / 'fr.pt', drawn, np.arange(len(drawn)), 10,
+                                  8, 1e3, 0, [], 'fr')
+    check(monkeypatch, train_fr.train, cfg, student, META)
 
 
 @pytest.mark.parametrize('more', [[], ['mae.micro_batch=10'], ['irm.relations=l2'],
@@ -108,8 +120,8 @@ def test_a_step_of_the_mae(on_meta, tmp_path, monkeypatch, more, cached):
     if not cached:
         monkeypatch.setattr(train_mae, 'embed_originals', lambda *_: None)
     variant, drawn, none = config(tmp_path, 'irm.warmup_epochs=0', *more), faces(), np.arange(0)
-    check(train_mae.train(variant, Fold(0, drawn, drawn, none, np.arange(len(drawn)), none, none),
-                          META))
+    fold = Fold(0, drawn, drawn, none, np.arange(len(drawn)), none, none)
+    check(monkeypatch, train_mae.train, variant, fold, META)
 
 
 @pytest.mark.parametrize('stall', [
