@@ -27,12 +27,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 from rich.console import Console
 
-from facekit import attacks, batches, embed, faces, files, keys, plots, protect, report, retrieval
-from facekit import run, verification
-from facekit.attack_data import foreign_groups, own_groups
+from facekit import attacks, batches, embed, faces, files, keys, plots, protect, report, run
+from facekit import verification
+from facekit.attack_data import Owned, Recognisers, foreign_groups, own_groups
 from facekit.check import check_experiment, check_release_images
 from facekit.config import as_dict, variants
 from facekit.errors import InputError
@@ -48,8 +47,8 @@ from facekit.split import count_release, not_excluded, split
 def evaluate(variant, folds, sets, recognisers, device):
     """Everything about one row, written to its results; returns them and its PairScores by set.
 
-    sets: PairSets; recognisers: attacks.Recognisers. Results of others' releases and models have
-    a file of their own.
+    sets: PairSets; recognisers: Recognisers. Results of others' releases and models have a file
+    of their own.
     """
     cfg = variant.cfg
     path = path_of_results(variant)
@@ -139,25 +138,27 @@ def leakage(variant, folds, release, student, path, recognisers, device):
                              [protect.Protection(cfg, mae) for mae in maes], device)
         groups = own_groups(cfg, folds, maes, release, plan, device)
     batches.decode_once(rows for group in groups for rows in group.read_often())
-    figures, cosines = attack_all(variant, groups, student, recognisers, device)
+    results = attack_all(variant, groups, student, recognisers, device)
     released = np.concatenate([g.released.pixels() for g in groups])
     originals = np.concatenate([g.sources().pixels() for g in groups])
-    if cosines:
-        run.on_rank_0(lambda: save_attack_pictures(picture_prefix(variant), figures, cosines,
-                                                   released, originals))
-    return {'attacked': digest, 'privacy': figures,
+    run.on_rank_0(lambda: save_surest_links(picture_prefix(variant), results, released, originals))
+    return {'attacked': digest,
+            'privacy': {f'{name}_{question}': figures for name, result in results.items()
+                        for question, figures in result.figures.items()},
             'reconstruction': psnr_and_ssim(released, originals, device)}
 
 
-def save_attack_pictures(prefix, figures, cosines, released, originals):
-    """Pictures of the attacks that compare single images: see attack_all(); the images are uint8
-    (n, H, W, 3)."""
-    plots.histogram({name: (c.true, c.others) for name, c in cosines.items()},
-                    f'{prefix}attacks.png')
-    rank1 = {name: figures[f'{name}_same_image']['rank1'] for name in cosines}
-    strongest = max(rank1, key=rank1.get)
-    plots.save_most_linked(strongest, rank1[strongest], cosines[strongest].true, released,
-                           originals, f'{prefix}most_linked.png')
+def save_surest_links(prefix, results, released, originals):
+    """Picture of what the strongest attacker who compares images by cosines is surest of.
+
+    results: {attack: AttackResult}; released, originals: uint8 (n, H, W, 3).
+    """
+    rank1 = {name: result.figures['same_image']['rank1'] for name, result in results.items()
+             if result.cosines is not None}
+    if rank1:
+        name = max(rank1, key=rank1.get)
+        plots.save_most_linked(f'{name}, {results[name].way}', rank1[name], results[name].cosines,
+                               released, originals, f'{prefix}most_linked.png')
 
 
 def picture_prefix(variant):
@@ -168,43 +169,22 @@ def picture_prefix(variant):
 
 
 def attack_all(variant, groups, student, recognisers, device):
-    """All attacks of evaluate.attacks on AttackGroups: {attack_kind: figures}, and of those that
-    compare single images {attack: retrieval.Cosines}."""
-    cfg, figures, cosines = variant.cfg, {}, {}
+    """All attacks of evaluate.attacks on AttackGroups: {name: attacks.AttackResult}."""
+    cfg, results = variant.cfg, {}
     names = attacks.short_names(cfg.evaluate.attacks)
-    # One a group, dropped with the row: each keeps the embeddings of its originals, 1 GB of CASIA
-    insiders = [embed.Embedder('insider', student, cfg, device) if student else None
-                for _ in groups]
+    owners = []
+    for number in range(len(groups)):
+        # One a group, dropped with the row: each keeps the embeddings of its originals, 1 GB of
+        # CASIA
+        insider = embed.Embedder('insider', student, cfg, device) if student else None
+        owners.append(Owned(recognisers, number, cfg, insider, variant.student))
     log = StageLog(cfg.run.folder, f'evaluate/{variant.label}'.rstrip('/'), len(names))
     for number, (entry, name) in enumerate(names.items()):
         log.announce(f'attack {name}')
-        if entry == 'membership' or entry == 'insider' and not student:
-            continue
-        tried = [attacks.attack(entry, n, group, recognisers, insiders[n], cfg, device)
-                 for n, group in enumerate(groups) if len(group.source)]
-        if not (tried := [attack for attack in tried if attack]):
-            continue
-        of_questions = retrieval.figures_of(tried)
-        if pairs := retrieval.cosines_of(tried):
-            cosines[name] = pairs
-        figures |= {f'{name}_{kind}': values for kind, values in of_questions.items()}
-        log(number + 1, (number + 1) * sum(len(g.source) for g in groups), attack=name)
-    if 'membership' in names:
-        figures |= membership(variant, groups, student, device)
-    return figures, cosines
-
-
-def membership(variant, groups, student, device):
-    """Whether one can tell who was in the training of the MAE or student: {name: figures}."""
-    figures, own = {}, not variant.cfg.release
-    if variant.cfg.reconstruct.method == 'facemae' and own and not variant.cfg.data.public:
-        figures['membership_reconstruction'] = attacks.reconstruction_membership(groups)
-    if student and own and len(groups[0].outsiders):
-        head = files.load_checkpoint(variant.student)['head']['weight']
-        figures['membership_recogniser'] = attacks.recogniser_membership(
-            embed.Embedder('student', student, variant.cfg, device),
-            F.normalize(head).to(device), groups)
-    return figures
+        if result := attacks.attack(entry, groups, owners, cfg):
+            results[name] = result
+            log(number + 1, (number + 1) * sum(len(g.source) for g in groups), attack=name)
+    return results
 
 
 def attack_digest(variant, folds, premises, device):
@@ -289,7 +269,6 @@ def write_comparison(cfg, results, scores):
                 sheet.print(Console(file=text, width=80))
             file.write(text.getvalue().encode())
         plots.tradeoff_plot(released, folder / 'figures')
-        plots.effort_plots(released, folder / 'figures')
         write_page(folder, sheets, own)
     return sheets
 
@@ -318,7 +297,7 @@ def main(cfg, device, compare):
     folds = [] if external else split(cfg)
     if len(folds) == 1 and len(folds[0].validation):
         sets.append(verification.held_back(folds[0]))
-    recognisers = attacks.Recognisers(cfg, folds, device)
+    recognisers = Recognisers(cfg, folds, device)
     results = floors(cfg, folds, sets, device) if compare and sets and folds else {}
     scores = {}
     ready = ready_variants(cfg, compare)

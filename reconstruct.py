@@ -36,7 +36,7 @@ from facekit.config import as_dict, variants
 from facekit.errors import InputError
 from facekit.images import to_float
 from facekit.progress import StageLog
-from facekit.protect import STRENGTH, Protection
+from facekit.protect import Protection
 from facekit.records import write_records
 from facekit.sources import FolderSource
 from facekit.split import count_release, split
@@ -123,8 +123,8 @@ def say_what_is_released(variant, counts):
     if c.method == 'none':
         run.say(f'warning: {variant.release} will hold the photos themselves, to compare with: '
                 'never publish it')
-    if protect.draws_mask(c.method):
-        visible, patches = protect.check_patches(variant.cfg.data.size, variant.cfg.mae.patch,
+    if protect.method_of(variant.cfg).draws_mask:
+        visible, patches = protect.visible_count(variant.cfg.data.size, variant.cfg.mae.patch,
                                                  c.mask_ratio)
         copied = ''
         if c.method == 'mask' or c.paste_visible:
@@ -167,7 +167,7 @@ def make_part(number, plan, store, protections, cfg):
 def write_facts(draft, plan, counts, cfg):
     """Write the manifest and the data card of a release whose records are in the folder draft."""
     c = cfg.reconstruct
-    strength = STRENGTH.get(c.method)
+    strength = protect.method_of(cfg).strength
     facts = {'method': c.method, **({strength: getattr(c, strength)} if strength else {}),
              'paste_visible': c.paste_visible and c.method == 'facemae',
              'images': len(plan.image), 'people': plan.people, 'size': cfg.data.size,
@@ -207,10 +207,9 @@ def show(originals, seeds, protection, path):
     """Picture of uint8 originals (B, H, W, 3), what the mask leaves of them, what is released."""
     rows, cfg = {'original': to_float(originals)}, protection.cfg
     if cfg.reconstruct.method == 'facemae':
-        noise = protection.patch_noise(seeds, originals.shape[1])
         ratio = cfg.reconstruct.mask_ratio
-        rows[f'visible {100 - 100 * ratio:.0f} %'] = protect.masked(rows['original'], noise, ratio,
-                                                                   cfg.mae.patch)
+        hidden = protect.hidden_patches(seeds, ratio, cfg)
+        rows[f'visible {100 - 100 * ratio:.0f} %'] = protect.greyed(rows['original'], hidden)
     plots.save_grid(rows | {'released': to_float(protection(originals, seeds))}, path)
 
 

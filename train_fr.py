@@ -1,10 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Stages 0 and 3 of FaceMAE: train a face recogniser, IResNet with ArcFace or CosFace.
+r"""Stages 0 and 3 of FaceMAE: train a face recogniser, IResNet with ArcFace or CosFace.
 
-    python train_fr.py stage=teacher     # on public faces; stage=judge: a second, other one
-    python train_fr.py                   # the student, on the released faces alone
-    torchrun --nproc_per_node=8 train_fr.py --config configs/casia.yaml
-    python train_fr.py release=PATH run.folder=runs/mine     # on anybody's records or folders
+On one device, GPU or CPU; without a config it takes toy faces, which it draws:
+$ python train_fr.py stage=teacher     # on public faces; stage=judge: a second, other one
+$ python train_fr.py                   # the student, on the released faces alone
+$ python train_fr.py release=PATH run.folder=runs/mine     # on anybody's records or folders
+
+On the 8 GPUs of one machine:
+$ torchrun --nproc_per_node=8 train_fr.py --config configs/casia.yaml
+
+On two machines that share a file system, on each with its RANK, 0 or 1, and the FIRST's address:
+$ torchrun --nnodes=2 --node_rank=RANK --nproc_per_node=8 --master_addr=FIRST --master_port=29500 \
+      train_fr.py --config configs/casia.yaml
+
+Time: with one thread of an AMD EPYC, beside another job, the toy's teacher (390 steps of 64
+images) took 100 s, a student (492 steps) 83 to 94 s (nine of them, results/toy). Not yet run on a
+GPU; docs/scale.md has projections.
 
 Reads   teacher, judge: data.root (or data.public); student: <run>/<row>/reconstructed
 Writes  <run>/fold<k>/teacher.pt, <run>/fold<k>/judge.pt, <run>/<row>/fr.pt, <run>/log/
@@ -73,7 +84,9 @@ def margin(step, total, cfg):
     done = step / total
     if done >= end:
         return cfg.margin
-    return cfg.margin * max(0.0, (done - begin) / (end - begin)) if end > begin else 0.0
+    if done <= begin:
+        return 0.0
+    return cfg.margin * ((done - begin) / (end - begin))
 
 
 def augmented(x, u, strength):
@@ -92,9 +105,9 @@ def augmented(x, u, strength):
     x = level + (x - level) * (1 + 0.4 * contrast) + 0.3 * light
     # The box appears in half of the images: its half sides are positive only there
     line = torch.linspace(-1, 1, x.shape[-1], device=x.device)
-    inside = ((line - box[0]).abs() < 0.5 * box[2]) & ((line[:, None] - box[1]).abs()
-                                                       < 0.5 * box[3].abs())
-    return x.masked_fill(inside, 0.0)
+    in_columns = (line - box[0]).abs() < 0.5 * box[2]
+    in_rows = (line[:, None] - box[1]).abs() < 0.5 * box[3].abs()
+    return x.masked_fill(in_columns & in_rows, 0.0)
 
 
 class NormStatistics:
@@ -102,8 +115,9 @@ class NormStatistics:
     part takes three kernels, not three a buffer."""
 
     def __init__(self, net):
-        self.buffers = [b for name, b in net.named_buffers() if b.is_floating_point()]
-        self.old, self.sums = ([torch.empty_like(b) for b in self.buffers] for _ in range(2))
+        self.buffers = [b for b in net.buffers() if b.is_floating_point()]
+        self.old = [torch.empty_like(b) for b in self.buffers]
+        self.sums = [torch.empty_like(b) for b in self.buffers]
 
     def begin(self):
         """Before the first part: keep the statistics."""
@@ -133,8 +147,9 @@ def norm_batch(share, cfg):
 def class_layer(classes, c):
     """A MarginHead, or a DividedHead where classes are divided or sampled; and whether its centres
     are divided over the processes."""
-    divided = run.world() > 1 and (c.shard_classes == 'true' or c.shard_classes == 'auto'
-                                   and classes >= DIVIDE_FROM)
+    wanted = (c.shard_classes == 'true'
+              or c.shard_classes == 'auto' and classes >= DIVIDE_FROM)
+    divided = wanted and run.world() > 1
     if divided and classes < run.world():
         raise InputError(f'fr.shard_classes = true cannot divide {classes} people over '
                          f'{run.world()} processes: use fr.shard_classes=auto')
@@ -148,18 +163,50 @@ def class_layer(classes, c):
 def classify(head, z, labels, margin):
     """Cross-entropy and accuracy, scalars, of this process's embeddings (n, dim), or, where the
     classes are divided, of those of all processes."""
-    found = head(z, labels, margin)
-    if isinstance(found, tuple):           # a DividedHead's
-        return found
-    return F.cross_entropy(found, labels), (found.detach().argmax(1) == labels).float().mean()
+    output = head(z, labels, margin)
+    if isinstance(output, tuple):          # a DividedHead's, which has no logits of all classes
+        return output
+    hits = (output.detach().argmax(1) == labels).float()
+    return F.cross_entropy(output, labels), hits.mean()
+
+
+def make_net(cfg, task, resumed):
+    """The backbone to train, with new weights or those of fr.init."""
+    try:
+        net = models.iresnet(task.depth, task.width, cfg.data.size, cfg.fr.dim)
+    except ValueError as error:
+        raise InputError(f'{task.key}.depth: {error}') from None
+    if task.init and not resumed:
+        embed.load_weights(net, files.load_checkpoint(task.init), task.init)
+    return net
+
+
+def make_optimizer(net, head, c, device):
+    """SGD with momentum over all weights that are trained, the class centres last."""
+    parameters = [p for p in [*net.parameters(), *head.parameters()] if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, momentum=c.momentum, weight_decay=c.weight_decay,
+                                fused=device.type == 'cuda')
+    for p in parameters:
+        # Where fp16's first step overflows, a fused SGD would take any memory for its momentum
+        optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
+    return optimizer
+
+
+def random_numbers(task, epoch, rows):
+    """Which images are mirrored, bool (B,), and random numbers in (0, 1) for augmented(),
+    (B, 10)."""
+    def draw(purpose, columns):
+        start = batches.stream(task.seed, f'{task.key} {purpose}', epoch)
+        return batches.hashed(start, rows, columns)
+
+    return draw('flips', 1)[:, 0] > 0, batches.uniform(draw('augmentation', 10))
 
 
 def train(cfg, task, device):
-    """Train one Recogniser; a generator, which yields after each step, so that tools/bench.py can
-    time the very steps."""
+    """Train a Recogniser, or continue where an interrupted run stopped."""
     c, path = cfg.fr, task.path
-    share = run.own_share(c.batch, 'fr.batch')
-    part = norm_batch(share, c)
+    own = run.own_share(c.batch, 'fr.batch')           # this process's slice of a global batch
+    size = norm_batch(own, c)
     order = batches.Order(len(task.rows), c.batch, task.seed, 'fr.batch')
     steps = max(1, round(task.epochs * order.steps_per_epoch))
     premises = {'set of images': task.faces.digest(task.rows)}
@@ -170,69 +217,52 @@ def train(cfg, task, device):
     run.say(f'training {path} on {len(task.rows)} images of {len(people)} people, {steps} steps')
 
     torch.manual_seed(batches.stream(task.seed, f'{task.key} weights'))
-    try:
-        net = models.iresnet(task.depth, task.width, cfg.data.size, c.dim)
-    except ValueError as error:
-        raise InputError(f'{task.key}.depth: {error}') from None
-    if task.init and not saved:
-        embed.load_weights(net, files.load_checkpoint(task.init), task.init)
+    net = make_net(cfg, task, resumed=saved is not None)
     head, divided = class_layer(len(people), c)
     net, head = net.to(device, memory_format=torch.channels_last), head.to(device)
     store = batches.Store(task.faces.select(task.rows), device)
-    optimizer = torch.optim.SGD(
-        [p for p in [*net.parameters(), *head.parameters()] if p.requires_grad],
-        momentum=c.momentum, weight_decay=c.weight_decay, fused=device.type == 'cuda')
-    for p in optimizer.param_groups[0]['params']:
-        # Where fp16's first step overflows, a fused SGD would take any memory for its momentum
-        optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
-    training = Training(cfg, path, task.stage, {'net': net, 'head': head}, optimizer, steps,
-                        c.batch, ('loss', 'accuracy'), device, {'premises': premises}, saved)
+    training = Training(
+        cfg, path, task.stage, {'net': net, 'head': head}, make_optimizer(net, head, c, device),
+        steps, c.batch, ['loss', 'accuracy'], device, saved)
     if cfg.run.compile:
         net.compile()
-    targets, statistics = torch.as_tensor(labels, device=device), NormStatistics(net)
-    averaged = run.parallel(net), head if divided else run.parallel(head)
+    statistics = NormStatistics(net)
+    targets = torch.as_tensor(labels, device=device)
+    parallel_net = run.parallel(net)
+    parallel_head = head if divided else run.parallel(head)
 
-    gathered = store.ahead(order(step)[0][share] for step in range(training.step, steps))
-    while training.step < steps:
-        batch, epoch = order(training.step)
-        rows = batches.to_device(torch.from_numpy(batch[share]), device)
+    remaining = range(training.step, steps)
+    for step, epoch, batch, images in batches.in_order(order, store, remaining, own):
+        rows = batches.to_device(torch.from_numpy(batch[own]), device)
         flip, random = random_numbers(task, epoch, rows)
-        images, target = batches.flipped(next(gathered), flip), targets[rows]
-        parts = list(zip(images.split(part), target.split(part), random.split(part)))
-        current_margin, losses = margin(training.step, steps, c), torch.zeros(2, device=device)
+        images, target = batches.flipped(images, flip), targets[rows]
+        parts = list(zip(images.split(size), target.split(size), random.split(size)))
+        current_margin = margin(step, steps, c)
+        losses = torch.zeros(2, device=device)         # loss, accuracy
         if c.sample_rate < 1:
-            head.sample(batches.stream(task.seed, f'{task.key} centres', training.step),
-                        labels[batch])
+            centres = batches.stream(task.seed, f'{task.key} centres', step)
+            head.sample(centres, labels[batch])
         statistics.begin()
         for number, (x, y, u) in enumerate(parts):
-            run.average_next(number == len(parts) - 1, *averaged)
+            # Gradients are averaged over processes with the last part, when they are complete
+            run.average_next(number == len(parts) - 1, parallel_net, parallel_head)
             x = embed.for_recogniser(x, net)
             if c.augment:
                 x = augmented(x, u, c.augment)
             with run.autocast(device, cfg.run.precision):
-                z = averaged[0](x)
-            loss, hits = classify(averaged[1], z, y, current_margin)
+                z = parallel_net(x)
+            loss, accuracy = classify(parallel_head, z, y, current_margin)
             training.backward(loss / len(parts))
             statistics.collect()
-            losses += torch.stack([loss.detach(), hits]) / len(parts)
+            losses += torch.stack([loss.detach(), accuracy]) / len(parts)
         statistics.finish(len(parts))
-        training.update(losses, learning_rate(training.step, steps, order.steps_per_epoch, c))
+        training.update(losses, learning_rate(step, steps, order.steps_per_epoch, c))
 
         if training.log_due():
             training.write_log(margin=current_margin)
         if training.save_due():
-            training.save()
-        yield
+            training.save(premises=premises)
     training.end()
-
-
-def random_numbers(task, epoch, rows):
-    """Which images are mirrored, bool (B,), and random numbers in (0, 1) for augmented(),
-    (B, 10)."""
-    flips, others = (batches.hashed(batches.stream(task.seed, f'{task.key} {purpose}', epoch),
-                                    rows, columns)
-                     for purpose, columns in (('flips', 1), ('augmentation', 10)))
-    return flips[:, 0] > 0, batches.uniform(others)
 
 
 def train_public(cfg, role, device):
@@ -241,7 +271,8 @@ def train_public(cfg, role, device):
     if c.checkpoint:
         return run.say(f'{role}.checkpoint = {c.checkpoint} is used: nothing to train')
     # What fr sets for all recognisers; init is the student's alone
-    fixed = [role, *(f'fr.{key}' for key in vars(cfg.fr) if not hasattr(c, key) and key != 'init')]
+    shared = [key for key in vars(cfg.fr) if not hasattr(c, key) and key != 'init']
+    fixed = [role, *(f'fr.{key}' for key in shared)]
     for fold in split(cfg):
         run_training(cfg, Recogniser(
             f'{role}/fold{fold.k}', Path(cfg.run.folder, f'fold{fold.k}', f'{role}.pt'),
@@ -261,8 +292,7 @@ def train_student(variant, device):
 def run_training(cfg, task, device):
     """All steps of a Recogniser, while no other run writes its checkpoint."""
     with files.only_writer(task.path):
-        for _ in train(cfg, task, device):
-            pass
+        train(cfg, task, device)
 
 
 def main(cfg, device, compare):

@@ -1,9 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Stage 1 of FaceMAE: train a masked autoencoder on public faces with instance relation matching.
+r"""Stage 1 of FaceMAE: train a masked autoencoder on public faces with instance relation matching.
 
-    python train_mae.py                                            # toy faces, any machine
-    torchrun --nproc_per_node=8 train_mae.py --config configs/casia.yaml
-    python train_mae.py --config configs/casia.yaml irm.weight=0 mae.name=mae_mse   # plain MAE
+On one device, GPU or CPU; without a config it takes toy faces, which it draws:
+$ python train_mae.py
+$ python train_mae.py --config configs/casia.yaml
+$ python train_mae.py --config configs/casia.yaml irm.weight=0 mae.name=mae_mse   # plain MAE
+
+On the 8 GPUs of one machine:
+$ torchrun --nproc_per_node=8 train_mae.py --config configs/casia.yaml
+
+On two machines that share a file system, on each with its RANK, 0 or 1, and the FIRST's address:
+$ torchrun --nnodes=2 --node_rank=RANK --nproc_per_node=8 --master_addr=FIRST --master_port=29500 \
+      train_mae.py --config configs/casia.yaml
+
+Time: the toy's 936 steps of 64 images took 165 to 200 s with one thread of an AMD EPYC, beside
+another job (three seeds, results/toy). Not yet run on a GPU; docs/scale.md has projections.
 
 Reads   data.root (or data.public), <run>/fold<k>/teacher.pt
 Writes  <run>/fold<k>/mae.pt, <run>/log/train_mae/, <run>/figures/mae_fold<k>.png
@@ -15,7 +26,6 @@ originals (FaceMAE, arXiv 2205.11090). The same command continues an interrupted
 import facekit.start  # noqa: F401 (first: says what is not installed)
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -28,7 +38,8 @@ from facekit.protect import FaceMAE
 from facekit.published import refuse_published
 from facekit.split import split
 from facekit.training import Training, load_unfinished
-from irm import gather_rows, irm_loss, relation_correlation, relations
+from facekit.validation import ValidationBatch
+from irm import gather_rows, irm_loss, relation_correlation
 
 # Refuse to resume if one of these changed
 FIXED = ['mae', 'irm', 'teacher', 'data.size', 'run.seed', 'run.precision',
@@ -58,10 +69,24 @@ def mean_face(store):
 class Objective:
     """The two losses of a batch, with everything they need that is not trained."""
 
-    def __init__(self, cfg, mae, teacher):
-        """mae: FaceMAE; teacher: frozen recogniser, or None where irm.weight = 0."""
+    def __init__(self, cfg, mae, teacher, store):
+        """mae: FaceMAE; teacher: frozen recogniser, or None where nothing asks for it; store: of
+        the images that will come."""
         self.cfg, self.mae, self.teacher = cfg, mae, teacher
         self.model = run.parallel(mae.model)
+        self.cached_originals = embed_originals(cfg, teacher, store)
+        if cfg.run.compile and store.device.type == 'cuda':   # slower than without on a CPU
+            mae.model.compile()
+            if teacher:
+                teacher.compile()
+
+    def originals(self, images, rows, flip):
+        """The teacher's embeddings (B, d) of images (B, H, W, 3): those in `rows` of the Store,
+        mirrored where `flip`."""
+        if self.cached_originals is not None:
+            return self.cached_originals[flip.long(), rows]
+        return torch.cat([embed.embed_batch(self.teacher, part, self.cfg.run.precision)
+                          for part in images.split(self.cfg.mae.micro_batch)])
 
     def forward(self, images, noise, relate):
         """uint8 (B, H, W, 3) and noise (B, L) -> squared error, and, if `relate`, the teacher's
@@ -79,77 +104,50 @@ class Objective:
             reconstructed = self.mae.to_pixels(pred)
             return mse, self.teacher(embed.for_recogniser(reconstructed, self.teacher)).float()
 
-    def embeddings(self, parts):
-        """The teacher's embeddings (B, d) of the reconstructions of (images, noise) parts."""
-        with torch.no_grad():
-            return torch.cat([self.forward(*part, relate=True)[1] for part in parts])
-
-    def backward(self, images, noise, originals, backward):
-        """Accumulate the gradient of the whole batch, micro-batch by micro-batch.
-
-        IRM (left out where `originals` is None) relates all instances of the global batch. Where
-        they are more than a micro-batch, the embeddings are made first without a graph; IRM's
-        gradient with respect to them is then carried through one micro-batch at a time. Same
-        gradient, memory of one micro-batch. `backward` takes a loss.
-        Returns the losses (squared error, IRM), a tensor, and the reconstructions' embeddings.
-        """
-        c, relate = self.cfg.irm, originals is not None
-        parts = list(zip(images.split(self.cfg.mae.micro_batch),
-                         noise.split(self.cfg.mae.micro_batch)))
-        irm, z, z_gradient = torch.zeros((), device=images.device), None, None
-        if relate and len(parts) > 1:
-            z = self.embeddings(parts).requires_grad_()
-            irm = irm_loss(originals, z, c.relations)
-            z_gradient = torch.autograd.grad(irm, z)[0].split(self.cfg.mae.micro_batch)
-        mse_sum = 0
-        for number, part in enumerate(parts):
-            run.average_next(number == len(parts) - 1, self.model)
-            mse, z_part = self.forward(*part, relate)
-            share = len(part[0]) / len(images)
-            loss = self.cfg.mae.mse_weight * mse * share
-            if z_gradient:
-                loss = loss + c.weight * (z_part * z_gradient[number]).sum()
-            elif relate:
-                z = z_part
-                irm = irm_loss(originals, z, c.relations)
-                loss = loss + c.weight * irm
-            backward(loss)
-            mse_sum = mse_sum + mse.detach() * share
-        return torch.stack([mse_sum, irm.detach()]), z
-
-
-@dataclass
-class ValidationBatch:
-    """Images of people who are in no training, on which the log watches the relations."""
-    images: torch.Tensor      # uint8 (B, H, W, 3)
-    noise: torch.Tensor       # int64 (B, L), fixed
-    originals: torch.Tensor   # float32 (B, d), the teacher's embeddings
-
-    @classmethod
-    def of(cls, fold, teacher, patches, cfg, device):
-        """That of a Fold, or None if nobody was kept from training: its first 256 images, not a
-        sample, so that people have several."""
-        if not len(fold.validation):
-            return None
-        images = torch.from_numpy(fold.public.select(fold.validation[:256]).pixels()).to(device)
-        noise = batches.hashed(batches.stream(cfg.run.seed, 'validation masks'),
-                               torch.arange(len(images), device=device), patches)
-        return cls(images, noise, embed.embed_batch(teacher, images, cfg.run.precision))
-
     @torch.no_grad()
-    def figures(self, objective):
-        """For the log: IRM; what it would be if the reconstructions were unrelated, where
-        IRM alone tends to stall; correlation of the relations; mean cosine of a
-        reconstruction with its original."""
-        size, kind = objective.cfg.mae.micro_batch, objective.cfg.irm.relations
-        kind = 'cosine' if kind == 'direct' else kind
-        z = objective.embeddings(zip(self.images.split(size), self.noise.split(size)))
-        different = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-        r, s = relations(self.originals, kind)[different], relations(z, kind)[different]
-        return {'validation_irm': (r - s).square().mean().item(),
-                'unrelated_irm': r.square().mean().item() + 1 / z.shape[1],
-                'validation_relations': relation_correlation(self.originals, z, kind).item(),
-                'validation_cosine': torch.cosine_similarity(self.originals, z).mean().item()}
+    def embeddings(self, images, noise):
+        """The teacher's embeddings (B, d) of the reconstructions, without a graph."""
+        size = self.cfg.mae.micro_batch
+        return torch.cat([self.forward(x, n, relate=True)[1]
+                          for x, n in zip(images.split(size), noise.split(size))])
+
+    def backward(self, training, images, noise, originals):
+        """Accumulate the gradient of a batch's loss, one micro-batch after another.
+
+        originals: the teacher's embeddings of the images (B, d), or None while IRM does not act.
+        Returns the losses (squared error, IRM), a tensor, and the embeddings of the
+        reconstructions (B, d) or None.
+
+        IRM relates all instances of the global batch, but memory holds the graph of a single
+        micro-batch. Where there are several, all are embedded first without a graph, and IRM's
+        gradient with respect to their embeddings goes back through one micro-batch at a time.
+        """
+        c, relate = self.cfg, originals is not None
+        size = c.mae.micro_batch
+        parts = list(zip(images.split(size), noise.split(size)))
+        mse = irm = torch.zeros((), device=images.device)
+        z = None
+        if relate and len(parts) > 1:
+            z = self.embeddings(images, noise).requires_grad_()
+            irm = irm_loss(originals, z, c.irm.relations)
+            z_gradients = torch.autograd.grad(irm, z)[0].split(size)
+
+        for number, (x, n) in enumerate(parts):
+            # Gradients are averaged over processes with the last part, when they are complete
+            run.average_next(number == len(parts) - 1, self.model)
+            part_mse, part_z = self.forward(x, n, relate)
+            share = len(x) / len(images)
+            loss = c.mae.mse_weight * part_mse * share
+            if relate:
+                if len(parts) > 1:
+                    relation = (part_z * z_gradients[number]).sum()
+                else:                        # the part is the batch: its graph is there already
+                    z = part_z
+                    relation = irm = irm_loss(originals, z, c.irm.relations)
+                loss = loss + c.irm.weight * relation
+            training.backward(loss)
+            mse = mse + part_mse.detach() * share
+        return torch.stack([mse, irm.detach()]), z
 
 
 # -------------------------------------------------------------------------- the training
@@ -172,19 +170,34 @@ def embed_originals(cfg, teacher, store):
 
     The only augmentation is a flip, so that two embeddings of each image are all there are.
     """
+    if not cfg.irm.weight or cfg.mae.epochs - cfg.irm.warmup_epochs <= 2:
+        return None
     needed = 2 * len(store) * teacher.fc.out_features * 4
-    if (not cfg.irm.weight or cfg.mae.epochs - cfg.irm.warmup_epochs <= 2
-            or run.broadcast(needed > run.free_memory(store.device) / 4)):
+    if run.broadcast(needed > run.free_memory(store.device) / 4):
         return None
     return embed.embed_all(teacher, store, cfg.mae.micro_batch, cfg.run.precision)
 
 
+def make_mae(cfg, store, device, resumed):
+    """The FaceMAE to train on a Store's images, with new weights or those of mae.init."""
+    torch.manual_seed(cfg.run.seed)
+    model = protect.build_mae(cfg.mae, cfg.data.size)
+    if cfg.mae.init and not resumed:
+        embed.load_weights(model, files.load_checkpoint(cfg.mae.init), cfg.mae.init)
+    mean = mean_face(store) if cfg.mae.mean_face else torch.full((3, 1, 1), 0.5)
+    return FaceMAE(model.to(device), mean.to(device), protect.STD)
+
+
 def make_optimizer(model, cfg, device):
     """AdamW without weight decay on biases, norms and tokens (MAE, arXiv 2111.06377, table 8)."""
-    decay = [p for p in model.parameters() if p.ndim > 1 and p.shape[0] > 1]
-    rest = [p for p in model.parameters() if not (p.ndim > 1 and p.shape[0] > 1)]
-    return torch.optim.AdamW([{'params': decay, 'weight_decay': cfg.mae.weight_decay},
-                              {'params': rest, 'weight_decay': 0.0}],
+    matrices, others = [], []
+    for p in model.parameters():
+        if p.ndim > 1 and p.shape[0] > 1:              # a token is (1, 1, D)
+            matrices.append(p)
+        else:
+            others.append(p)
+    return torch.optim.AdamW([{'params': matrices, 'weight_decay': cfg.mae.weight_decay},
+                              {'params': others, 'weight_decay': 0.0}],
                              betas=(0.9, 0.95), fused=device.type == 'cuda')
 
 
@@ -193,16 +206,15 @@ def save_preview(mae, images, noise, cfg, path):
     x, ratio = to_float(images), cfg.mae.mask_ratio
     with torch.no_grad():
         rebuilt = mae.reconstruct(x, noise, ratio, cfg)
-    plots.save_grid({'original': x, 'visible': protect.masked(x, noise, ratio, cfg.mae.patch),
-                     'rebuilt': rebuilt}, path)
+    visible = protect.greyed(x, models.random_masking(noise, ratio)[2])
+    plots.save_grid({'original': x, 'visible': visible, 'rebuilt': rebuilt}, path)
 
 
 def train(variant, fold, device):
-    """Train one masked autoencoder; a generator, which yields after each step, so that
-    tools/bench.py can time the very steps."""
-    cfg, path, c = variant.cfg, variant.mae(fold.k), variant.cfg.mae
-    share = run.own_share(c.batch, 'mae.batch')
-    _, patches = protect.check_patches(cfg.data.size, c.patch, c.mask_ratio)
+    """Train the masked autoencoder of a fold, or continue where an interrupted run stopped."""
+    cfg, c, path = variant.cfg, variant.cfg.mae, variant.mae(fold.k)
+    own = run.own_share(c.batch, 'mae.batch')          # this process's slice of a global batch
+    protect.visible_count(cfg.data.size, c.patch, c.mask_ratio)       # refuses a wrong ratio
     order = batches.Order(len(fold.mae), c.batch, cfg.run.seed, 'mae.batch',
                           fold.public.labels[fold.mae], cfg.irm.images_per_identity)
     steps = max(1, round(c.epochs * order.steps_per_epoch))
@@ -215,71 +227,58 @@ def train(variant, fold, device):
         return run.say(f'{path} is finished ({steps} steps): nothing to do')
     run.say(f'training {path} on {len(fold.mae)} public images, {steps} steps')
 
-    torch.manual_seed(cfg.run.seed)
-    model = protect.build_mae(c, cfg.data.size)
-    if c.init and not saved:
-        embed.load_weights(model, files.load_checkpoint(c.init), c.init)
-    model.to(device)
     store = batches.Store(fold.public.select(fold.mae), device)
-    mean = mean_face(store) if c.mean_face else torch.full((3, 1, 1), 0.5)
-    objective = Objective(cfg, FaceMAE(model, mean.to(device), protect.STD), teacher)
-    original_embeddings = embed_originals(cfg, teacher, store) if teacher else None
-    if cfg.run.compile and device.type == 'cuda':      # on the CPU it makes these nets slower
-        for net in filter(None, (model, teacher)):
-            net.compile()
-    validation = ValidationBatch.of(fold, teacher, patches, cfg, device)
+    mae = make_mae(cfg, store, device, resumed=saved is not None)
+    objective = Objective(cfg, mae, teacher, store)
+    validation = ValidationBatch.of(fold, teacher, cfg, device)
     training = Training(
-        cfg, path, f'train_mae/fold{fold.k}/{path.stem}', {'model': model},
-        make_optimizer(model, cfg, device), steps, c.batch, ('mse', 'irm'), device,
-        {'mean': mean.cpu(), 'std': protect.STD, 'premises': premises}, saved)
-    preview_every = max(1, round(c.preview_epochs * order.steps_per_epoch))
+        cfg, path, f'train_mae/fold{fold.k}/{path.stem}', {'model': mae.model},
+        make_optimizer(mae.model, cfg, device), steps, c.batch, ['mse', 'irm'], device, saved)
     relate_from = round(cfg.irm.warmup_epochs * order.steps_per_epoch)
+    preview_every = max(1, round(c.preview_epochs * order.steps_per_epoch))
 
-    gathered = store.ahead(order(step)[0][share] for step in range(training.step, steps))
-    while training.step < steps:
-        batch, epoch = order(training.step)
-        rows = batches.to_device(torch.from_numpy(batch[share]), device)
+    remaining = range(training.step, steps)
+    for step, epoch, batch, images in batches.in_order(order, store, remaining, own):
+        rows = batches.to_device(torch.from_numpy(batch[own]), device)
         flip = batches.hashed(batches.stream(cfg.run.seed, 'flips', epoch), rows, 1)[:, 0] > 0
-        noise = batches.hashed(batches.stream(cfg.run.seed, 'masks', epoch), rows, patches)
-        images, originals = batches.flipped(next(gathered), flip), None
-        if cfg.irm.weight and training.step >= relate_from:
-            originals = (original_embeddings[flip.long(), rows]
-                         if original_embeddings is not None else
-                         torch.cat([embed.embed_batch(teacher, part, cfg.run.precision)
-                                    for part in images.split(c.micro_batch)]))
-        losses, z = objective.backward(images, noise, originals, training.backward)
-        training.update(losses, learning_rate(training.step, steps, c))
+        seeds = batches.image_seeds(batches.stream(cfg.run.seed, 'masks', epoch), rows)
+        noise = protect.patch_noise(seeds, cfg)
+        images = batches.flipped(images, flip)
+        originals = None                               # their embeddings, once IRM acts
+        if cfg.irm.weight and step >= relate_from:
+            originals = objective.originals(images, rows, flip)
+        losses, z = objective.backward(training, images, noise, originals)
+        training.update(losses, learning_rate(step, steps, c))
 
         if c.preview_epochs and training.step % preview_every == 0 and run.rank() == 0:
-            save_preview(objective.mae, images[:8], noise[:8], cfg,
+            save_preview(mae, images[:8], noise[:8], cfg,
                          variant.run / 'figures' / f'{path.stem}_fold{fold.k}.png')
         if training.log_due():
             write_log(training, originals, z, validation, objective)
         if training.save_due():
-            training.save()
-        yield
+            training.save(mean=mae.mean.cpu(), std=mae.std, premises=premises)
     training.end()
 
 
 def write_log(training, originals, z, validation, objective):
     """A log line, with the correlation of the relations of the last batch; originals and z are its
     embeddings (B, d), None while the relations do not act."""
-    watched = validation.figures(objective) if validation else {}
+    figures = validation.figures(objective) if validation else {}
     if originals is None:
-        return training.write_log(['irm'], relations=None, **watched)
+        return training.write_log(inactive=['irm'], relations=None, **figures)
     correlation = relation_correlation(gather_rows(originals), gather_rows(z.detach()),
                                        objective.cfg.irm.relations)
-    training.write_log(relations=correlation.nan_to_num().item(), **watched)
+    training.write_log(relations=correlation.nan_to_num().item(), **figures)
 
 
 def main(cfg, device, compare):
     folds = split(cfg)
     for variant in variants(cfg, compare):
-        if variant.cfg.reconstruct.method == 'facemae':
-            for fold in folds:
-                with files.only_writer(variant.mae(fold.k)):
-                    for _ in train(variant, fold, device):
-                        pass
+        if variant.cfg.reconstruct.method != 'facemae':
+            continue                                   # other protections need no model
+        for fold in folds:
+            with files.only_writer(variant.mae(fold.k)):
+                train(variant, fold, device)
 
 
 if __name__ == '__main__':

@@ -162,6 +162,20 @@ class Order:
         return groups[rng.permutation(len(groups))].reshape(-1)
 
 
+def in_order(order, store, steps, own):
+    """For each of `steps`, numbers in rising order: the number, the epoch, the global batch as
+    image numbers int64 numpy (batch,), and the images of this process's slice `own` of it, uint8
+    (B, H, W, 3) on the device.
+
+    A Store gathers the images of the next step while one is computed, so it asks for the order a
+    step ahead; tee() keeps what it was told, and the Order is asked once a step.
+    """
+    planned, ahead = itertools.tee((step, *order(step)) for step in steps)
+    gathered = store.ahead(batch[own] for _, batch, _ in ahead)
+    for images, (step, batch, epoch) in zip(gathered, planned):
+        yield step, epoch, batch, images
+
+
 def mix(x):
     """Finaliser of splitmix64 on int64 tensors: one well-mixed 64-bit number for each."""
     for shift, factor in ((30, -0x40a7b892e31b1a47), (27, -0x6b2fb644ecceee15)):

@@ -10,22 +10,35 @@ from torch import nn
 import models
 from facekit import batches, run
 
+BLOCK = 4096      # centres that are drawn at a time
+
 
 class DividedHead(models.MarginHead):
-    """Of a MarginHead's class centres the share number share[0] of share[1], with its loss."""
+    """A share of a MarginHead's class centres, with the loss of all of them."""
 
     def __init__(self, dim, classes, loss='arcface', scale=64.0, gradient='exact', rate=1.0,
                  share=(0, 1)):
+        """share (r, n): the r-th of n equal parts of the classes; rate: the share of the other
+        classes that a step samples, see sample()."""
         super().__init__(dim, 0, loss, scale, gradient)
-        self.rate, (self.rank, self.count) = rate, share
+        self.rate = rate
+        self.rank, self.count = share
         self.bounds = [classes * r // self.count for r in range(self.count + 1)]
-        self.first, self.end = self.bounds[self.rank:self.rank + 2]
+        self.first, self.end = self.bounds[self.rank], self.bounds[self.rank + 1]
         self.sampled = None        # int64, rising: centres of this step, counted from self.first
-        # The numbers that a MarginHead draws, though no process holds all of them
-        blocks = [torch.empty(min(4096, classes - start), dim).normal_(std=0.01)[
-            max(self.first - start, 0):max(self.end - start, 0)].clone()
-            for start in range(0, classes, 4096)]
-        self.weight = nn.Parameter(torch.cat(blocks))
+        self.weight = nn.Parameter(self.draw_centres(classes, dim))
+
+    def draw_centres(self, classes, dim):
+        """The own rows of what a MarginHead of all classes would draw, float32 (own, dim).
+
+        The others are drawn and dropped block by block: no process could hold them all.
+        """
+        own = []
+        for start in range(0, classes, BLOCK):
+            block = torch.empty(min(BLOCK, classes - start), dim).normal_(std=0.01)
+            first, end = max(self.first - start, 0), max(self.end - start, 0)
+            own.append(block[first:end].clone())       # a slice would keep the whole block alive
+        return torch.cat(own)
 
     def sample(self, start, labels):
         """Choose the centres of a step: those of `labels`, int64 numpy (N,), its global batch, and
@@ -33,8 +46,9 @@ class DividedHead(models.MarginHead):
         the step: the same ones whatever the number of processes."""
         bits = batches.hashed(start, torch.arange(self.first, self.end), 1)[:, 0]
         keep = batches.uniform(bits) < self.rate
-        keep[labels[(labels >= self.first) & (labels < self.end)] - self.first] = True
-        keep[0] |= ~keep.any()                     # there is no softmax over no centre
+        own = (labels >= self.first) & (labels < self.end)
+        keep[labels[own] - self.first] = True
+        keep[0] |= ~keep.any()                         # there is no softmax over no centre
         self.sampled = batches.to_device(keep.nonzero()[:, 0], self.weight.device)
 
     def forward(self, z, labels, margin=0.5):
@@ -42,34 +56,62 @@ class DividedHead(models.MarginHead):
         of all processes and their accuracy: scalars, the same on each."""
         if self.count > 1:
             z, labels = GatheredRows.apply(z), run.gathered(labels)
-        here = (labels >= self.first) & (labels < self.end)           # (N,): whose centre is here
-        column, weight = (labels - self.first).clamp(0, len(self.weight) - 1), self.weight
+        own = (labels >= self.first) & (labels < self.end)            # (N,): whose centre is here
+        column = (labels - self.first).clamp(0, len(self.weight) - 1)
+        weight = self.weight
         if self.sampled is not None:
             column = torch.searchsorted(self.sampled, column).clamp(max=len(self.sampled) - 1)
             weight = weight.index_select(0, self.sampled)
+
         cosine = self.cosines(z, weight)                              # (N, centres)
         true = cosine.gather(1, column[:, None])                      # (N, 1)
-        true = torch.where(here[:, None], self.with_margin(true, margin), true)
+        true = torch.where(own[:, None], self.with_margin(true, margin), true)
         logits = self.scale * cosine.scatter(1, column[:, None], true)
-        total, true = logits.logsumexp(1), self.scale * true[:, 0] * here
-        largest = torch.stack([total, logits.amax(1)]).detach()       # (2, N)
-        if self.count > 1:     # the values of all shares, each with the gradient of the own one
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-            sums = torch.stack([(total - largest[0]).exp(), true]).detach()
-            dist.all_reduce(sums)
-            value = largest[0] + sums[0].log()                    # its derivative is exp() below
-            total = value + (total.detach() - value).exp() * (total - total.detach())
-            true = sums[1] + (true - true.detach())
-        return (total - true).mean(), (true >= largest[1]).float().mean()
+        total = logits.logsumexp(1)                                   # (N,), of the own share
+        true = self.scale * true[:, 0] * own                          # 0 on all other processes
+        largest = logits.detach().amax(1)
+        if self.count > 1:
+            total, true, largest = self.over_all_shares(total, true, largest)
+        return (total - true).mean(), (true >= largest).float().mean()
 
-    def converted(self, saved, change):
+    @staticmethod
+    def over_all_shares(total, true, largest):
+        """Log-sum-exp, true logit and largest logit (N,) of the own share -> of all classes.
+
+        The values are the same on each process; the gradient is that of the own share's part.
+        """
+        most = torch.stack([total.detach(), largest])                 # (2, N)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        offset, largest = most
+        sums = torch.stack([(total - offset).exp(), true]).detach()   # (2, N)
+        dist.all_reduce(sums)
+        value = offset + sums[0].log()
+        # d value / d total is exp(total - value), the own share's part of the probability
+        total = value + (total.detach() - value).exp() * (total - total.detach())
+        true = sums[1] + (true - true.detach())
+        return total, true, largest
+
+    def own_part(self, checkpoint):
+        """A checkpoint of all classes with the centres of this share alone."""
+        return self.with_centres(checkpoint, lambda rows: rows[self.first:self.end].clone())
+
+    def with_all_classes(self, checkpoint):
+        """A checkpoint of this share with the centres of all classes, on rank 0; all processes
+        must call it."""
+        return self.with_centres(checkpoint, self.whole)
+
+    @staticmethod
+    def with_centres(checkpoint, change):
         """A checkpoint with what change() makes of the centres and of their momentum."""
-        optimizer = saved['optimizer']
-        last = optimizer['param_groups'][-1]['params'][-1]            # the centres
-        moments = {name: change(value) if torch.is_tensor(value) else value
-                   for name, value in optimizer['state'].get(last, {}).items()}
-        return {**saved, 'head': {'weight': change(saved['head']['weight'])},
-                'optimizer': {**optimizer, 'state': {**optimizer['state'], last: moments}}}
+        optimizer = checkpoint['optimizer']
+        last = optimizer['param_groups'][-1]['params'][-1]            # number of the centres
+        moments = dict(optimizer['state'].get(last, {}))
+        for name, value in moments.items():
+            if torch.is_tensor(value):
+                moments[name] = change(value)
+        state = {**optimizer['state'], last: moments}
+        return {**checkpoint, 'head': {'weight': change(checkpoint['head']['weight'])},
+                'optimizer': {**optimizer, 'state': state}}
 
     def whole(self, rows):
         """The rows of all classes from each share's own, on rank 0 and the CPU; elsewhere the own

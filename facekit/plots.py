@@ -1,4 +1,4 @@
-"""Pictures of a run: faces, ROC, score histograms, privacy against utility, attackers' effort."""
+"""Pictures of a run: faces, ROC, score histograms, privacy against utility."""
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -155,23 +155,3 @@ def tradeoff_plot(measured, folder):
     panels[0].set_title('square: strongest attack, dot: judge', loc='left', fontsize=8)
     legend_beside(panels[1])
     save_plot(figure, folder / 'tradeoff.png')
-
-
-def effort_plots(measured, folder):
-    """What more effort buys the attacker: leakage over the pairs that the linear attack learns
-    from, and over repeated releases; measured = {row: [results of each seed]}."""
-    for attack, x in (('linear', 'pairs of other people'), ('repeated', 'releases of each photo')):
-        curves = {(row, series): points for row, results in measured.items() for series, points in
-                  results[0]['privacy'].get(f'{attack}_same_image', {}).get('curve', {}).items()}
-        if not curves or not (plt := plotting()):
-            continue
-        figure, axes = plt.subplots(figsize=(6, 4.5))
-        colours = colours_of(measured)
-        for (row, series), points in curves.items():
-            axes.plot([int(n) for n in points], [100 * p for p in points.values()], marker='o',
-                      ms=3, label=f'{row}, {series}', color=colours[row],
-                      ls='-' if series in ('ridge', 'recogniser') else ':')
-        axes.set_xscale('log', base=2)
-        axes.set(xlabel=x, ylabel='original found first, %')
-        legend_beside(axes)
-        save_plot(figure, folder / f'{attack}.png')

@@ -63,7 +63,7 @@ def refuse_published(path, wanted):
     """Refuse a recogniser of this module where `wanted` asks for its gradient."""
     if is_published(path):
         raise InputError(f'{wanted}, but {path} can only embed and gives no gradient: name an '
-                         'IResNet; tools/distill.py makes one that sees alike')
+                         'IResNet')
 
 
 class OnnxRecogniser(torch.nn.Module):

@@ -9,25 +9,13 @@ import numpy as np
 from rich import box
 from rich.table import Column, Table
 
-from facekit.protect import draws_mask
+from facekit.attacks import ATTACKERS
+from facekit.protect import PROTECTIONS, visible_count
 
-ATTACKER_HAS = {        # what the attacker has, printed beside every number
-    'judge': 'a recogniser that this kit trained on other people',
-    'teacher': 'the very recogniser that shaped the release',
-    'dlib': "a published recogniser, dlib's, which anybody can install",
-    'pixels': 'nothing: compares 16 x 16 pixels, or patches that look visible',
-    'masked': 'the masks: compares visible pixels only',
-    'guess': 'a guess of the masks: compares visible pixels only',
-    'visible': 'the unmasked patches of the original itself',
-    'insider': 'the release: trains a recogniser on it',
-    'linear': 'released images of other people and their originals: a linear map',
-    'trained': 'the same pairs: trains a recogniser to see both alike',
-    'class': 'the labels: averages half of a person\'s images, and the other photos',
-    'repeated': 'eight releases of the same photos with other masks',
-}
 QUESTIONS = {
     'same_person': 'person: among all originals but its own, one of the person comes first, %',
     'same_image': 'photo: among all originals, the very photo it was made from comes first, %',
+    'label': "label: of the means of all people's originals, the person's comes first, %",
 }
 EACH_ONCE = 'person, where each person counts once, with many photos or few, %'
 QUESTION_OF = {'person': 'same_person', 'photo': 'same_image'}     # by its word in other tables
@@ -114,7 +102,8 @@ def leakage_sheets(released):
     sheets = []
     for kind, key, title in (('same_person', 'rank1', QUESTIONS['same_person']),
                              ('same_person', 'each_person_once', EACH_ONCE),
-                             ('same_image', 'rank1', QUESTIONS['same_image'])):
+                             ('same_image', 'rank1', QUESTIONS['same_image']),
+                             ('label', 'rank1', QUESTIONS['label'])):
         figures = {row: [of_question(r['privacy'], kind) for r in results]
                    for row, results in released.items()}
         names = list(dict.fromkeys(a for seeds in figures.values() for a in seeds[0]
@@ -140,37 +129,29 @@ def visible_patches(config):
     c = config['reconstruct']
     if config['release']:
         return 'unknown'
-    if not draws_mask(c['method']):
+    if not PROTECTIONS[c['method']].draws_mask:
         return 'all'
-    patches = (config['data']['size'] // config['mae']['patch']) ** 2
-    return f'{patches - round(patches * c["mask_ratio"])} of {patches}'
+    visible, patches = visible_count(config['data']['size'], config['mae']['patch'],
+                                     c['mask_ratio'])
+    return f'{visible} of {patches}'
 
 
 def of_question(privacy, kind):
-    """{attack: figures} of one question; who guesses the masks is an attacker of its own."""
-    by_attack = {name.removesuffix(f'_{kind}'): figures for name, figures in privacy.items()
-             if name.endswith(kind)}
-    guesses = by_attack.get('masked', {}).get('curve', {}).get('mask')
-    if guesses:
-        by_attack['guess'] = {'rank1': max(guesses.values()),
-                              'chance': by_attack['masked']['chance']}
-    return by_attack
+    """{attack: figures} of one question."""
+    return {name.removesuffix(f'_{kind}'): figures for name, figures in privacy.items()
+            if name.endswith(f'_{kind}')}
 
 
 def strongest_attack(privacy, kind):
-    """Rank 1 of the strongest attack of a question, {attack_kind: figures}; NaN without one.
-
-    Attacks that hold more than the release do not count: several releases, the original's own
-    patches, the secret masks; whoever guesses the masks counts.
-    """
+    """Rank 1 of the strongest attack of a question that counts, {attack_kind: figures}; NaN
+    without one. Recognisers that are named by their path count, too."""
     return max((figures['rank1'] for name, figures in of_question(privacy, kind).items()
-                if name not in ('visible', 'repeated', 'masked')), default=np.nan)
+                if name not in ATTACKERS or ATTACKERS[name].counts), default=np.nan)
 
 
 def membership_sheets(released):
     """How well it can be told who was in a training, AUC in per cent; no Sheet if not tried."""
-    names = {'membership_reconstruction': 'of the model',
-             'membership_recogniser': 'of the student'}
+    names = {'membership_recogniser': 'of the student'}
     rows = [[row, *(cell([r['privacy'][name]['auc'] for r in results if name in r['privacy']])
                     for name in names)] for row, results in released.items()]
     if not any(text for row in rows for text in row[1:]):
@@ -183,8 +164,8 @@ def attackers_sheet(released):
     """What each of the attackers has."""
     tried = {a for results in released.values() for kind in QUESTIONS
              for a in of_question(results[0]['privacy'], kind)}
-    names = [name for name in ATTACKER_HAS if name in tried] + sorted(tried - set(ATTACKER_HAS))
-    has = dict(ATTACKER_HAS)
+    names = [name for name in ATTACKERS if name in tried] + sorted(tried - set(ATTACKERS))
+    has = {name: attacker.has for name, attacker in ATTACKERS.items()}
     for role in ('judge', 'teacher'):
         if path := next(iter(released.values()))[0]['config'][role]['checkpoint']:
             has[role] = f'the recogniser {path}, which you named'

@@ -1,18 +1,20 @@
 """What both training scripts do around their own step: resume, update, log, save, stop.
 
-    training = Training(cfg, path, stage, {'net': net}, optimizer, steps, batch, ...)
-    while training.step < training.steps:
-        losses = ...                                    # forward pass, training.backward(loss)
+    training = Training(cfg, path, stage, {'net': net}, optimizer, steps, batch, ['loss'], device,
+                        load_unfinished(...))
+    while training.step < steps:
+        ...                                             # forward pass, training.backward(loss)
         training.update(losses, learning_rate)
         if training.log_due():
             training.write_log()
         if training.save_due():
-            training.save()
+            training.save(premises=premises)
     training.end()
 
 The loop itself stays in the script.
 """
-import numpy as np
+import math
+
 import torch
 
 from facekit import embed, files, run
@@ -25,31 +27,33 @@ class Training:
     """The state of one training between its steps, and what is due after each."""
 
     def __init__(self, cfg, path, stage, nets, optimizer, steps, batch, loss_names, device,
-                 extra, saved):
-        """`nets` {key of the checkpoint: module} are saved and resumed; `steps` of `batch` images
-        (of all processes) make the whole training; `loss_names` name what update() is given;
-        `extra` is what else the checkpoint holds, such as its premises; `saved` is a checkpoint to
-        continue from, or None."""
-        self.cfg, self.path, self.stage, self.nets, self.steps = cfg, path, stage, nets, steps
-        self.batch, self.loss_names, self.extra = batch, loss_names, extra
-        self.optimizer = optimizer
-        self.divided = [net for net in nets.values() if isinstance(net, DividedHead)]
+                 saved=None):
+        """Begin, or continue from a checkpoint `saved`.
+
+        path is the checkpoint's, stage the log's name; nets {key of the checkpoint: module} are
+        saved and resumed; steps of batch images, those of all processes, make the whole training;
+        loss_names name what update() is given.
+        """
+        self.cfg, self.path, self.nets, self.optimizer = cfg, path, nets, optimizer
+        self.steps, self.batch, self.loss_names = steps, batch, loss_names
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == 'fp16')
-        self.step = 0                                  # steps that were made
-        self.logged = 0                                # step of the last log line
-        self.sums = torch.zeros(len(loss_names), device=device)    # of losses since then
-        self.learning_rate = 0.0                       # of the last step
+        self.step = 0                                               # steps that were made
+        self.logged = 0                                             # step of the last log line
+        self.sums = torch.zeros(len(loss_names), device=device)     # of the losses since then
+        self.learning_rate = 0.0                                    # of the last step
+        self.divided_heads = [net for net in nets.values() if isinstance(net, DividedHead)]
         if saved:
             self.resume(saved)
-        self.first, self.saved_at = self.step, 0.0     # step, and seconds of the last save
+        self.first_step = self.step                                 # of this process
+        self.saved_at = 0.0                                         # seconds since the start
         self.log = StageLog(cfg.run.folder, stage, steps, self.step, cfg.run.tensorboard)
         self.stop = run.Stop()
 
     def resume(self, saved):
         """Continue from a checkpoint."""
         try:
-            for head in self.divided:
-                saved = head.converted(saved, lambda x: x[head.first:head.end].clone())
+            for head in self.divided_heads:
+                saved = head.own_part(saved)
             for name, net in self.nets.items():
                 embed.load_weights(net, saved[name], self.path)
             self.optimizer.load_state_dict(saved['optimizer'])
@@ -88,46 +92,52 @@ class Training:
 
     def write_log(self, inactive=(), **more):
         """Write the log line: mean losses since the last one, without those that are `inactive`,
-        and `more` figures.
-
-        Here the host waits for the device for the first time since the last line.
-        """
-        losses = (run.mean(self.sums) / (self.step - self.logged)).tolist()
-        losses = dict(zip(self.loss_names, losses))
+        and `more` figures. Here the host waits for the device, for the first time since then."""
+        means = (run.mean(self.sums) / (self.step - self.logged)).tolist()
+        losses = dict(zip(self.loss_names, means))
         self.check_finite(losses)
-        losses |= dict.fromkeys(inactive)
-        self.log(self.step, (self.step - self.first) * self.batch, **losses, **more,
-                 lr=self.learning_rate)
+        for name in inactive:
+            losses[name] = None
+        images = (self.step - self.first_step) * self.batch
+        self.log(self.step, images, **losses, **more, lr=self.learning_rate)
         self.sums.zero_()
         self.logged = self.step
 
     def save_due(self):
         """Whether all processes save now: at the end, in time, or as one was asked to stop."""
+        minutes = (self.log.seconds() - self.saved_at) / 60
         return self.stop.checkpoint_due(
-            self.step == self.steps or
-            self.log.seconds() - self.saved_at >= 60 * self.cfg.run.save_minutes)
+            self.step == self.steps or minutes >= self.cfg.run.save_minutes)
 
-    def save(self):
-        """Write the checkpoint, and leave if the process was asked to."""
+    def save(self, **more):
+        """Write the checkpoint, with `more` entries, and leave if the process was asked to."""
         self.saved_at, self.sums = self.log.seconds(), run.mean(self.sums)
         self.check_finite(dict(zip(self.loss_names, self.sums.tolist())))
         # The loss was of the weights before the last update; these are what is saved
         for name, net in self.nets.items():
             largest = torch.stack([p.detach().abs().amax() for p in net.parameters()]).amax()
             self.check_finite({f'a weight of {name}': run.mean(largest).item()})
-        state = {**{name: net.state_dict() for name, net in self.nets.items()},
-                 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}
-        for head in self.divided:
-            state = head.converted(state, head.whole)
-        files.save_checkpoint(self.path, {
-            **state, 'step': self.step, 'steps': self.steps, 'logged': self.logged,
-            'sums': self.sums, 'format': files.FORMAT, 'config': files.public_dict(self.cfg),
-            **self.extra})
+
+        checkpoint = {
+            **{name: net.state_dict() for name, net in self.nets.items()},
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            'step': self.step,
+            'steps': self.steps,
+            'logged': self.logged,
+            'sums': self.sums,
+            'config': files.public_dict(self.cfg),
+            'format': files.FORMAT,
+            **more,
+        }
+        for head in self.divided_heads:
+            checkpoint = head.with_all_classes(checkpoint)
+        files.save_checkpoint(self.path, checkpoint)
         self.stop.leave_if_requested()
 
     def check_finite(self, values):
         """Stop when a loss or weight is no number any more; the last checkpoint stays as it is."""
-        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise InputError(f'{" and ".join(bad)} became {values[bad[0]]} at step {self.step}; '
                              f'{self.path} keeps the last good state: try a smaller lr, a longer '

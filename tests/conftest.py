@@ -36,7 +36,7 @@ def become(folder, arguments, environment, largest, out, err, begun):
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = arguments
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, os.path.dirname(arguments[0]))       # of the kit, or of a changed copy
     from facekit import run
     start = run.start_processes
 

@@ -1,47 +1,86 @@
-"""bench.py has a row for everything, and both sides of a ratio compute the same."""
+"""bench.py has a row for everything, and the speed of a training is what its log says."""
 import json
 import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import bench
-from conftest import TINY
-from facekit import run, verification
+from conftest import ENVIRONMENT, ROOT, TINY
+from facekit import run
 from facekit.config import namespace, resolve
 
 
-@pytest.mark.parametrize('pairs', [600, 205])              # 205 do not divide into ten folds
-def test_the_plain_loop_and_the_histogram_give_the_same_folds(pairs):
-    rng = np.random.default_rng(0)
-    same = np.resize(np.r_[np.ones(30, bool), np.zeros(30, bool)], pairs)
-    distance = np.where(same, rng.normal(1, 0.4, pairs), rng.normal(1.8, 0.4, pairs)).clip(0, 4)
-    np.testing.assert_array_equal(bench.loop_accuracies(distance, same),
-                                  verification.fold_accuracies(distance, same))
+def test_what_came_before_the_first_line_of_a_log_does_not_count():
+    """Ten steps of 6 images a line, of which each but the first takes 0.5, 1 and 2 seconds."""
+    seconds = np.array([30, 30.5, 31.5, 33.5])
+    lines = [{'step': 10 * n, 'images_per_second': round(60 * n / seconds[n - 1], 4),
+              'memory_gib': 1.0 * n} for n in range(1, 5)]
+    speed = bench.log_speed(lines, 40.0, 6)
+    assert speed.images_per_second == pytest.approx(180 / 3.5, rel=1e-3)
+    assert speed.slowest == pytest.approx(30, rel=1e-3)
+    assert speed.fastest == pytest.approx(120, rel=1e-2)
+    assert (speed.seconds, speed.memory_gib) == (40.0, 4.0)
 
 
 def test_every_stage_is_measured_and_missing_peers_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, small in dict(RUNS=2, SECONDS=0.01, PAIRS=100, SEARCH=(32, 64), RECORDS=50,
-                            INDEX=2000, LOADED=64).items():
-        monkeypatch.setattr(bench, name, small)
-    cfg = namespace(resolve(TINY, ['run.device=cpu']))
+    monkeypatch.setattr(sys, 'path', sys.path[:])          # where peers would be found
     threads = torch.get_num_threads()
-    bench.main(str(tmp_path / 'nothing'), cfg, run.start_processes(cfg), False)
+    cfg = namespace(resolve(TINY, ['run.device=cpu']))
+    own = SimpleNamespace(peers=str(tmp_path / 'nothing'), steps=8, command='as told')
+    bench.main(own, cfg, run.start_processes(cfg), False)
     torch.set_num_threads(threads)
 
     [path] = tmp_path.glob('results/speed/cpu-*-tiny.json')
     found = json.loads(path.read_text())
-    assert {row['stage'] for row in found['rows']} == {
-        '1 train', '2 reconstruct', '3 recognise', '4 evaluate', 'reading'}
+    assert (found['command'], found['config']['mae']['batch']) == ('as told', 24)
+    assert [row['stage'] for row in found['rows']] == [
+        '0 teacher', '1 train', '1 train', '2 reconstruct', '3 recognise', '4 evaluate']
     for row in found['rows']:
-        values = [v for v in row.values() if not isinstance(v, str)]
-        assert all(v > 0 and math.isfinite(v) for v in values), row
-        assert row['ms_min'] <= row['ms'] <= row['ms_max']
-    steps = [row for row in found['rows'] if row['what'].startswith('step')]
-    assert len(steps) == 3 and all({'gflop', 'of_peak', 'data'} <= set(row) for row in steps)
-    assert steps[1]['gflop'] > steps[0]['gflop']           # with relations, a teacher looks on
+        assert row['slowest'] <= row['images_per_second'] <= row['fastest'], row
+        assert all(0 < row[key] and math.isfinite(row[key])
+                   for key in ('slowest', 'fastest', 'seconds', 'memory_gib'))
     said = capsys.readouterr().out
     assert all(f'{peer} is left out' in said for peer in
                ('facebookresearch/mae', 'facebookresearch/mae, insightface', 'insightface'))
+
+
+def test_peers_take_turns_with_the_kit(monkeypatch):
+    rows, order = [], []
+
+    def kit(folder, name=''):
+        order.append(folder)
+        return bench.Speed(20.0 + len(order), 0.0, 0.0)
+
+    def measured(do, *_):
+        order.append(do)
+        return 10.0
+
+    b = object.__new__(bench.Bench)
+    b.rows, b.mae, b.teacher, b.device = rows, kit, kit, None
+    b.cfg = namespace(resolve(TINY))
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    monkeypatch.setattr(bench.peers, 'made', lambda stage, *_: (
+        {'theirs': 'theirs'} if stage == '0 teacher' else {}))
+    monkeypatch.setattr(bench.peers, 'rate', measured)
+    bench.peers.compare(b, ROOT, 8)
+    assert order == ['turn0', 'theirs', 'turn1', 'theirs', 'turn2', 'theirs']
+    assert [(row['what'], row['images_per_second'], row['ratio']) for row in rows] == [
+        ('the kit', 23.0, 1.0), ('theirs', 10.0, 2.3)]
+
+
+@pytest.mark.parametrize('arguments, sentence', [
+    (['--check'], 'nothing to check'), (['--steps', '1'], 'use 8 or more'),
+    (['mae.epoch=3'], 'did you mean epochs')])
+def test_what_bench_cannot_do_is_one_sentence(tmp_path, arguments, sentence):
+    done = subprocess.run([sys.executable, str(ROOT / 'tools' / 'bench.py'), *arguments],
+                          cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and sentence in done.stderr
+    assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1

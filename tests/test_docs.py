@@ -113,18 +113,6 @@ assert losses[-1] < losses[0], losses
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=100)
 
 
-def test_the_projection_is_what_the_tool_prints():
-    done = subprocess.run([sys.executable, 'tools/projection.py'], cwd=ROOT, check=True,
-                          capture_output=True, text=True, timeout=200)
-    page = (ROOT / 'docs' / 'scale.md').read_text()
-    assert len(done.stdout) > 1000 and all(part.strip() in page
-                                           for part in done.stdout.split('\n\n'))
-
-
-def numbers(line):
-    return [float(x) for x in re.findall(r'\d+(?:\.\d+)?', line)]
-
-
 def test_the_renaming_of_hugging_faces_keys_gives_ours():
     [code] = blocks(ROOT / 'docs' / 'usage.md', 'python')
     scope = {'torch': torch}

@@ -45,6 +45,26 @@ def test_fold_accuracies_are_insightfaces(name):
     assert accuracy.std() == pytest.approx(GOLDEN[name]['std'], abs=1e-15)
 
 
+def loop_accuracies(distance, same):
+    """Accuracies of ten folds as they are usually computed: one threshold at a time."""
+    accuracies, thresholds, everyone = [], np.arange(0, 4, 0.01), np.arange(len(same))
+    for test in np.array_split(everyone, 10):
+        train = np.setdiff1d(everyone, test)
+        right = [np.mean((distance[train] < limit) == same[train]) for limit in thresholds]
+        best = thresholds[np.argmax(right)]
+        accuracies.append(np.mean((distance[test] < best) == same[test]))
+    return np.array(accuracies)
+
+
+@pytest.mark.parametrize('pairs', [600, 205])              # 205 do not divide into ten folds
+def test_fold_accuracies_are_those_of_a_plain_loop(pairs):
+    rng = np.random.default_rng(0)
+    same = np.resize(np.r_[np.ones(30, bool), np.zeros(30, bool)], pairs)
+    distance = np.where(same, rng.normal(1, 0.4, pairs), rng.normal(1.8, 0.4, pairs)).clip(0, 4)
+    np.testing.assert_array_equal(loop_accuracies(distance, same),
+                                  verification.fold_accuracies(distance, same))
+
+
 def test_a_distance_on_a_threshold_counts_as_different():
     # 'same' means distance < threshold: insightface's comparison is strict
     distance = np.tile([0.5, 0.51], 50)

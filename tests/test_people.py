@@ -11,7 +11,7 @@ import torch
 
 from conftest import TINY, run
 import train_mae
-from facekit import attack_data, attacks, batches, check, config, faces, images, keys, protect
+from facekit import attack_data, batches, check, config, faces, images, keys, protect
 from facekit import records, split, toy
 from facekit.errors import InputError
 from facekit.protect import FaceMAE, Protection
@@ -260,9 +260,8 @@ def test_hidden_pixels_do_not_reach_the_release(tmp_path, method, paste):
     protection = Protection(cfg, FaceMAE(model, torch.rand(3, 32, 32), 0.25))
     originals = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
     seeds = batches.image_seeds(9, torch.arange(5))
-    noise = protection.patch_noise(seeds, 32)
-    grey = protect.masked(torch.zeros(5, 3, 32, 32), noise, 0.75, 8)
-    hidden = (grey > 0).permute(0, 2, 3, 1)
+    hidden = protect.drawn(protect.hidden_patches(seeds, 0.75, cfg), 8) > 0
+    hidden = hidden.permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
     changed = torch.where(hidden, 255 - originals, originals)
     assert (changed != originals).float().mean() > 0.7
     released = [protection(x, seeds) for x in (originals, changed)]
@@ -308,7 +307,7 @@ def test_nets_that_learnt_from_who_is_private_now_are_refused(finished):
         variant, folds = config.variants(cfg, compare=False)[0], split.split(cfg)
         yield lambda: protect.load_maes(variant, folds, device)
         yield lambda: train_mae.load_teacher(cfg, folds[0], device)
-        yield lambda: attacks.Recognisers(cfg, folds, device).public('judge', 0)
+        yield lambda: attack_data.Recognisers(cfg, folds, device).public('judge', 0)
 
     assert all(net() for net in load())
     cfg.data.split_seed = 5
@@ -335,10 +334,8 @@ def test_a_method_that_reads_hidden_pixels_is_not_released(tmp_path, monkeypatch
     records.write_records(tmp_path / 'out', encoded, plan.label, 32)
     arguments = tmp_path / 'out', plan, folds[0].private, protections, torch.device('cpu')
     check.check_release_images(*arguments)
-    honest = protect.masked
-    monkeypatch.setattr(check.protect.Protection, '__call__', lambda self, faces, seeds: (
-        images.to_uint8(honest(x := images.to_float(faces), self.patch_noise(seeds, 32), 0.75, 8)
-                        + x.mean() / 100)))
+    monkeypatch.setitem(protect.PROTECTIONS, 'mask', protect.Method(
+        lambda x, *rest: protect.masked(x, *rest) + x.mean() / 100, 'mask_ratio', draws_mask=True))
     with pytest.raises(InputError, match='hidden pixels'):
         check.check_release_images(*arguments)
 
@@ -353,7 +350,7 @@ def test_a_kit_inside_another_repository_does_not_name_that(finished, tmp_path):
                                    '--allow-empty', '-m', 'secret']):
         subprocess.run(['git', *words], cwd=tmp_path / 'outer', check=True)
     told = subprocess.run(
-        [sys.executable, '-c', 'from facekit import run; print(run.provenance()["commit"])'],
+        [sys.executable, '-c', 'from facekit import run; print(run.commit())'],
         cwd=tmp_path / 'outer' / 'kit', capture_output=True, text=True, check=True,
         env={k: v for k, v in os.environ.items() if k != 'GIT_DIR'}).stdout.strip()
     assert told == 'version 2.0'

@@ -55,7 +55,7 @@ def test_two_processes_compare_as_one_does(finished, tmp_path):
     for path in [p for name in made for p in (tmp_path / 'run').rglob(name)]:
         path.unlink()
     pictures = {p.name for p in (tmp_path / 'run/figures').iterdir()}
-    for name in ('roc.png', 'tradeoff.png', 'release_most_linked.png', 'mask_attacks.png'):
+    for name in ('roc.png', 'tradeoff.png', 'release_most_linked.png', 'mask_most_linked.png'):
         (tmp_path / 'run/figures' / name).unlink()
     run(tmp_path, 'evaluate.py', '--compare', processes=2)
     one, two = figures(finished[0]), figures(tmp_path)

@@ -57,11 +57,12 @@ def test_a_person_with_many_photos_counts_once():
 
 
 def test_attackers_who_hold_more_than_the_release_do_not_make_the_headline():
-    privacy = result('facemae', 0.9, 0.1, 0.3, visible_same_image={'rank1': 1.0, 'chance': 0.01},
-                     masked_same_image={'rank1': 1.0, 'chance': 0.01,
-                                        'curve': {'mask': {0.5: 0.35}}})['privacy']
+    privacy = result('facemae', 0.9, 0.1, 0.3, **{
+        f'{name}_{question}': {'rank1': rank1, 'chance': 0.01} for name, question, rank1 in (
+            ('masked', 'same_image', 1.0), ('repeated', 'same_image', 1.0), ('class', 'label', 1.0),
+            ('guess', 'same_image', 0.35), ('r50/backbone', 'same_person', 0.2))})['privacy']
     assert report.strongest_attack(privacy, 'same_image') == 0.35    # who guesses the masks
-    assert report.strongest_attack(privacy, 'same_person') == 0.1
+    assert report.strongest_attack(privacy, 'same_person') == 0.2    # a recogniser by its path
 
 
 def test_published_values_stand_below_and_repeated_ones_get_a_verdict():
@@ -93,7 +94,7 @@ def test_tables_say_how_many_patches_are_visible():
 
 
 def test_tables_are_not_broken_at_80_columns():
-    rows = {name: [result(name, 0.9, 0.1, 0.3)] * 3
+    rows = {name: [result('facemae', 0.9, 0.1, 0.3)] * 3
             for name in ('facemae', 'originals', 'a_row_of_a_long_name')}
     text = io.StringIO()
     for s in report.tables(rows, {}, 'facemae', {}):

@@ -42,19 +42,17 @@ def test_the_pipeline_writes_what_it_promises(finished):
                                               'images equal to another one': 0}
     assert results['config']['mae']['dim'] == 32 and results['seconds']['train_mae/fold0/mae'] > 0
     assert originals['privacy']['judge_same_image']['rank1'] == 1
-    assert {'linear_same_image', 'masked_same_image', 'visible_same_image', 'trained_same_image',
-            'class_same_person', 'repeated_same_image', 'membership_reconstruction',
-            'membership_recogniser'} <= set(results['privacy'])
-    curve = results['privacy']['linear_same_image']['curve']
-    assert list(curve['ridge']) == list(curve['rotation']) == ['84', '64', '16']
+    assert {'linear_same_image', 'masked_same_image', 'guess_same_image', 'trained_same_image',
+            'class_label', 'repeated_same_image', 'membership_recogniser'} <= set(
+                results['privacy'])
     for figure in ('release.png', 'mask.png', 'mae_fold0.png', 'roc.png', 'scores.png',
-                   'tradeoff.png', 'release_attacks.png', 'mask_most_linked.png'):
+                   'tradeoff.png', 'release_most_linked.png', 'mask_most_linked.png'):
         assert (folder / 'run' / 'figures' / figure).stat().st_size > 1000
     assert 'facemae' in printed and ' left  ' in printed
     table = (folder / 'run' / 'table.txt').read_text().splitlines()
     assert max(map(len, table)) <= 80 and any('originals' in line for line in table)
     page = (folder / 'run' / 'report.html').read_text()
-    assert page.count('data:image/png;base64,') >= 6 and 'not anonymous' in page
+    assert page.count('data:image/png;base64,') >= 5 and 'not anonymous' in page
     words = re.sub(r'base64,[^"]*', '', page)      # pictures as text can hold any four letters
     assert 'originals' in page and 'http' not in words and '<script' not in page
 
@@ -410,7 +408,7 @@ def test_a_batch_that_does_not_divide_is_refused_before_any_work(copied, monkeyp
     monkeypatch.setattr(train_mae, 'load_teacher', lambda *_: 1 / 0)
     cfg = namespace(resolve(TINY, ['run.folder=run']))
     with pytest.raises(InputError, match='mae.batch = 24 does not divide by 5'):
-        next(train_mae.train(variants(cfg, False)[0], SimpleNamespace(k=0), torch.device('cpu')))
+        train_mae.train(variants(cfg, False)[0], SimpleNamespace(k=0), torch.device('cpu'))
 
 
 def test_a_change_of_the_plots_discards_no_attack_and_a_change_of_the_attacks_does(monkeypatch):

@@ -6,13 +6,15 @@ transformers         if it is installed
 
 They run as their authors run them: with their losses' way to the host after every step, and on a
 GPU in float16 (Hugging Face in run.precision) and compiled, too. Their images lie ready on the
-device, which spares them their loaders. What is missing or fails is named and left out.
+device, which spares them their loaders. What is missing or fails is named and left out. The kit
+and they take turns in one process; a ratio is the median over turns.
 """
 import contextlib
 import functools
-import itertools
+import io
 import math
 import sys
+import time
 import warnings
 from types import SimpleNamespace
 from unittest import mock
@@ -25,6 +27,16 @@ from torch import nn
 import models
 from facekit import embed, run
 from irm import irm_loss
+
+TURNS = 3
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without what is printed and warned of inside."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
 
 
 class Related(nn.Module):
@@ -92,7 +104,7 @@ def hugging_face(b, changed, batch):
 def face_net(b, role):
     from backbones.iresnet import IBasicBlock, IResNet
     if role.width != 64:
-        raise ValueError('its nets have width 64: use teacher.width=64 fr.width=64')
+        raise ValueError('its nets have width 64: use teacher.width=64')
     net = type('Net', (IResNet,), {'fc_scale': math.ceil(b.cfg.data.size / 16) ** 2})
     return net(IBasicBlock, models.DEPTHS[role.depth], num_features=b.cfg.fr.dim,
                fp16=b.device.type == 'cuda').to(b.device)
@@ -100,16 +112,16 @@ def face_net(b, role):
 
 def facebook_and_insightface(b, changed, batch):
     teacher = face_net(b, b.cfg.teacher).eval().requires_grad_(False)
-    teacher.load_state_dict(embed.recogniser(b.teacher, b.device).state_dict())
+    teacher.load_state_dict(embed.recogniser(b.cfg.teacher.checkpoint, b.device).state_dict())
     return facebook(b, changed, batch, changed(teacher))
 
 
 def insightface(b, changed, batch):
     """Steps of arcface_torch on one device, its distributed softmax replaced by torch's."""
     from losses import CombinedMarginLoss
-    net = changed(face_net(b, b.cfg.fr))
-    head = nn.Linear(b.cfg.fr.dim, b.classes, False).to(b.device)
-    samples, target = images(b, batch), torch.arange(batch, device=b.device) % b.classes
+    net, classes = changed(face_net(b, b.cfg.teacher)), b.cfg.toy.identities
+    head = nn.Linear(b.cfg.fr.dim, classes, False).to(b.device)
+    samples, target = images(b, batch), torch.arange(batch, device=b.device) % classes
     margin = CombinedMarginLoss(64, 1.0, 0.5, 0.0)
     amp = torch.amp.GradScaler(b.device.type, growth_interval=100, enabled=b.device.type == 'cuda')
     optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], 1e-9, 0.9,
@@ -131,31 +143,54 @@ def insightface(b, changed, batch):
 
 def images(b, count):
     """float32 (count, 3, S, S) in -1..1 on the device."""
-    return b.store(torch.arange(count)).permute(0, 3, 1, 2) / 127.5 - 1
+    return 2 * torch.rand(count, 3, b.cfg.data.size, b.cfg.data.size, device=b.device) - 1
 
 
-def compare(b, timer, folder):
-    """Rows of the peers in `folder`, each beside the kit in turn; timer is bench.Timer."""
-    sys.path[:0] = [str(folder / 'mae'), str(folder / 'insightface/recognition/arcface_torch')]
-    batch = min(b.cfg.mae.batch, b.cfg.mae.micro_batch)
-    ways = {'': lambda net: net, ', compiled': torch.compile}
-    for stage, train, items, makers in (
-            ('1 train, no IRM', functools.partial(b.train_mae, False, batch), batch,
-             {'facebookresearch/mae': facebook, 'Hugging Face ViTMAE': hugging_face}),
-            ('1 train, IRM', functools.partial(b.train_mae, True, batch), batch,
-             {'facebookresearch/mae, insightface': facebook_and_insightface}),
-            ('3 recognise', b.train_fr, b.cfg.fr.batch, {'insightface': insightface})):
-        found = {}
-        for (name, make), way in itertools.product(
-                makers.items(), ways if b.device.type == 'cuda' else ['']):
+def rate(do, batch, steps, device):
+    """Images a second of do(count), which makes `count` steps of `batch` images."""
+    for count in (steps // 4, steps):                      # the first ones are not counted
+        begin = time.perf_counter()
+        do(count)
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+    return steps * batch / (time.perf_counter() - begin)
+
+
+def made(stage, b, makers, batch):
+    """{name: do} of the peers of a stage that run; says which do not."""
+    ways = {'': lambda net: net}
+    if b.device.type == 'cuda':
+        ways[', compiled'] = torch.compile
+    peers = {}
+    for name, make in makers.items():
+        for way, changed in ways.items():
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter('ignore')
-                    found[name + way] = timer(make(b, ways[way], items), b.device)
+                with quiet():
+                    do = make(b, changed, batch)
+                    do(1)
+                peers[name + way] = do
             except (Exception, SystemExit) as e:           # theirs fail in many ways
                 run.say(f'{stage}: {name}{way} is left out: {(str(e) or repr(e))[:200]}')
-        if found:
-            kit = train(peers=found.values())
-            b.row(stage, 'the kit in turn with them', kit, items)
-            for name, t in found.items():
-                b.row(stage, name, t, items, kit=kit)
+    return peers
+
+
+def compare(b, folder, steps):
+    """Rows of the peers in `folder`, each beside the kit in turn; b: Bench."""
+    sys.path[:0] = [str(folder / 'mae'), str(folder / 'insightface/recognition/arcface_torch')]
+    for stage, kit, batch, makers in (
+            ('1 train, no relations', functools.partial(b.mae, name='plain'), b.cfg.mae.batch,
+             {'facebookresearch/mae': facebook, 'Hugging Face ViTMAE': hugging_face}),
+            ('1 train, relations', b.mae, b.cfg.mae.batch,
+             {'facebookresearch/mae, insightface': facebook_and_insightface}),
+            ('0 teacher', b.teacher, b.cfg.fr.batch, {'insightface': insightface})):
+        peers = made(stage, b, makers, batch)
+        if not peers:
+            continue
+        rates = {'the kit': [], **{name: [] for name in peers}}
+        for turn in range(TURNS):
+            rates['the kit'].append(kit(folder=f'turn{turn}').images_per_second)
+            for name, do in peers.items():
+                with quiet():
+                    rates[name].append(rate(do, batch, steps, b.device))
+        for name, theirs in rates.items():
+            b.add_turns(stage, name, theirs, rates['the kit'])
