@@ -77,7 +77,7 @@ def tell_steps(patch):
 
         def method(self, *args, **kwargs):
             result = real(self, *args, **kwargs)
-            simcuda.watch.phase = f'{phase(result)} of {self.stage}'
+            simcuda.watch.phase = f'{phase(result)} of {self.path.parent.name}/{self.path.name}'
             if name == 'update':
                 simcuda.watch.steps[simcuda.watch.phase] += 1
             return result
