@@ -88,7 +88,7 @@ def load_student(variant, device):
         say_no_student(variant)
         return None, ''
     saved = files.load_finished(path, run.command('train_fr.py'))
-    learnt_from = files.entry(saved, 'premises').get('set of images')
+    learnt_from = files.entry(saved, 'made_from').get('set of images')
     return embed.recogniser_from(saved, path, device), learnt_from
 
 
@@ -125,9 +125,10 @@ def leakage(variant, folds, release, student, path, recognisers, device):
     else:
         maes = protect.load_maes(variant, folds, device)
         secret = keys.release_secret(cfg)
-        premises = protect.release_premises(folds, maes, secret)
-        protect.check_release(variant, premises)
-        before, digest = {}, run.on_rank_0(lambda: attack_digest(variant, folds, premises, device))
+        made_from = protect.release_made_from(cfg, folds, maes, secret)
+        protect.check_release(variant, made_from)
+        before = {}
+        digest = run.on_rank_0(lambda: attack_digest(variant, folds, made_from, device))
         with contextlib.suppress(InputError):              # missing or damaged: made again
             before = files.read_json(path)
         if run.broadcast(before.get('attacked') == digest):
@@ -187,7 +188,7 @@ def attack_all(variant, groups, student, recognisers, device):
     return results
 
 
-def attack_digest(variant, folds, premises, device):
+def attack_digest(variant, folds, made_from, device):
     """What the attacks on a row depend on, 64 hex digits: equal ones mean equal results."""
     cfg = variant.cfg
     data = [f.public.digest(f.train) for f in folds]
@@ -199,7 +200,7 @@ def attack_digest(variant, folds, premises, device):
     config = {k: v for k, v in as_dict(cfg).items() if 'compare' not in k}
     machine = {k: v for k, v in run.provenance(device).items() if k != 'commit'}
     machine |= versions(cfg)
-    return files.digest(repr([config, attacks.code_digest(), machine, premises, data,
+    return files.digest(repr([config, attacks.code_digest(), machine, made_from, data,
                               nets]).encode())
 
 
