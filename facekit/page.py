@@ -25,11 +25,7 @@ re-identify; for which attackers, and how much harder, is what these tables say,
 them. The pictures below show originals: keep this page where the originals are kept."""
 PICTURES = {'release.png': 'Originals, what the mask leaves, what is released',
             'tradeoff.png': 'Privacy against utility', 'roc.png': 'Verification',
-            'scores.png': 'Scores of the verification pairs',
-            'release_attacks.png': 'How attackers see true pairs and others',
-            'release_most_linked.png': 'Released images that are linked to their originals first',
-            'linear.png': 'What more pairs bring the linear attacker',
-            'repeated.png': 'What more releases of the same photos bring'}
+            'release_most_linked.png': 'Released images that are linked to their originals first'}
 
 
 def html_table(sheet):

@@ -107,7 +107,9 @@ class Bench:
         self.teacher = cfg.teacher.checkpoint or str(folder / 'teacher.pt')
         if not cfg.teacher.checkpoint:
             net = models.iresnet(cfg.teacher.depth, cfg.teacher.width, size, cfg.fr.dim)
-            embed.calibrate(net, torch.from_numpy(self.images[:16]))
+            for norm in (m for m in net.modules() if hasattr(m, 'running_mean')):
+                norm.momentum = 1.0                  # or the maps of a deep untrained net overflow
+            embed.embed_batch(net, torch.from_numpy(self.images[:16]), 'fp32')
             torch.save({'net': net.state_dict(), 'config': as_dict(cfg)}, self.teacher)
         side = 8192 if device.type == 'cuda' else 1024
         x = torch.randn(side, side, device=device, dtype={
