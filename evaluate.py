@@ -40,7 +40,7 @@ from facekit.faces import ImageRows
 from facekit.images import psnr_and_ssim
 from facekit.page import write_page
 from facekit.progress import StageLog, stage_seconds
-from facekit.published import versions
+from facekit.published import check_installed, versions
 from facekit.split import count_release, not_excluded, split
 
 # Keys of the config that decide what an attack finds, beside images, nets and code
@@ -60,6 +60,7 @@ class Shared:
 
 def main(cfg, device, compare):
     attacks.check_attacks(cfg)
+    check_installed(cfg)
     if external(cfg) and compare:
         raise InputError('evaluate.model and release take the place of the rows: leave out '
                          '--compare')
@@ -214,9 +215,8 @@ def attack_all(variant, shared, groups, student, names, missing, made_from, resu
             record['linked'] = figures['same_image']['rank1']
             before = max((r.get('linked', -1) for r in results['attacked'].values()), default=-1)
             if record['linked'] > before:
-                run.on_rank_0(lambda: plots.attempt(
-                    plots.save_most_linked, name, pairs.true, released, originals,
-                    picture(variant, 'most_linked')))
+                plots.attempt(plots.save_most_linked, name, pairs.true, released, originals,
+                              picture(variant, 'most_linked'))
         results['attacked'][name] = record          # now that its picture is there, too
         files.write_json(path, results)
         log(kept + number, number * len(released), attack=name)

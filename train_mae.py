@@ -71,7 +71,7 @@ class Objective:
         with run.autocast(x.device, self.cfg.run.precision):
             pred, mask = self.model(x, noise, c.mask_ratio)
             counted = mask if c.mse_on == 'hidden' else torch.ones_like(mask)
-            mse = models.masked_mse(pred, patchify(x), counted, c.norm_pix_loss)
+            mse = models.masked_mse(pred, patchify(x), counted)
             if not relate:
                 return mse, None
             if self.cfg.reconstruct.paste_visible:

@@ -8,10 +8,10 @@ import torch
 
 import models
 from facekit import attacks, files, images, keys, protect, run, verification
-from facekit.config import CHOICES, variants
-from facekit.errors import InputError, counted
+from facekit.config import SPECS, variants
+from facekit.errors import InputError, counted, optional
 from facekit.faces import FaceSet
-from facekit.published import DLIB, refuse_published
+from facekit.published import DLIB, check_installed, refuse_published
 from facekit.records import Records
 from facekit.sources import open_source
 from facekit.split import count_release, make_folds
@@ -31,11 +31,9 @@ def check_experiment(cfg, compare):
     for variant in rows:
         check_models(variant.cfg)
         attacks.check_attacks(variant.cfg)
-        for section in ('teacher', 'judge'):
-            path = getattr(variant.cfg, section).checkpoint
-            if path and not (Path(path).is_file() or path == DLIB):
-                raise InputError(f'{section}.checkpoint = {path} does not exist: check the path')
-        refuse_published(variant.cfg.teacher.checkpoint, 'the teacher shapes the MAE')
+        check_checkpoints(variant.cfg)
+    if cfg.run.tensorboard:
+        optional('tensorboard', 'tensorboard')
     if cfg.reconstruct.key:
         keys.read_secret(Path(cfg.reconstruct.key))
     drawn = cfg.data.root == cfg.toy.root and not Path(cfg.data.root).exists()
@@ -64,6 +62,19 @@ def check_models(cfg):
     if protect.draws_mask(cfg.reconstruct.method):
         for ratio in {cfg.mae.mask_ratio, cfg.reconstruct.mask_ratio}:
             protect.check_patches(cfg.data.size, cfg.mae.patch, ratio)
+
+
+def check_checkpoints(cfg):
+    """Refuse a checkpoint that is named but missing, or a recogniser that needs a package that is
+    not installed."""
+    refuse_published(cfg.teacher.checkpoint, 'the teacher shapes the MAE')
+    for key in ('teacher.checkpoint', 'judge.checkpoint', 'mae.init', 'fr.init', 'evaluate.model'):
+        section, name = key.split('.')
+        path = getattr(getattr(cfg, section), name)
+        may_be_dlib = key in ('judge.checkpoint', 'evaluate.model')
+        if path and not Path(path).is_file() and not (may_be_dlib and path == DLIB):
+            raise InputError(f'{key} = {path} does not exist: check the path')
+    check_installed(cfg)
 
 
 def check_people(cfg, rows):
@@ -121,7 +132,8 @@ def check_release_files(folder, plan, secret, card):
     expected = ['README.md', 'manifest.json', 'property', 'train.idx', 'train.rec']
     refuse(names != expected, folder, f'holds {names}, not {expected}')
     facts = files.read_json(folder / 'manifest.json')
-    words = {word for choices in CHOICES.values() for word in choices}
+    words = [word for key in ('reconstruct.method', 'reconstruct.format')
+             for word in SPECS[key].split(' | ')]
     for key, value in facts.items():
         known = isinstance(value, (int, float)) or value in words or key == 'made_by' and (
             re.fullmatch(r'FaceMAE kit [\w. -]+', str(value)))

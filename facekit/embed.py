@@ -55,11 +55,8 @@ def tensors(state):
 
 
 def is_sound(tensor):
-    """Whether a tensor from a file holds finite numbers, and all it has: it may be sparse, without
-    any, or a few that stand for many."""
-    return (tensor.dtype in NUMBERS and tensor.layout == torch.strided
-            and tensor.device.type == 'cpu' and tensor.untyped_storage().nbytes() >= tensor.nbytes
-            and bool(tensor.isfinite().all()))
+    """Whether a tensor from a file (see files.Outline) holds finite numbers."""
+    return tensor.dtype in NUMBERS and bool(tensor.isfinite().all())
 
 
 def recogniser(path, device, made_by='', onnx_pixels='signed', fold=None):
@@ -130,9 +127,10 @@ def embed_batch(net, batch, precision):
 
 
 def embed_all(net, store, batch, precision, joined=False):
-    """Embeddings of every image of a Store and of its mirror image: float32 (2, N, d), or (1, N, d)
-    of unit vectors of their sums if they shall be `joined`. These lie on the host where they would
-    take a quarter of the device's free memory.
+    """Embeddings of every image of a Store and of its mirror image: float32 (2, N, d).
+
+    If they shall be `joined`, (1, N, d) of unit vectors of their sums, which lie on the host where
+    they would take a quarter of the device's free memory.
 
     The processes take turns at the batches and gather them round by round, so the result does not
     depend on their number and no process holds it twice.

@@ -1,16 +1,21 @@
 """Files of a run: written whole or not at all, by one run at a time, read without running code."""
 import argparse
 import contextlib
+import errno
+import fcntl
 import hashlib
+import io
 import json
+import math
 import mmap
 import os
-import resource
+import pickle
+import pickletools
 import shutil
 import time
+import zipfile
 from pathlib import Path
 
-import filelock
 import torch
 
 from facekit import run
@@ -105,30 +110,35 @@ def only_writer(path):
     The lock ends with its process, however that ends. A file system without locks, as on some
     clusters, leaves it to the user to start nothing twice.
     """
-    path = Path(path)
-    lock, waiting = filelock.FileLock(path.with_name(path.name + '.lock')), False
-    while run.rank() == 0 and not acquired(lock, path):
-        if not waiting:
-            run.say(f'another run is making {path}: waiting for it')
-        waiting = True
-        time.sleep(0.2)
-    run.barrier()
-    try:
+    with contextlib.ExitStack() as stack:
+        if run.rank() == 0:
+            stack.enter_context(locked(Path(path)))
+        run.barrier()
         yield
-    finally:
-        lock.release()
 
 
-def acquired(lock, path):
-    """Whether this process got the lock, or there are no locks here."""
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock <path>.lock while inside; waits for another process that holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + '.lock'), 'ab') as file:
+        waiting = False
+        while is_taken(file):
+            if not waiting:
+                run.say(f'another run is making {path}: waiting for it')
+            waiting = True
+            time.sleep(0.2)
+        yield
+
+
+def is_taken(file):
+    """Whether another process holds the lock of an open file; else this one does from now on, or
+    the file system has no locks."""
     try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        return False
-    except NotImplementedError:             # filelock's word for a file system without locks
-        pass
-    return True
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    return False
 
 
 def make_once(path, ready, make):
@@ -184,11 +194,16 @@ def load_checkpoint(path, made_by='', needs=()):
 def read_tensors(path):
     """What a file of torch.save holds, without running code; InputError if it is not safe."""
     try:
-        # A few bytes can promise terabytes: packed, or as an array of zeros. And
-        # facebookresearch/mae keeps its arguments in the checkpoint, as plain values.
-        with (memory_limit(2 * Path(path).stat().st_size + (1 << 30)),
-              torch.serialization.safe_globals([argparse.Namespace])):
+        with open(path, 'rb') as file:
+            if file.read(4) != b'PK\3\4':        # torch looks at the same bytes
+                raise InputError(f'{path} is no zip file, as torch.save has written since version '
+                                 '1.6: download it again, or load and save it with a newer torch')
+        Outline(path).load()
+        # facebookresearch/mae keeps its arguments in the checkpoint, as plain values
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location='cpu', weights_only=True)
+    except InputError:
+        raise
     except MemoryError:
         raise InputError(f'{path} asks for far more memory than its size explains and may be '
                          'malicious: do not use it') from None
@@ -200,17 +215,76 @@ def read_tensors(path):
                          'download or make it again') from None
 
 
-@contextlib.contextmanager
-def memory_limit(more):
-    """Let this process take at most so many more bytes."""
-    used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-    old = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [x for x in (used + more, *old) if x != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(limits), old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, old)
+class Outline(pickle.Unpickler):
+    """Goes through the pickle in a checkpoint without making a tensor or calling what it names;
+    MemoryError if it asks for more than the file holds.
+
+    A few bytes can promise terabytes: packed, as a call that makes zeros, as one number that
+    stands for many, as copies. torch.save packs nothing and stores each number. Afterwards the
+    memory that torch.load takes is bounded by the size of the file.
+    """
+    # Bytes of a number in torch.FloatStorage and so on
+    BYTES = {'Byte': 1, 'Char': 1, 'Bool': 1, 'Short': 2, 'Half': 2, 'BFloat16': 2, 'Int': 4,
+             'Float': 4, 'Long': 8, 'Double': 8}
+    PLAIN = ('collections.OrderedDict', 'collections.Counter', '__builtin__.set', 'torch.Size',
+             'argparse.Namespace')
+
+    def __init__(self, path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            self.sizes = {x.filename.partition('/')[2]: x.file_size for x in entries}
+            packed = any(x.compress_type != zipfile.ZIP_STORED for x in entries)
+            # torch takes a and A for one name
+            twice = len({x.filename.lower() for x in entries}) < len(entries)
+            if packed or twice or sum(self.sizes.values()) > Path(path).stat().st_size:
+                raise MemoryError
+            content = archive.read(next(x for x in entries if x.filename.endswith('/data.pkl')))
+        self.copied, self.length = 0, len(content)
+        for operation, argument, _ in pickletools.genops(content):
+            # pickle makes room for every number below the one that something is kept under
+            if 'PUT' in operation.name and argument > self.length:
+                raise MemoryError
+        super().__init__(io.BytesIO(content))
+
+    def find_class(self, module, name):
+        """What stands for a function or class that the pickle names."""
+        outline = self
+
+        class Plain(dict):
+            """Stands for an object that copies what it is made of."""
+            def __init__(self, *parts):
+                outline.count_copied(*parts)
+
+            def __setstate__(self, state):
+                outline.count_copied(*state if isinstance(state, tuple) else [state])
+
+        if module == 'torch' and name.removesuffix('Storage') in self.BYTES:
+            return self.BYTES[name.removesuffix('Storage')]
+        if f'{module}.{name}' in self.PLAIN:
+            return Plain
+        if module == 'torch._utils' and name in ('_rebuild_tensor_v2', '_rebuild_parameter'):
+            return getattr(self, name)
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+
+    def count_copied(self, *parts):
+        """MemoryError if more is copied than the pickle has bytes: it can name a thing often."""
+        self.copied += sum(map(len, parts))
+        if self.copied > self.length:
+            raise MemoryError
+
+    def persistent_load(self, storage):
+        """How many numbers a storage has."""
+        _, size, key, _, length = storage
+        if size * length != self.sizes[f'data/{key}']:
+            raise MemoryError
+        return length
+
+    def _rebuild_tensor_v2(self, length, offset, shape, stride, requires_grad, hooks):
+        if len(shape) > 64 or math.prod(shape) > length:
+            raise MemoryError
+
+    def _rebuild_parameter(self, tensor, requires_grad, hooks):
+        return tensor
 
 
 def load_finished(path, made_by, needs=()):

@@ -1,25 +1,34 @@
 """Image files: JPEG and PNG, from strangers, to pixels and back."""
 import io
+import re
 import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 from facekit.errors import InputError
 
 warnings.filterwarnings('ignore', module='PIL')    # of damaged EXIF data, which is passed over
 MAX_PIXELS = 16 << 20      # a few bytes can promise an image of any size
 MAX_SCANS = 500            # of a progressive JPEG: real ones have ten or so, and each takes long
+# What ends a scan of a JPEG: any marker but a stuffed byte (00) or a restart (D0 to D7)
+MARKER = re.compile(rb'\xff+([^\x00\xff\xd0-\xd7])')
+ORIENTATION = 0x112        # the EXIF tag, and what brings an image with each value upright
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
 
 
 def decode(data, where, formats=('JPEG', 'PNG')):
     """uint8 RGB (3, height, width) of an image file (bytes-like) of one of Pillow's formats.
 
-    A JPEG's EXIF orientation is applied; grey, palette, alpha and 16 bit become 8-bit RGB. Threads
-    decode at once. Raises InputError, naming `where`, for other formats, damage and more than
-    16 megapixels.
+    EXIF orientation is applied, whatever the format; grey, palette and 16 bit become 8-bit RGB;
+    what is transparent becomes grey, as a maker may have erased it so; of a file that holds more
+    than one picture, such as a phone's MPO, the first is taken. Threads decode at once. Raises
+    InputError, naming `where`, for other formats, damage and more than 16 megapixels.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
@@ -30,24 +39,53 @@ def decode(data, where, formats=('JPEG', 'PNG')):
         raise InputError(f'{where}: {image.width} x {image.height} pixels, not 1 to {MAX_PIXELS}: '
                          'shrink or remove the image')
     try:
-        if image.format == 'JPEG':
+        if image.format in ('JPEG', 'MPO'):
             check_jpeg(bytes(data))
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith('I'):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image if image.mode == 'RGB' else image.convert('RGB')    # which copies
+        upright = UPRIGHT.get(orientation(image))
+        image = opaque(image)
+        image = image if upright is None else image.transpose(upright)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except Exception as error:
         raise InputError(f'{where}: damaged or cut off ({type(error).__name__} in decoding): copy '
                          'or remove the image') from None
 
 
+def orientation(image):
+    """The EXIF orientation of a Pillow image, 1..8; 1 where there is none, or none to be read."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:      # a broken tag raises of many kinds, and costs no picture
+        return 1
+
+
+def opaque(image):
+    """A Pillow image as 8-bit RGB, on grey where it is transparent."""
+    if image.mode.startswith('I'):
+        if 'transparency' in image.info:
+            raise ValueError('16 bit with a transparent grey level')
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if 'A' in image.getbands() or 'a' in image.getbands() or 'transparency' in image.info:
+        grey = Image.new('RGBA', image.size, (128, 128, 128, 255))
+        image = Image.alpha_composite(grey, image.convert('RGBA'))
+    return image if image.mode == 'RGB' else image.convert('RGB')         # which copies
+
+
 def check_jpeg(data):
-    """ValueError for a JPEG that Pillow would fill with grey, or decode for minutes."""
-    if data.rfind(b'\xff\xd9') < data.rfind(b'\xff\xda'):
-        raise ValueError('its last scan has no end, as in a sparse copy')
-    if data.count(b'\xff\xda') > MAX_SCANS:
-        raise ValueError('too many scans')
+    """ValueError for a JPEG that Pillow would fill with grey, or decode for minutes.
+
+    The stream is followed from marker to marker: bytes behind its end, in which phones keep a film
+    or a second picture, are not looked at.
+    """
+    at, scans = 2, 0
+    while found := MARKER.search(data, at):
+        marker, at = found[1][0], found.end()
+        if marker == 0xd9:
+            return
+        scans += marker == 0xda
+        if scans > MAX_SCANS:
+            raise ValueError('too many scans')
+        at += int.from_bytes(data[at:at + 2])             # the segment, whose length counts itself
+    raise ValueError('its last scan has no end, as in a sparse copy')
 
 
 def encode(image, form='jpeg', quality=95):

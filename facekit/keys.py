@@ -1,5 +1,7 @@
 """The secret from which masks, noise, order and labels of a run's releases follow."""
+import contextlib
 import hashlib
+import itertools
 import os
 import secrets
 from pathlib import Path
@@ -18,8 +20,7 @@ def release_secret(cfg):
                          'secret drawn')
     files.make_once(path, path.exists, lambda: draw_secret(path))
     secret = read_secret(path)
-    run.on_rank_0(lambda: hide_key(Path(cfg.run.folder), secret))
-    if secret == read_secret(CONFIGS / 'toy.key'):
+    if is_public(secret):
         if not is_drawn(cfg.data.root):
             raise InputError(f'reconstruct.key = {path} is known to everybody, and '
                              f'{cfg.data.root} are no drawn faces: set reconstruct.key= for a '
@@ -31,15 +32,39 @@ def release_secret(cfg):
 
 
 def read_secret(path):
-    """The bytes of a key file, which holds 64 or more hex digits; InputError for another."""
+    """The bytes of a key file, which holds 64 or more hex digits; InputError for another, and for
+    one that somebody could guess."""
     try:
         secret = bytes.fromhex(path.read_text(encoding='utf-8-sig').strip())
-    except (OSError, ValueError):
+    except OSError as error:           # whose file may hold a good secret
+        raise InputError(f'{path} cannot be read ({error.strerror}): get the right to read it, or '
+                         'name your copy of it in reconstruct.key') from None
+    except ValueError:
         secret = b''
-    if len(secret) < 32 or len(set(secret)) < 8:
-        raise InputError(f'{path} holds no secret of 64 hex digits: put the right file back, or, '
-                         'if nothing was released with it, delete it to have a new one drawn')
+    if len(secret) < 32 or is_regular(secret):
+        raise InputError(f'{path} holds no random secret of 64 hex digits: put the right file '
+                         'back, or, if nothing was released with it, delete it to have a new one '
+                         'drawn')
     return secret
+
+
+def is_regular(secret):
+    """Whether a secret repeats itself, counts, or has few different bytes: no random one does."""
+    steps = {(b - a) % 256 for a, b in itertools.pairwise(secret)}
+    parts = [secret[:n] for n in range(1, len(secret) // 2 + 1)]
+    repeats = any((part * len(secret))[:len(secret)] == secret for part in parts)
+    return len(set(secret)) < 16 or len(steps) < 8 or repeats
+
+
+def is_public(secret):
+    """Whether a secret is the toy's, which everybody has, or follows from it."""
+    text = (CONFIGS / 'toy.key').read_text()
+    known = bytes.fromhex(text)
+    forms = known, known[::-1], bytes.fromhex(text.strip()[::-1])
+    hashes = [hashlib.new(name, content).digest() for name in (
+        'sha256', 'sha512', 'sha3_256', 'blake2b', 'blake2s') for content in (
+        known, text.encode(), text.strip().encode())]
+    return any(form in secret for form in (*forms, *hashes))
 
 
 def key_of(secret):
@@ -52,24 +77,14 @@ def which_secret(secret):
     return files.digest(b'which secret: ' + secret)
 
 
-def hide_key(folder, secret):
-    """Take the key of keyed() out of the release.json files below a folder, into which earlier
-    versions wrote it as the digest of the secret."""
-    for path in folder.rglob('release.json'):
-        saved = files.read_json(path)
-        premises = files.entry(saved, 'premises')
-        if premises.get('secret') == key_of(secret).hex():
-            premises['secret'] = which_secret(secret)
-            files.write_json(path, saved)
-
-
 def draw_secret(path):
     """Write a new secret that the user alone can read, or refuse where the old one is lost."""
     if any(path.parent.rglob('release.json')):
         raise InputError(f'{path} is missing, but releases were made with it: put it back, or '
                          'use another run.folder')
     with files.replacing(path) as file:
-        os.fchmod(file.fileno(), 0o600)
+        with contextlib.suppress(OSError):     # file systems without rights; a warning follows
+            os.fchmod(file.fileno(), 0o600)
         file.write(secrets.token_hex(32).encode() + b'\n')
 
 

@@ -52,7 +52,10 @@ def save_most_linked(attack, cosines, released, originals, path):
 # ------------------------------------------------------------------------------- plots
 
 def attempt(draw, *arguments):
-    """draw(*arguments), or a sentence why not: what only shows costs nothing that was computed."""
+    """draw(*arguments) on rank 0, or a sentence why not: what only shows costs nothing that was
+    computed. The last of the arguments is the path of the picture."""
+    if run.rank():
+        return
     try:
         draw(*arguments)
     except Exception as error:             # of matplotlib, a font, a folder, ...

@@ -15,7 +15,7 @@ from einops import reduce, repeat
 
 import models
 from facekit import batches, files, run
-from facekit.config import check_value
+from facekit.config import SPECS, check_value
 from facekit.embed import is_sound, load_weights
 from facekit.errors import InputError, quoted
 from facekit.images import decode, encode, to_float, to_uint8
@@ -81,16 +81,15 @@ def load_mae(path, cfg, device, made_by, fold=None):
     if fold:
         fold.check_learnt(saved, path, made_by)
     settings, trained_at = (files.entry(saved['config'], key) for key in ('mae', 'data'))
-    if settings.get('norm_pix_loss'):
-        raise InputError(f'{path} was trained with mae.norm_pix_loss: undoing it needs the hidden '
-                         'pixels and would leak them; train with mae.norm_pix_loss=false')
     for key, then, now in (('data.size', trained_at.get('size'), cfg.data.size),
                            ('mae.patch', settings.get('patch'), cfg.mae.patch)):
         if then != now:
             raise InputError(f'{path} was trained with {key} = {quoted(then)}, not {now}: set it '
                              'alike')
     try:
-        shape = {key: check_value(f'mae.{key}', settings.get(key), 1) for key in SHAPE}
+        # Quoted, a number of the file is the text that a number is in YAML; all else is refused
+        shape = {key: check_value(key, quoted(settings.get(key)), SPECS[f'mae.{key}'])
+                 for key in SHAPE}
         with torch.device('meta'):           # takes no memory, before its shapes are compared
             model = build_mae(SimpleNamespace(**shape), cfg.data.size)
     except InputError:                       # a file can hold anything

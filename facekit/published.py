@@ -34,10 +34,32 @@ def published(path, pixels):
     return DlibRecogniser() if str(path) == DLIB else OnnxRecogniser(path, pixels)
 
 
+def runtime(path):
+    """The module that runs the published recogniser at `path`; InputError if it is missing."""
+    if str(path) != DLIB:
+        return optional('onnxruntime', 'onnxruntime')
+    dlib_weights()
+    return optional('dlib', 'dlib-bin')
+
+
+def dlib_weights():
+    """Path of the weights of dlib's recogniser; InputError if they are not installed."""
+    package = importlib.util.find_spec('face_recognition_models')
+    if not package:
+        raise InputError('the weights of dlib\'s recogniser are not installed: run `pip '
+                         'install face-recognition-models`')
+    return Path(package.origin).parent / 'models' / 'dlib_face_recognition_resnet_model_v1.dat'
+
+
+def check_installed(cfg):
+    """InputError if what runs a published recogniser that a config names is not installed."""
+    versions([cfg.judge.checkpoint, cfg.evaluate.model, *cfg.evaluate.attacks])
+
+
 def versions(paths):
     """{module: version} of what runs the published recognisers among `paths`."""
-    names = {DLIB if str(path) == DLIB else 'onnxruntime' for path in paths if is_published(path)}
-    return {name: importlib.import_module(name).__version__ for name in sorted(names)}
+    modules = {runtime(path) for path in paths if is_published(path)}
+    return dict(sorted((module.__name__, module.__version__) for module in modules))
 
 
 def refuse_published(path, wanted):
@@ -52,13 +74,13 @@ class OnnxRecogniser(torch.nn.Module):
 
     def __init__(self, path, pixels):
         super().__init__()
-        runtime = optional('onnxruntime', 'onnxruntime')
-        options = runtime.SessionOptions()
+        onnxruntime = runtime(path)
+        options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
         try:
             # From bytes: then the file cannot name other files to read
-            self.session = runtime.InferenceSession(bytes(files.open_bytes(path)), options,
-                                                    runtime.get_available_providers())
+            self.session = onnxruntime.InferenceSession(
+                bytes(files.open_bytes(path)), options, onnxruntime.get_available_providers())
             face, = self.session.get_inputs()
             self.input, (self.batch, channels, self.size, width) = face.name, face.shape
             good = (channels, width) == (3, self.size) and face.type == 'tensor(float)'
@@ -96,13 +118,7 @@ class DlibRecogniser(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        dlib = optional('dlib', 'dlib-bin')
-        folder = importlib.util.find_spec('face_recognition_models')
-        if not folder:
-            raise InputError('the weights of dlib\'s recogniser are not installed: run `pip '
-                             'install face-recognition-models`')
-        path = Path(folder.origin).parent / 'models' / 'dlib_face_recognition_resnet_model_v1.dat'
-        self.net = dlib.face_recognition_model_v1(str(path))
+        self.net = runtime(DLIB).face_recognition_model_v1(str(dlib_weights()))
 
     def chips(self, x):
         """uint8 (B, 150, 150, 3) of faces float (B, 3, H, W) in -1..1, aligned as ArcFace's."""

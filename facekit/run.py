@@ -1,8 +1,8 @@
 """What surrounds the work of a stage: processes, device, requests to stop, the launch.
 
 Nothing here knows about faces. A stage ends with `run.launch(main, check_experiment)`. What rank 0
-does alone, it does in `with run.alone()` or `run.on_rank_0(do)`: there it counts as the only process,
-so that nothing inside can wait for another one.
+does alone, it does in `with run.alone()` or `run.on_rank_0(do)`: there it counts as the only
+process, so that nothing inside can wait for another one.
 """
 import argparse
 import contextlib
@@ -50,8 +50,8 @@ def world():
 
 @contextlib.contextmanager
 def alone():
-    """While inside, this process counts as the only one: world() is 1, and what otherwise waits for
-    the others (barrier, broadcast, only_writer, ...) does not."""
+    """While inside, this process counts as the only one: world() is 1, and what otherwise waits
+    for the others (barrier, broadcast, only_writer, ...) does not."""
     before, Group.alone = Group.alone, True
     try:
         yield

@@ -8,7 +8,6 @@ import numpy as np
 from facekit import faces, files
 from facekit.errors import InputError, counted
 from facekit.faces import FaceSet
-from facekit.sources import FolderSource
 
 
 @dataclass
@@ -33,24 +32,16 @@ class Fold:
 
 
 def not_excluded(faceset, cfg):
-    """Which images of a FaceSet are of nobody in data.exclude: bool (N,).
-
-    InputError for a name that nobody has, and for a bare number where people have folder names: a
-    position in the folder is no name, as it changes when somebody is added.
-    """
-    numbers = [name for name in cfg.data.exclude if isinstance(name, int)]
-    if numbers and isinstance(faceset.source, FolderSource):
-        raise InputError(f'data.exclude has {numbers[0]}, but people of {faceset.path} are named '
-                         f'by their folder: write data.exclude=[{faceset.people[0]}] (and '
-                         f'"\'{numbers[0]}\'" for a folder of that name)')
-    excluded = [str(name) for name in cfg.data.exclude]
-    unknown = sorted(set(excluded) - set(faceset.people.tolist()))
+    """Which images of a FaceSet are of nobody in data.exclude: bool (N,). InputError for a name
+    that nobody has."""
+    unknown = sorted(set(cfg.data.exclude) - set(faceset.people.tolist()))
     if unknown:
         near = difflib.get_close_matches(unknown[0], faceset.people.tolist(), 3)
-        raise InputError(f'data.exclude has {unknown[0]!r}, but nobody in {faceset.path} is '
-                         f'called so: {"did you mean " + " or ".join(near) if near else "see "}'
-                         f'{"?" if near else "how the set names its people"}')
-    return ~np.isin(faceset.people, excluded)[faceset.labels]
+        advice = f'did you mean {" or ".join(near)}?' if near else (
+            f'people there have names such as {faceset.people[0]}')
+        raise InputError(f'data.exclude has {unknown[0]!r}, with what base configs exclude, but '
+                         f'nobody in {faceset.path} is called so: {advice}')
+    return ~np.isin(faceset.people, cfg.data.exclude)[faceset.labels]
 
 
 def split(cfg):
@@ -171,7 +162,7 @@ class ReleaseCounts:
         parts = [f'releases {self.people} of {self.of_people} people, '
                  f'{counted(self.images, "image")}']
         if excluded:
-            parts.append(f'excluded: {", ".join(map(str, excluded))} '
+            parts.append(f'excluded: {", ".join(excluded)} '
                          f'({counted(self.excluded_images, "image")})')
         if self.excluded_copies:
             parts.append(f'excluded, too: {counted(self.excluded_copies, "image")} of others, the '
@@ -190,7 +181,7 @@ def count_release(folds, cfg):
     """The ReleaseCounts of Folds."""
     private = folds[0].private
     images = np.bincount(private.labels, minlength=len(private.people))
-    excluded = np.isin(private.people, [str(name) for name in cfg.data.exclude])
+    excluded = np.isin(private.people, cfg.data.exclude)
     few = ~excluded & (images < cfg.data.min_images)
     rows = np.concatenate([f.released for f in folds])
     released = np.bincount(private.labels[rows])

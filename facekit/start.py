@@ -3,7 +3,7 @@ before an import fails."""
 import importlib.util
 import sys
 
-PACKAGES = 'torch', 'torchvision', 'einops', 'numpy', 'PIL', 'yaml', 'rich', 'filelock'
+PACKAGES = 'torch', 'torchvision', 'einops', 'numpy', 'PIL', 'yaml', 'rich'
 
 if {'-h', '--help'} & set(sys.argv[1:]):
     print(f'''usage: {sys.argv[0]} [CONFIG.yaml] [--compare] [--check] [section.key=value ...]

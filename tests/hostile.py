@@ -11,6 +11,8 @@ import re
 import struct
 import zipfile
 import zlib
+from argparse import Namespace
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -175,28 +177,76 @@ def yaml_files(folder, evil):
             [(path, x.encode()) for x in hostile] + [(path, x) for x in SPECIAL], read)
 
 
+def saved(state, **options):
+    """What torch.save writes."""
+    file = io.BytesIO()
+    torch.save(state, file, **options)
+    return file.getvalue()
+
+
+def zipped(entries, how=zipfile.ZIP_STORED):
+    """A zip file of {name: content}, with the right check sums."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w', how) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def unzipped(content):
+    """{name: content} of a zip file."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def bombs():
+    """{what: a checkpoint of some KB that would take far more memory, or that torch and Python's
+    zipfile read otherwise}."""
+    sound, one = saved({'a': torch.ones(1000)}), torch.ones(1)
+    entries, many = unzipped(sound), {str(i): i for i in range(1000)}
+    pickled, start, length = entries['archive/data.pkl'], b'\x80\x02', b'M\xe8\x03'
+    assert pickled.count(length) == 2                 # 1,000: of the storage, and of the tensor
+
+    def with_pickle(content):
+        return zipped({**entries, 'archive/data.pkl': content})
+
+    tensors = {'expanded': one.expand(1 << 34), 'overlapping': torch.ones(999).unfold(0, 500, 1),
+               'sparse': torch.sparse_coo_tensor(torch.zeros(1, 1), one, [1 << 34],
+                                                 check_invariants=True),
+               'meta': torch.ones(1 << 34, device='meta')}
+    old = saved({'a': one}, _use_new_zipfile_serialization=False)
+    return {what: saved({'a': tensor}) for what, tensor in tensors.items()} | {
+        'packed': zipped({**entries, 'archive/data/1': bytes(1 << 24)}, zipfile.ZIP_DEFLATED),
+        'larger storage': with_pickle(pickled.replace(length, b'M\xff\xff')),
+        'larger tensor': with_pickle(b'M\xff\xff'.join(pickled.rsplit(length, 1))),
+        'one name twice': zipped({**entries, 'archive/DATA/0': b''}),
+        'bytearray': with_pickle(pickle.dumps(Call(bytearray, 1 << 30), 2)),
+        'new tensor': with_pickle(start + b'ctorch\nFloatTensor\nJ\0\0\0\x10\x85R.'),
+        'copies': with_pickle(pickle.dumps([Call(OrderedDict, many) for _ in range(999)], 2)),
+        'copied state': with_pickle(pickle.dumps([Stated(many) for _ in range(999)], 2)),
+        'memo': with_pickle(start + b'}r\xff\xff\xff\xff.'),
+        'old form': old, 'old form before a zip file': old + sound}
+
+
+class Stated:
+    """Pickles as an argparse.Namespace with another's attributes."""
+    def __init__(self, state):
+        self.call = Namespace, (), state
+
+    def __reduce__(self):
+        return self.call
+
+
 def checkpoint_files(folder, evil):
     path, net = folder / 'net.pt', models.IResNet((1, 1, 1, 1), 2, 16, 4).state_dict()
     state = {'net': net, 'step': 3, 'steps': 3, 'images': '', 'config': {'data': {'size': 16}}}
+    entries = unzipped(saved(state))
 
-    def saved(state, **options):
-        file = io.BytesIO()
-        torch.save(state, file, **options)
-        return file.getvalue()
+    def with_pickle(content, how=zipfile.ZIP_STORED):
+        return zipped({**entries, 'archive/data.pkl': content}, how)
 
-    with zipfile.ZipFile(io.BytesIO(saved(state))) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    start = next(name for name in entries if name.endswith('/data.pkl'))
-
-    def zipped(content, how=zipfile.ZIP_STORED):
-        """A checkpoint with another pickle and the right check sums."""
-        file = io.BytesIO()
-        with zipfile.ZipFile(file, 'w', how) as archive:
-            for name, entry in {**entries, start: content}.items():
-                archive.writestr(name, entry)
-        return file.getvalue()
-
-    bomb = zipped(b'0' * (1 << 20), zipfile.ZIP_DEFLATED)
+    bomb = with_pickle(b'0' * (1 << 20), zipfile.ZIP_DEFLATED)
+    bomb = bomb.replace(struct.pack('<I', 1 << 20), b'\xf0\xff\xff\xff')
     pickles = [pickle.dumps(evil, 2), pickle.dumps({'net': {'fc.weight': evil}}, 2),
                *(pickle.dumps(Call(bytearray, count), 2) for count in (1 << 40, 5 << 28)),
                b'\x80\x02' + b']' * MANY + b'a' * (MANY - 1) + b'.', b'\x80\x02}' + b'(' * MANY,
@@ -213,10 +263,9 @@ def checkpoint_files(folder, evil):
         *({'fc.weight': wrong} for wrong in (fc[0], fc[0, 0], 3, fc * np.nan)),
         {'bn2.weight': torch.zeros(0)}, {1: fc}, {'a\n' * 9999: fc}, {'layer1.': fc})]
     parts += [{'net': 3}, {1: fc}, [net], 3, {}, {'net': []}, {'net': {'net': net}}]
-    return ([(path, saved(state), None), (path, entries[start], zipped),
-             (path, saved(state, _use_new_zipfile_serialization=False), None)],
-            [(path, x) for x in (*map(zipped, pickles), *pickles, *map(saved, parts), *SPECIAL,
-                                 bomb.replace(struct.pack('<I', 1 << 20), b'\xf0\xff\xff\xff'))],
+    return ([(path, saved(state), None), (path, entries['archive/data.pkl'], with_pickle)],
+            [(path, x) for x in (*map(with_pickle, pickles), *pickles, *map(saved, parts), *SPECIAL,
+                                 *bombs().values(), bomb)],
             lambda: embed.recogniser(path, torch.device('cpu')))
 
 

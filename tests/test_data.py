@@ -334,17 +334,6 @@ def test_methods_treat_an_image_alike_in_every_batch(tmp_path, method):
     assert torch.equal(whole, originals) == (method == 'none')
 
 
-def test_normalised_targets_are_refused(tmp_path):
-    path = tmp_path / 'mae.pt'
-    cfg = make_config(tmp_path)
-    config_dict = config.as_dict(cfg)
-    config_dict['mae']['norm_pix_loss'] = True
-    torch.save({'step': 1, 'steps': 1, 'config': config_dict, 'model': {}, 'std': 0.25,
-                'mean': torch.zeros(3, 1, 1)}, path)
-    with pytest.raises(InputError, match='leak'):
-        protect.load_mae(path, 32, 'cpu', '')
-
-
 def test_faces_off_the_template_are_noticed(capsys):
     rng = np.random.default_rng(0)
     photos = np.full((60, 112, 112, 3), 170.0) + rng.normal(0, 5, (60, 112, 112, 3))

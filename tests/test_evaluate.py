@@ -1,5 +1,8 @@
 """The figures of the table: verification protocol, retrieval, image quality."""
+import argparse
 import json
+import os
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import hostile
 import models
 from facekit import bins, embed, files, images, progress, toy, verification
 from facekit.errors import InputError, printable
@@ -151,9 +155,6 @@ def test_image_quality_of_known_images():
 
 def test_an_external_checkpoint_may_hold_an_argparse_namespace_but_no_code(tmp_path):
     # facebookresearch/mae saves its arguments; anything else that is not plain data is refused
-    import argparse
-    import os
-
     published = {'model': {'a': torch.ones(2)}, 'args': argparse.Namespace(lr=1)}
     torch.save(published, tmp_path / 'a.pth')
     assert files.load_checkpoint(tmp_path / 'a.pth')['args'].lr == 1
@@ -168,6 +169,33 @@ def test_an_external_checkpoint_may_hold_an_argparse_namespace_but_no_code(tmp_p
         with pytest.raises(InputError, match='safely'):
             files.load_checkpoint(tmp_path / name)
     assert not (tmp_path / 'executed').exists()
+
+
+@pytest.mark.parametrize('what', hostile.bombs())
+def test_a_checkpoint_that_promises_more_than_it_holds_is_refused_unread(tmp_path, monkeypatch,
+                                                                         what):
+    (tmp_path / 'a.pt').write_bytes(hostile.bombs()[what])
+    monkeypatch.setattr(torch, 'load', lambda *_, **__: pytest.fail('it is loaded'))
+    with pytest.raises(InputError, match='far more memory|safely|no zip file'):
+        files.load_checkpoint(tmp_path / 'a.pt')
+
+
+def test_a_sound_checkpoint_holds_what_was_saved(tmp_path):
+    """Of each type, empty, of no dimension, shared, turned and cut, beside plain values."""
+    whole = torch.arange(60.).view(3, 20)
+    state = {str(kind): torch.ones(3).to(kind) for kind in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+        torch.int16, torch.int8, torch.uint8, torch.bool)}
+    state |= {'empty': torch.ones(0, 5), 'number': torch.tensor(3.5), 'whole': whole,
+              'turned': whole.T, 'cut': whole[1:, ::3], 'weight': torch.nn.Parameter(whole + 1)}
+    plain = {'net': models.iresnet(10, 8, 32, 16).state_dict(), 'milestones': Counter([3, 5, 5]),
+             'args': argparse.Namespace(lr=1.5, sets=['a', None]), 'size': whole.shape,
+             'people': {1, 2}}
+    torch.save({**state, **plain}, tmp_path / 'a.pt')
+    loaded = files.load_checkpoint(tmp_path / 'a.pt')
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
+    assert all(torch.equal(loaded['net'][key], tensor) for key, tensor in plain['net'].items())
+    assert all(loaded[key] == plain[key] for key in ('milestones', 'args', 'size', 'people'))
 
 
 def test_a_checkpoint_that_was_loaded_can_be_saved_and_loaded_again(tmp_path):

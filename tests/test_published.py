@@ -1,6 +1,9 @@
 """Recognisers of other makers: ONNX files and dlib's."""
+import importlib.util
 import json
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import conftest
+import evaluate
 import models
-from facekit import attacks, embed, errors, published
+from facekit import attacks, check, embed, errors, published, toy, verification
+from facekit.config import as_dict, namespace, resolve
 from facekit.errors import InputError
 
 CPU = torch.device('cpu')
@@ -78,11 +83,77 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it():
         errors.optional('no_such_package', 'it')
 
 
+def test_a_missing_tensorboard_is_told_before_the_first_stage(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tensorboard', None)
+    with pytest.raises(InputError, match='run `pip install tensorboard`'):
+        check.check_experiment(config('run.tensorboard=true'), compare=False)
+
+
 def test_who_only_looks_is_refused_where_a_gradient_is_needed():
     cfg = SimpleNamespace(judge=SimpleNamespace(checkpoint='x.onnx'),
                           evaluate=SimpleNamespace(attacks=['trained']))
     with pytest.raises(InputError, match='x.onnx can only embed'):
         attacks.check_attacks(cfg)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder, with nothing in it but an .onnx file that is none."""
+    monkeypatch.chdir(tmp_path)
+    Path('net.onnx').touch()
+    return tmp_path
+
+
+def config(*assignments):
+    return namespace(resolve(conftest.TINY, ['run.folder=run', *assignments]))
+
+
+@pytest.mark.parametrize('assignments, module, package', [
+    (['evaluate.attacks=[judge, dlib]'], 'dlib', 'dlib-bin'),
+    (['evaluate.attacks=[judge]', 'judge.checkpoint=dlib'], 'dlib', 'dlib-bin'),
+    (['evaluate.model=dlib'], 'face_recognition_models', 'face-recognition-models'),
+    (['evaluate.attacks=[judge, net.onnx]'], 'onnxruntime', 'onnxruntime'),
+    (['evaluate.attacks=[judge]', 'judge.checkpoint=net.onnx'], 'onnxruntime', 'onnxruntime'),
+    (['evaluate.model=net.onnx'], 'onnxruntime', 'onnxruntime')])
+def test_a_missing_package_is_told_before_the_first_stage_and_by_the_evaluation(
+        folder, monkeypatch, assignments, module, package):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: (
+        None if name == module else find_spec(name)))
+    for start in (lambda: check.check_experiment(config(*assignments), compare=True),
+                  lambda: evaluate.main(config(*assignments), CPU, compare=False)):
+        with pytest.raises(InputError, match=f'not installed: run `pip install {package}`'):
+            start()
+        assert [path.name for path in folder.iterdir()] == ['net.onnx']
+
+
+@pytest.mark.parametrize('size', [100, 61])
+def test_a_recogniser_is_evaluated_at_its_own_size_whatever_the_patches_are(folder, size):
+    toy.draw_set('faces', 2, 1, 20, 40, 32, 0)
+    net = models.iresnet(10, 8, size, 32)
+    torch.save({'net': net.state_dict(), 'config': as_dict(config(f'data.size={size}'))}, 'net.pt')
+    evaluate.main(config('evaluate.model=net.pt'), CPU, compare=False)
+    results = json.loads((folder / 'run' / 'external.json').read_text())
+    pairs = verification.load_pairs(Path('faces/toy.bin'), size)
+    expected = verification.verify(net.eval(), [pairs], config(), CPU)[0]
+    assert results['verification']['toy']['auc'] == expected['toy']['auc']
+    assert results['config']['data']['size'] == 32
+
+
+def test_a_recogniser_named_beside_a_foreign_release_is_used_or_refused(folder, net, monkeypatch):
+    monkeypatch.setattr(published, 'DlibRecogniser', lambda: net)
+    toy.draw_set('faces', 12, 4, 20, 40, 32, 0)
+    foreign = ['release=faces', 'originals=faces', 'evaluate.attacks=[insider]']
+    evaluate.main(config(*foreign, 'evaluate.model=dlib'), CPU, compare=False)
+    results = json.loads((folder / 'run' / 'external.json').read_text())
+    assert results['verification']['toy']['pairs'] == 40
+    assert results['privacy']['insider_same_image']['rank1'] == 1
+    for name in ('none.pth', 'none.onnx', 'DLIB'):
+        for start in (lambda cfg: check.check_experiment(cfg, compare=False),
+                      lambda cfg: evaluate.main(cfg, CPU, compare=False)):
+            with pytest.raises(InputError, match=f'{name}.* check the path'):
+                start(config(*foreign, f'evaluate.model={name}'))
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')

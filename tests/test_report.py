@@ -106,11 +106,11 @@ def test_published_values_stand_below_and_repeated_ones_get_a_verdict():
     assert sheet(rows, 'repetition', {'CASIA': references['CASIA']}) is None
 
 
-@pytest.mark.parametrize('values', [{'lfw': 1.0}, {'source': 'x', 'lfw': 'high'},
-                                    {'source': 'x', 'lfw': [1.0]}, [1.0]])
+@pytest.mark.parametrize('values', [{'lfw': '1'}, {'source': 'x', 'lfw': 'high'}, ['1'], '1',
+                                    {'source': 'x', 'lfw': ['1']}, {'source': ['x'], 'lfw': '1'}])
 def test_references_of_another_form_are_refused(values):
     with pytest.raises(InputError, match='reference.row'):
-        config.check_reference('row', values)
+        config.check_value('reference', {'row': values}, config.SPECS['reference'])
 
 
 def test_tables_say_how_many_patches_are_visible():
