@@ -27,26 +27,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 
-from facekit import attacks, embed, faces, files, keys, plots, protect, report, retrieval, run
+from facekit import attacks, batches, embed, faces, files, keys, plots, protect, report, run
 from facekit import verification
-from facekit.attack_data import foreign_groups, own_groups
+from facekit.attack_data import Owned, Recognisers, foreign_groups, own_groups
 from facekit.check import check_experiment, check_release_images
-from facekit.config import as_dict, variants
+from facekit.config import variants
 from facekit.errors import InputError
 from facekit.faces import ImageRows
 from facekit.images import psnr_and_ssim
 from facekit.page import write_page
 from facekit.progress import StageLog, stage_seconds
-from facekit.published import check_installed, versions
+from facekit.published import check_installed
 from facekit.split import count_release, not_excluded, split
-
-# Keys of the config that decide what an attack finds, beside images, nets and code
-ATTACK_KEYS = ('reconstruct', 'mae.patch', 'run.row', 'run.seed', 'run.precision', 'data.size',
-               'judge.checkpoint', 'teacher.checkpoint', 'evaluate.attack_steps',
-               'evaluate.probes', 'evaluate.gallery', 'evaluate.onnx_pixels')
 
 
 @dataclass
@@ -54,7 +48,7 @@ class Shared:
     """What all rows of a comparison share."""
     folds: list               # Folds; none for others' models and releases
     sets: list                # PairSets
-    recognisers: object       # attacks.Recognisers
+    recognisers: Recognisers
     device: torch.device
 
 
@@ -71,7 +65,7 @@ def main(cfg, device, compare):
     folds = [] if external(cfg) else split(cfg)
     if len(folds) == 1 and len(folds[0].validation):
         sets.append(verification.held_back(folds[0]))
-    shared = Shared(folds, sets, attacks.Recognisers(cfg, folds, device), device)
+    shared = Shared(folds, sets, Recognisers(cfg, folds, device), device)
     ready = ready_variants(cfg, compare)
     scores = [evaluate(variant, shared) for variant in ready]
     if compare:
@@ -166,10 +160,11 @@ def attack_release(variant, shared, release, student, results):
         maes, secret = protect.load_maes(variant, folds, device), keys.release_secret(cfg)
         premises = protect.release_premises(folds, maes, secret)
         protect.check_release(variant, premises)
-        made_from = run.on_rank_0(lambda: digest_of_attacks(variant, shared, release, premises))
+        made_from = run.on_rank_0(lambda: attacks.digest_of_row(variant, folds, release, premises,
+                                                                device))
         results |= run.on_rank_0(lambda: kept_attacks(variant.results, made_from))
-    missing = [entry for entry, name in names.items()
-               if results['attacked'].get(name, {}).get('entry') != entry]
+    missing = {entry: name for entry, name in names.items()
+               if results['attacked'].get(name, {}).get('entry') != entry}
     if not missing and 'reconstruction' in results:
         return
     if cfg.release:
@@ -179,77 +174,46 @@ def attack_release(variant, shared, release, student, results):
         check_release_images(variant.release, plan, folds[0].private,
                              [protect.Protection(cfg, mae) for mae in maes], device)
         groups = own_groups(cfg, folds, maes, release, plan, device)
-    attack_all(variant, shared, groups, student, names, missing, made_from, results)
+    attack_all(variant, shared, groups, student, missing, made_from, results)
 
 
-def attack_all(variant, shared, groups, student, names, missing, made_from, results):
-    """What attack_release() does, on AttackGroups; names: {entry of evaluate.attacks: its name},
-    of which `missing` are tried. Each is written when it is done: no later fault costs it."""
+def attack_all(variant, shared, groups, student, missing, made_from, results):
+    """What attack_release() does, on AttackGroups; missing: {entry of evaluate.attacks: its name}.
+    Each attack is written when it is done, so that no later fault costs it."""
     cfg, device, path = variant.cfg, shared.device, path_of_results(variant)
-    released = ImageRows(groups[0].released.images,
-                         np.concatenate([group.released.rows for group in groups]))
-    originals = ImageRows(groups[0].originals.images,
-                          np.concatenate([group.sources().rows for group in groups]))
+    batches.decode_once(rows for group in groups for rows in group.read_often())
+    released = joined([group.released for group in groups])
+    originals = joined([group.sources() for group in groups])
     results['reconstruction'] = psnr_and_ssim(released.pixels(), originals.pixels(), device)
     # One a group, dropped with the row: each keeps the embeddings of its originals, 1 GB of CASIA
     insiders = [embed.Embedder('insider', student, cfg, device) if student else None
                 for _ in groups]
-    kept = len(names) - len(missing)
-    log = StageLog(cfg.run.folder, f'evaluate/{variant.label}'.rstrip('/'), len(names), kept)
-    for number, entry in enumerate(missing, 1):
-        name = names[entry]
+    owners = [Owned(shared.recognisers, number, cfg, insider, variant.student)
+              for number, insider in enumerate(insiders)]
+    total = len(set(cfg.evaluate.attacks))
+    kept = total - len(missing)
+    log = StageLog(cfg.run.folder, f'evaluate/{variant.label}'.rstrip('/'), total, kept)
+    for number, (entry, name) in enumerate(missing.items(), 1):
         log.announce(f'attack {name}')
-        tried = tried_by(entry, groups, shared.recognisers, insiders, cfg, device)
-        figures = retrieval.figures_of(tried) if tried else {}
-        results['privacy'] |= {f'{name}_{question}': values
-                               for question, values in figures.items()}
-        record = {'entry': entry, 'made_from': digest_of_attack(made_from, entry)}
-        if entry == 'membership':
-            results['privacy'] |= membership(variant, groups, student, device)
-        if entry == 'masked':
-            results['privacy'] |= guesses(figures)
-            results['attacked']['guess'] = record
+        result = attacks.attack(entry, groups, owners, cfg) or attacks.AttackResult({})
+        results['privacy'] |= {f'{name}_{question}': figures
+                               for question, figures in result.figures.items()}
         files.write_json(path, results)
-        pairs = retrieval.cosines_of(tried) if 'same_image' in figures else None
-        if pairs:
-            record['linked'] = figures['same_image']['rank1']
-            before = max((r.get('linked', -1) for r in results['attacked'].values()), default=-1)
-            if record['linked'] > before:
-                plots.attempt(plots.save_most_linked, name, pairs.true, released, originals,
-                              picture(variant, 'most_linked'))
+        record = {'entry': entry, 'made_from': attacks.digest_of_attack(made_from, entry),
+                  'questions': list(result.figures), 'linked': 0.0}
+        if result.cosines is not None:
+            record['linked'] = result.figures['same_image']['rank1']
+        if record['linked'] > max((r['linked'] for r in results['attacked'].values()), default=0):
+            plots.attempt(plots.save_most_linked, f'{name}, {result.way}', record['linked'],
+                          result.cosines, released, originals, picture(variant, 'most_linked'))
         results['attacked'][name] = record          # now that its picture is there, too
         files.write_json(path, results)
         log(kept + number, number * len(released), attack=name)
 
 
-def tried_by(entry, groups, recognisers, insiders, cfg, device):
-    """The Attacks of an entry of evaluate.attacks on AttackGroups, without those that make no
-    sense."""
-    if entry == 'membership' or entry == 'insider' and not insiders[0]:
-        return []
-    tried = [attacks.attack(entry, n, group, recognisers, insiders[n], cfg, device)
-             for n, group in enumerate(groups) if len(group.source)]
-    return [attack for attack in tried if attack]
-
-
-def guesses(figures):
-    """Figures of who guesses the masks, from those of who knows them."""
-    found = {}
-    for question, values in figures.items():
-        guessed = values.get('curve', {}).get('mask', {}).values()
-        if guessed:
-            found[f'guess_{question}'] = {'rank1': max(guessed), 'chance': values['chance']}
-    return found
-
-
-def membership(variant, groups, student, device):
-    """Whether one can tell who was in the training of the student: {name: figures}."""
-    if not student or variant.cfg.release or not len(groups[0].outsiders):
-        return {}
-    head = files.load_checkpoint(variant.student)['head']['weight']
-    return {'membership_recogniser': attacks.recogniser_membership(
-        embed.Embedder('student', student, variant.cfg, device), F.normalize(head).to(device),
-        groups)}
+def joined(parts):
+    """ImageRows of one set as one."""
+    return ImageRows(parts[0].images, np.concatenate([part.rows for part in parts]))
 
 
 def show_row(variant, scores):
@@ -273,38 +237,18 @@ def show_row(variant, scores):
 
 def kept_attacks(path, made_from):
     """Of results.json the attacks that would find the same again, and the image quality; see
-    digest_of_attacks()."""
+    attacks.digest_of_row()."""
     with contextlib.suppress(InputError, AttributeError, KeyError, TypeError):    # or damaged
         before = files.read_json(path)
         attacked = {name: record for name, record in before['attacked'].items()
-                    if record['made_from'] == digest_of_attack(made_from, record['entry'])}
+                    if record['made_from'] == attacks.digest_of_attack(made_from, record['entry'])}
+        keys = [f'{name}_{question}' for name, record in attacked.items()
+                for question in record['questions']]
         if attacked:
             run.say(f'{path}: the attacks {", ".join(attacked)} are kept')
             return {'attacked': attacked, 'reconstruction': before['reconstruction'],
-                    'privacy': {key: figures for key, figures in before['privacy'].items()
-                                if key.rsplit('_', 2)[0] in attacked}}
+                    'privacy': {key: before['privacy'][key] for key in keys}}
     return {}
-
-
-def digest_of_attack(made_from, entry):
-    """What an entry of evaluate.attacks depends on, 64 hex digits: that of the row, and the
-    recogniser that it may name."""
-    return files.digest(repr([made_from, embed.digest_of(entry), versions([entry])]).encode())
-
-
-def digest_of_attacks(variant, shared, release, premises):
-    """What all attacks on a row depend on, 64 hex digits: equal ones mean equal results."""
-    cfg, private = variant.cfg, shared.folds[0].private
-    images = [f.public.digest(rows) for f in shared.folds for rows in (f.train, f.mae)]
-    images += [private.digest(not_excluded(private, cfg)), release.digest(slice(None))]
-    nets = [cfg.judge.checkpoint, cfg.teacher.checkpoint, variant.student]
-    nets += [variant.run / f'fold{f.k}' / f'{role}.pt' for f in shared.folds
-             for role in ('judge', 'teacher')]
-    machine = run.provenance(shared.device)
-    return files.digest(repr([
-        files.settings(as_dict(cfg), ATTACK_KEYS), attacks.code_digest(), premises, images,
-        [embed.digest_of(path) for path in nets], versions([cfg.judge.checkpoint]),
-        [machine[what] for what in ('device', 'torch', 'numpy')]]).encode())
 
 
 # ------------------------------------------------------------------------------ a comparison

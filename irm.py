@@ -20,8 +20,9 @@ def relations(z, kind='cosine'):
     mean was taken away, so that a direction common to all does not count; 'l2': their Euclidean
     distances, in [0, 2]. ValueError for another kind.
     """
-    if kind not in ('cosine', 'centred', 'l2'):
-        raise ValueError(f"unknown relation kind {kind!r}; use 'cosine', 'centred' or 'l2'")
+    kinds = 'cosine', 'centred', 'l2'
+    if kind not in kinds:
+        raise ValueError(f'unknown relation kind {kind!r}; use one of {kinds}')
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
         if kind == 'centred':

@@ -13,15 +13,18 @@ Writes  <run>/<row>/reconstructed/ (train.rec, train.idx, property, manifest.jso
 
 Labels are renumbered and images reordered by a secret in release.key, which is not released; the
 masks come from it, too. Every image of fold k is made by the model that never saw its people.
-An interrupted release continues where it was; the result is the same for any number of processes.
+A release appears once it is whole and checked; one that was interrupted is made anew. It is the
+same for any number of processes.
 """
 import facekit.start  # noqa: F401 (first: says what is not installed)
 
-import contextlib
 import json
 import math
+import os
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +36,12 @@ from facekit.config import as_dict, variants
 from facekit.errors import InputError
 from facekit.images import to_float
 from facekit.progress import StageLog
-from facekit.protect import STRENGTH, Protection
-from facekit.records import RecordWriter
+from facekit.protect import Protection
+from facekit.records import write_records
 from facekit.sources import FolderSource
 from facekit.split import count_release, split
 
-PART = 2048     # images that a process makes between two points where a release can continue
+PART = 2048     # images that a process makes between two times that all send theirs to process 0
 
 DATA_CARD = """# Released face data set
 
@@ -66,123 +69,105 @@ included, can then match this release with its originals.
 
 def release(variant, folds, device):
     """Write one released data set."""
-    cfg = variant.cfg
+    cfg, private = variant.cfg, folds[0].private
     maes = protect.load_maes(variant, folds, device)
     secret = keys.release_secret(cfg)
     premises = protect.release_premises(folds, maes, secret)
     plan = protect.plan_release(folds, secret, cfg)
     protections = [Protection(cfg, mae) for mae in maes]
-
-    def check(folder):
-        check_release_files(folder, plan, secret, data_card)
-        check_release_images(folder, plan, folds[0].private, protections, device)
-
     if run.broadcast((variant.release / 'manifest.json').exists()):
         protect.check_release(variant, premises)
         if cfg.reconstruct.check:
-            check(variant.release)
-        else:                # of a Protection whose code was changed since, or this one's
-            check_release_images(variant.release, plan, folds[0].private, protections, device)
-        return run.say(f'{variant.release} is finished{" and sound" * cfg.reconstruct.check}: '
-                       'nothing to do')
-    if cfg.reconstruct.method == 'none':
-        run.say(f'warning: {variant.release} will hold the photos themselves, to compare with: '
-                'never publish it')
-    if protect.draws_mask(cfg.reconstruct.method):
-        visible, patches = protect.check_patches(cfg.data.size, cfg.mae.patch,
-                                                 cfg.reconstruct.mask_ratio)
-        copied = cfg.reconstruct.method == 'mask' or cfg.reconstruct.paste_visible
-        run.say(f'{visible} of {patches} patches of each photo are visible'
-                + ', and are copied into the release' * copied)
+            check_release_files(variant.release, plan, secret, data_card)
+        # It may be of a Protection whose code was changed since
+        check_release_images(variant.release, plan, private, protections, device)
+        sound = ' and sound' if cfg.reconstruct.check else ''
+        return run.say(f'{variant.release} is finished{sound}: nothing to do')
+    refuse_foreign(variant.release)
     counts = count_release(folds, cfg)
-    run.say(counts.sentence(cfg.data.exclude))
-    draft = own_draft(variant, premises)
-    if run.rank() == 0:                 # release.json names the source: it is not released
+    say_what_is_released(variant, counts)
+    draft = variant.release.with_name(f'{variant.release.name}.tmp')
+    encoded = encoded_images(variant, plan, private, protections, device)
+    if run.rank() == 0:
+        # release.json names the source: it is not released
         files.write_json(variant.folder / 'release.json', {
             'format': files.FORMAT, 'config': as_dict(cfg), 'premises': premises})
-    if not run.broadcast((draft / 'train.rec').exists()):
-        write_images(variant, draft, plan, folds[0].private, protections, device)
+        shutil.rmtree(draft, ignore_errors=True)           # of an interrupted run
+        write_records(draft, encoded, plan.label, cfg.data.size)
+    else:
+        for _ in encoded:               # none: what this process makes is sent to process 0
+            pass
 
     def finish():
-        save_picture(variant, plan, folds[0].private, protections, device)
-        publish(variant, draft, plan, counts, check)
+        save_picture(variant, plan, private, protections, device)
+        write_facts(draft, plan, counts, cfg)
+        check_release_files(draft, plan, secret, data_card)
+        check_release_images(draft, plan, private, protections, device)
+        publish(draft, variant.release)
 
     run.on_rank_0(finish)
     run.say(f'released {len(plan.image)} images of {plan.people} people: {variant.release}')
 
 
-def own_draft(variant, premises):
-    """Folder in which a release is written; drafts that were left of other ones are deleted.
-
-    Its name holds a digest of what the release is made from, so that what an interrupted one left
-    is never taken for a piece of this one.
-    """
-    cfg = variant.cfg
-    settings = files.settings(as_dict(cfg), [*protect.release_keys(cfg), 'run.precision'])
-    made_from = files.digest(repr([settings, premises]).encode())[:16]
-    draft = variant.release.with_name(f'reconstructed.{made_from}.tmp')
-    if run.rank() == 0:
-        for other in set(draft.parent.glob('reconstructed.*.tmp')) - {draft}:
-            shutil.rmtree(other)
-    return draft
+def refuse_foreign(folder):
+    """Refuse to put a release where something is that this kit did not make."""
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty:
+        raise InputError(f'{folder} is there, but is no release of this kit, as it has no '
+                         'manifest.json: move it away, or use another run.folder')
 
 
-def write_images(variant, draft, plan, private, protections, device):
-    """Write the records of a release, PART images a process and round, in order, by rank 0; the
-    images of a round are encoded while those of the next one are made."""
+def say_what_is_released(variant, counts):
+    """Say what will be released, of whom, before it is made."""
+    c = variant.cfg.reconstruct
+    if c.method == 'none':
+        run.say(f'warning: {variant.release} will hold the photos themselves, to compare with: '
+                'never publish it')
+    if protect.method_of(variant.cfg).draws_mask:
+        visible, patches = protect.visible_count(variant.cfg.data.size, variant.cfg.mae.patch,
+                                                 c.mask_ratio)
+        copied = ''
+        if c.method == 'mask' or c.paste_visible:
+            copied = ', and are copied into the release'
+        run.say(f'{visible} of {patches} patches of each photo are visible{copied}')
+    run.say(counts.sentence(variant.cfg.data.exclude))
+
+
+def encoded_images(variant, plan, private, protections, device):
+    """The files of the released images in their order, on process 0; all processes make and encode
+    them, PART images each at a time."""
     cfg, count = variant.cfg, math.ceil(len(plan.image) / PART)
-    source = batches.Store(private.select(np.arange(len(private))), device, once=True)
-    stop, encoding = run.Stop(), []
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(run.cores()))
-        writer = run.rank() == 0 and stack.enter_context(
-            RecordWriter(draft, plan.label, cfg.data.size, PART))
-
-        def write():
-            for encoded in run.collect([future.result() for future in encoding]) or ():
-                writer.add(encoded)
-
-        begin = run.broadcast(writer and math.ceil(writer.count / PART))
-        log = StageLog(cfg.run.folder, f'reconstruct/{variant.label}'.rstrip('/'), count, begin)
-        for first in range(begin, count, run.world()):
-            pixels = make_part(first + run.rank(), plan, source, protections, cfg, stop)
-            write()
-            if stop.checkpoint_due(False):
-                break
-            encoding = [pool.submit(images.encode, x, cfg.reconstruct.format,
-                                    cfg.reconstruct.quality) for x in pixels]
+    encode = partial(images.encode, form=cfg.reconstruct.format, quality=cfg.reconstruct.quality)
+    store = batches.Store(private.select(np.arange(len(private))), device, once=True)
+    log = StageLog(cfg.run.folder, f'reconstruct/{variant.label}'.rstrip('/'), count)
+    with ThreadPoolExecutor(run.cores()) as pool:
+        for first in range(0, count, run.world()):
+            pixels = make_part(first + run.rank(), plan, store, protections, cfg)
+            for part in run.collect(list(pool.map(encode, pixels))) or []:
+                yield from part
             done = min(first + run.world(), count)
-            log(done, min((done - begin) * PART, len(plan.image)))
-        else:
-            write()
-            if writer:
-                writer.finish()
-    stop.checkpoint_due(False)
-    stop.leave_if_requested()
-    stop.end()
+            log(done, min(done * PART, len(plan.image)))
 
 
-def make_part(number, plan, source, protections, cfg, stop):
-    """Released pixels of a part, uint8 (N, 3, H, W), each fold by its own model; or None if the
-    process was asked to stop."""
+def make_part(number, plan, store, protections, cfg):
+    """Released pixels of a part, uint8 (N, 3, H, W), each fold by its own model."""
     chosen = slice(number * PART, (number + 1) * PART)
     image, fold, seeds = plan.image[chosen], plan.fold[chosen], plan.seeds[chosen]
     out = torch.empty(len(image), cfg.data.size, cfg.data.size, 3, dtype=torch.uint8)
-    size = cfg.reconstruct.batch
-    some = [(k, of_fold[i:i + size]) for k in range(len(protections))
-            for of_fold in [np.flatnonzero(fold == k)] for i in range(0, len(of_fold), size)]
-    for (k, places), originals in zip(some, source.ahead(image[places] for _, places in some)):
-        if stop.requested:
-            return None
-        out[places] = protections[k](originals, seeds[places].to(source.device)).cpu()
+    size, some = cfg.reconstruct.batch, []                 # some: (fold, places) of each batch
+    for k in range(len(protections)):
+        of_fold = np.flatnonzero(fold == k)
+        some += [(k, of_fold[i:i + size]) for i in range(0, len(of_fold), size)]
+    originals = store.ahead(image[places] for _, places in some)
+    for (k, places), batch in zip(some, originals):
+        out[places] = protections[k](batch, seeds[places].to(store.device)).cpu()
     return out.permute(0, 3, 1, 2)
 
 
-def publish(variant, draft, plan, counts, check):
-    """Let a draft whose records are written appear as the release, with its manifest and data
-    card, if check(folder) has nothing against it."""
-    cfg, c = variant.cfg, variant.cfg.reconstruct
-    strength = STRENGTH.get(c.method)
+def write_facts(draft, plan, counts, cfg):
+    """Write the manifest and the data card of a release whose records are in the folder draft."""
+    c = cfg.reconstruct
+    strength = protect.method_of(cfg).strength
     facts = {'method': c.method, **({strength: getattr(c, strength)} if strength else {}),
              'paste_visible': c.paste_visible and c.method == 'facemae',
              'images': len(plan.image), 'people': plan.people, 'size': cfg.data.size,
@@ -190,8 +175,13 @@ def publish(variant, draft, plan, counts, check):
              'made_by': f'FaceMAE kit {run.commit()}'}
     (draft / 'manifest.json').write_text(json.dumps(facts, indent=1) + '\n')
     (draft / 'README.md').write_text(data_card(facts))
-    check(draft)
-    files.replace_folder(variant.release, draft)
+
+
+def publish(draft, folder):
+    """Let a draft that is whole and checked appear as the release."""
+    refuse_foreign(folder)              # that came in the meantime
+    os.sync()                           # a power cut shall not leave empty files in a release
+    draft.rename(folder)
 
 
 def data_card(facts):
@@ -217,10 +207,9 @@ def show(originals, seeds, protection, path):
     """Picture of uint8 originals (B, H, W, 3), what the mask leaves of them, what is released."""
     rows, cfg = {'original': to_float(originals)}, protection.cfg
     if cfg.reconstruct.method == 'facemae':
-        noise = protection.patch_noise(seeds, originals.shape[1])
         ratio = cfg.reconstruct.mask_ratio
-        rows[f'visible {100 - 100 * ratio:.0f} %'] = protect.masked(rows['original'], noise, ratio,
-                                                                   cfg.mae.patch)
+        hidden = protect.hidden_patches(seeds, ratio, cfg)
+        rows[f'visible {100 - 100 * ratio:.0f} %'] = protect.greyed(rows['original'], hidden)
     plots.save_grid(rows | {'released': to_float(protection(originals, seeds))}, path)
 
 
@@ -247,6 +236,7 @@ def picture_of_photos(variant, device):
 
 
 def main(cfg, device, compare):
+    signal.signal(signal.SIGTERM, run.Stop.interrupt)      # there is nothing to save
     if cfg.reconstruct.photos:
         return picture_of_photos(variants(cfg, False)[0], device)
     folds = split(cfg)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # All stages of one experiment: ./reproduce.sh configs/toy.yaml [section.key=value ...]
 #
-# First the whole experiment is checked, in seconds. What is finished is skipped, what was
-# interrupted continues. GPUS=8 ./reproduce.sh ... runs each stage under torchrun; PYTHON names the
-# interpreter.
+# First the whole experiment is checked, in seconds. What is finished is skipped, a training that
+# was interrupted continues. GPUS=8 ./reproduce.sh ... runs each stage under torchrun; PYTHON names
+# the interpreter.
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -178,6 +178,7 @@ def train(cfg, task, device):
         embed.load_weights(net, files.load_checkpoint(task.init), task.init)
     head, divided = class_layer(len(people), c)
     net, head = net.to(device, memory_format=torch.channels_last), head.to(device)
+    store = batches.Store(task.faces.select(task.rows), device)
     optimizer = torch.optim.SGD(
         [p for p in [*net.parameters(), *head.parameters()] if p.requires_grad],
         momentum=c.momentum, weight_decay=c.weight_decay, fused=device.type == 'cuda')
@@ -188,7 +189,6 @@ def train(cfg, task, device):
                         c.batch, ('loss', 'accuracy'), device, {'premises': premises}, saved)
     if cfg.run.compile:
         net.compile()
-    store = batches.Store(task.faces.select(task.rows), device)
     targets, statistics = torch.as_tensor(labels, device=device), NormStatistics(net)
     averaged = run.parallel(net), head if divided else run.parallel(head)
 

@@ -126,14 +126,15 @@ class ValidationBatch:
     originals: torch.Tensor   # float32 (B, d), the teacher's embeddings
 
     @classmethod
-    def of(cls, fold, teacher, patches, cfg, device):
+    def of(cls, fold, teacher, cfg, device):
         """That of a Fold, or None if nobody was kept from training: its first 256 images, not a
         sample, so that people have several."""
         if not len(fold.validation):
             return None
         images = torch.from_numpy(fold.public.select(fold.validation[:256]).pixels()).to(device)
-        noise = batches.hashed(batches.stream(cfg.run.seed, 'validation masks'),
-                               torch.arange(len(images), device=device), patches)
+        seeds = batches.image_seeds(batches.stream(cfg.run.seed, 'validation masks'),
+                                    torch.arange(len(images), device=device))
+        noise = protect.patch_noise(seeds, cfg)
         return cls(images, noise, embed.embed_batch(teacher, images, cfg.run.precision))
 
     @torch.no_grad()
@@ -193,8 +194,8 @@ def save_preview(mae, images, noise, cfg, path):
     x, ratio = to_float(images), cfg.mae.mask_ratio
     with torch.no_grad():
         rebuilt = mae.reconstruct(x, noise, ratio, cfg)
-    plots.save_grid({'original': x, 'visible': protect.masked(x, noise, ratio, cfg.mae.patch),
-                     'rebuilt': rebuilt}, path)
+    visible = protect.greyed(x, models.random_masking(noise, ratio)[2])
+    plots.save_grid({'original': x, 'visible': visible, 'rebuilt': rebuilt}, path)
 
 
 def train(variant, fold, device):
@@ -202,7 +203,7 @@ def train(variant, fold, device):
     tools/bench.py can time the very steps."""
     cfg, path, c = variant.cfg, variant.mae(fold.k), variant.cfg.mae
     share = run.own_share(c.batch, 'mae.batch')
-    _, patches = protect.check_patches(cfg.data.size, c.patch, c.mask_ratio)
+    protect.visible_count(cfg.data.size, c.patch, c.mask_ratio)
     order = batches.Order(len(fold.mae), c.batch, cfg.run.seed, 'mae.batch',
                           fold.public.labels[fold.mae], cfg.irm.images_per_identity)
     steps = max(1, round(c.epochs * order.steps_per_epoch))
@@ -227,7 +228,7 @@ def train(variant, fold, device):
     if cfg.run.compile and device.type == 'cuda':      # on the CPU it makes these nets slower
         for net in filter(None, (model, teacher)):
             net.compile()
-    validation = ValidationBatch.of(fold, teacher, patches, cfg, device)
+    validation = ValidationBatch.of(fold, teacher, cfg, device)
     training = Training(
         cfg, path, f'train_mae/fold{fold.k}/{path.stem}', {'model': model},
         make_optimizer(model, cfg, device), steps, c.batch, ('mse', 'irm'), device,
@@ -240,7 +241,8 @@ def train(variant, fold, device):
         batch, epoch = order(training.step)
         rows = batches.to_device(torch.from_numpy(batch[share]), device)
         flip = batches.hashed(batches.stream(cfg.run.seed, 'flips', epoch), rows, 1)[:, 0] > 0
-        noise = batches.hashed(batches.stream(cfg.run.seed, 'masks', epoch), rows, patches)
+        noise = protect.patch_noise(
+            batches.image_seeds(batches.stream(cfg.run.seed, 'masks', epoch), rows), cfg)
         images, originals = batches.flipped(next(gathered), flip), None
         if cfg.irm.weight and training.step >= relate_from:
             originals = (original_embeddings[flip.long(), rows]

@@ -1,14 +1,19 @@
-"""What attackers meet and have: groups of people, from own folds or a foreign release."""
+"""What attackers meet and have: groups of people, from own folds or a foreign release, and the
+recognisers to compare their images by."""
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-import models
-from facekit import batches, faces
+from facekit import batches, embed, faces, files, run
+from facekit.embed import Embedder
 from facekit.errors import InputError
 from facekit.faces import ImageRows
-from facekit.protect import Protection, draws_mask
+from facekit.protect import Protection, hidden_patches, method_of
+from facekit.published import is_published
+from facekit.retrieval import Search
 from facekit.split import not_excluded, share_of
 
 
@@ -29,14 +34,19 @@ class AttackGroup:
     pair_released: ImageRows | None = None      # what was released of them, of a foreign release
     protection: Protection | None = None        # makes released images; None = foreign release
     hidden: torch.Tensor | None = None   # float32 (n, L), 1 where a probe's patch was masked
-    outsiders: ImageRows | None = None   # images of people who are in no training and no release
-    device: torch.device = torch.device('cpu')
+    outsiders: ImageRows | None = None   # images of people in no training and no release: a share
+    device: torch.device = torch.device('cpu')     # that embeds, trains and compares
     embedded: dict = field(default_factory=dict)   # {Embedder.name: embeddings of `released`}
 
     def __post_init__(self):
         if shared := set(self.pair_person) & set(self.person):
             raise InputError(f'person {min(shared)} is attacked and in an attacker\'s training: '
                              'this is an error of the split, please report it')
+
+    def read_often(self):
+        """The ImageRows that attackers read again and again."""
+        every = self.released, self.originals, self.pair_originals, self.pair_released
+        return [rows for rows in every if rows is not None]
 
     def training_pairs(self, chosen, seed):
         """Pairs `chosen` (int64 (B,)) of the M, protected with `seed`: protected images and their
@@ -49,17 +59,17 @@ class AttackGroup:
     def pair_hidden(self, chosen, seed):
         """Which patches training_pairs(chosen, seed) hides: float32 (B, L), 1 = hidden. Known to
         the attacker, who protected these images."""
-        originals = self.pair_originals.take(chosen)
-        return hidden_patches(self.protection, attacker_seeds(originals, seed),
-                              originals.images.shape[1])
+        cfg, seeds = self.protection.cfg, attacker_seeds(self.pair_originals.take(chosen), seed)
+        return hidden_patches(seeds, cfg.reconstruct.mask_ratio, cfg)
 
     def is_random(self):
         """Whether another release of the same photos would differ: the method draws something."""
+        if not self.protection:
+            return False
         some = self.originals.take(np.arange(min(8, len(self.originals))))
-        return bool(self.protection) and not np.array_equal(self.protected(some, 0),
-                                                            self.protected(some, 1))
+        return not np.array_equal(self.protected(some, 0), self.protected(some, 1))
 
-    def released_with(self, seed):
+    def released_again(self, seed):
         """The n probes made once more with other masks or noise: uint8 (n, H, W, 3)."""
         return self.protected(self.sources(), seed)
 
@@ -86,15 +96,79 @@ class AttackGroup:
         return embedder.gallery
 
 
+    def search(self, probes, gallery, **settings):
+        """The Search of probes (n, d) in a gallery (N, d) that stand for these images."""
+        return Search(probes, gallery, self.source, self.person, self.device, **settings)
+
+
+class Recognisers:
+    """The embedders of a run that do not depend on a release, loaded once for all rows of a
+    comparison. They hold the embeddings of the originals, too, which are the same in all rows."""
+
+    def __init__(self, cfg, folds, device):
+        self.cfg, self.folds, self.device = cfg, folds, device
+        self.cache = {}                 # (path or 'pixels', number of a group) -> Embedder
+
+    def pixels(self, n):
+        """The Embedder of plain pixels for group n."""
+        new = Embedder('pixels', None, self.cfg, self.device)
+        return self.cache.setdefault(('pixels', n), new)
+
+    def public(self, role, n, path=''):
+        """The Embedder of group n that was trained on public people: the judge or teacher of this
+        run, by its role, or the one at a path."""
+        fold = self.folds[n] if self.folds else None
+        own = Path(self.cfg.run.folder, f'fold{fold.k if fold else 0}', f'{role}.pt')
+        named = path or getattr(self.cfg, role).checkpoint
+        path = str(named or own)
+        if (path, n) not in self.cache:
+            made_by = run.command('train_fr.py', f'stage={role}')
+            if not is_published(path) and not Path(path).is_file():
+                raise InputError(f'{path} is missing: first run `{made_by}`, or name the {role} '
+                                 f'of another run by {role}.checkpoint=PATH')
+            net = embed.recogniser(path, self.device, made_by, self.cfg.evaluate.onnx_pixels,
+                                   None if named else fold)
+            self.cache[path, n] = Embedder(path, net, self.cfg, self.device)
+        return self.cache[path, n]
+
+
+@dataclass
+class Owned:
+    """What the attackers of one group own beside it."""
+    recognisers: Recognisers
+    number: int                       # of the group
+    cfg: object                       # the config of the row
+    insider: Embedder | None = None   # the recogniser that was trained on the release
+    student: Path | None = None       # its checkpoint
+
+    def embedder(self, name):
+        """The Embedder called judge, teacher, pixels or insider (or None), or at a path."""
+        if name == 'insider':
+            return self.insider
+        if name == 'pixels':
+            return self.recognisers.pixels(self.number)
+        if name == 'judge':
+            return self.recognisers.public('judge', self.number)
+        path = self.cfg.teacher.checkpoint if name == 'teacher' else name
+        return self.recognisers.public('teacher', self.number, path)
+
+    def without_pairs(self):
+        """{name: Embedder} of all that were made without pairs of other people."""
+        every = {'recogniser': self.embedder('judge'), 'pixels': self.embedder('pixels'),
+                 'insider': self.insider}
+        return {name: embedder for name, embedder in every.items() if embedder}
+
+    def class_centres(self):
+        """The unit vectors float32 (C, d) by which the insider tells its classes apart."""
+        head = files.load_checkpoint(self.student)['head']['weight']
+        return F.normalize(head).to(self.recognisers.device)
+
+
+# --------------------------------------------------------------------- groups of a config
+
 def attacker_seeds(chosen, seed):
     """What decides masks and noise where an attacker protects ImageRows himself: int64 (N,)."""
     return batches.image_seeds(batches.stream(seed, 'attacker'), chosen.rows)
-
-
-def hidden_patches(protection, seeds, size):
-    """float32 (B, L), 1 where a patch is hidden, of images of `size` pixels with seeds (B,)."""
-    noise = protection.patch_noise(seeds, size)
-    return models.random_masking(noise, protection.cfg.reconstruct.mask_ratio)[2]
 
 
 def some_of(cfg, count):
@@ -120,30 +194,30 @@ def own_groups(cfg, folds, maes, release, plan, device):
     """
     private = folds[0].private
     probes = some_of(cfg, len(plan.image))
-    # Equally many in all folds, so that curves can be pooled
     pairs = len(some_of(cfg, min(len(f.train) for f in folds)))
     nobody = np.setdiff1d(np.flatnonzero(not_excluded(private, cfg)),
                           np.concatenate([f.released for f in folds]))
-    outsiders = private.select(nobody[some_of(cfg, len(nobody))])
+    outsiders = np.array_split(nobody[some_of(cfg, len(nobody))], len(folds))
     groups = []
     for k, fold in enumerate(folds):
-        rows, protection = probes[plan.fold[probes] == k], Protection(cfg, maes[k])
+        rows = probes[plan.fold[probes] == k]
         known = np.random.default_rng(1).permutation(fold.mae)
-        # First people whom judge and teacher never saw: a map between photos that they know by
-        # heart fits others less
+        # Prefer people outside the recognisers' training: a map fitted on memorised faces
+        # transfers badly
         known = known[np.argsort(np.isin(known, fold.train), kind='stable')][:pairs]
         people = fold.public.labels[known]
         gallery = searched(fold.released, private.labels, private.labels[plan.image[rows]], cfg)
         hidden = None
-        if draws_mask(cfg.reconstruct.method):
-            hidden = hidden_patches(protection, plan.seeds[rows], cfg.data.size)
+        if method_of(cfg).draws_mask:
+            hidden = hidden_patches(plan.seeds[rows], cfg.reconstruct.mask_ratio, cfg)
         groups.append(AttackGroup(
             released=release.select(rows), originals=private.select(gallery),
             source=np.searchsorted(gallery, plan.image[rows]),
             person=private.labels[gallery], pair_originals=fold.public.select(known),
             # Of another data set, labels say nothing about who it is
             pair_person=people if fold.public is private else -1 - people,
-            protection=protection, hidden=hidden, outsiders=outsiders, device=device))
+            protection=Protection(cfg, maes[k]), hidden=hidden,
+            outsiders=private.select(outsiders[k]), device=device))
     return groups
 
 

@@ -1,12 +1,14 @@
 """Privacy attackers: who tries to find the original behind a released image, and how.
 
 The probes are released images, the gallery is the private originals of their group (a fold of the
-cross-fit). An attack takes an AttackGroup and what its attacker owns, and returns an Attack: the
-Searches that its attacker can make, of which the best counts, and, where more or less effort is of
-interest, named curves of further ones.
-attack() at the end of this file tells who owns what.
+cross-fit). An attacker is a function (group, owned, cfg) and a line of ATTACKERS: the function
+gets an AttackGroup, what its attackers own (Owned) and the config of the row, and returns the
+searches that the attacker tries, {way: Search}, of which the best counts, or None where the attack
+makes no sense.
 """
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,85 +16,87 @@ import torch
 import torch.nn.functional as F
 
 import models
-from facekit import batches, embed, files, run, verification
+from facekit import batches, embed, files, retrieval, run, verification
+from facekit.config import as_dict
 from facekit.embed import Embedder
 from facekit.errors import InputError
-from facekit.mask_attacks import Patches, patchwork
-from facekit.published import is_published, refuse_published
-from facekit.retrieval import Attack, Search
+from facekit.mask_attacks import Patches, guess, masked
+from facekit.published import refuse_published, versions
+from facekit.retrieval import Search
+from facekit.split import not_excluded
 
-NAMES = ('judge', 'pixels', 'insider', 'masked', 'visible', 'linear', 'trained', 'class',
-         'repeated', 'teacher', 'dlib', 'membership')
-
-
-# ----------------------------------------------------- attackers without other people's pairs
+# ------------------------------------------------------ attackers without pairs of others
 
 def nearest(embedder, group):
     """The nearest original, as an Embedder sees both."""
-    return Attack({'embeddings': Search(
-        group.probe_embeddings(embedder), group.gallery_embeddings(embedder), group.source,
-        group.person)})
+    return {'embeddings': group.search(group.probe_embeddings(embedder),
+                                       group.gallery_embeddings(embedder))}
 
 
-def by_pixels(pixels, group, device):
+def nearest_to(name):
+    """The attacker who takes the nearest original, as the embedder of that name sees both."""
+    def attacker(group, owned, cfg):
+        embedder = owned.embedder(name)
+        return nearest(embedder, group) if embedder else None
+    return attacker
+
+
+def pixels(group, owned, cfg):
     """The nearest original in small pixels; where patches may be hidden, also in those of a
     released image that look visible, which needs no more than a look."""
-    ways = nearest(pixels, group).ways
+    ways = nearest(owned.embedder('pixels'), group)
     if group.hidden is not None or not group.protection:
-        ways |= Patches(group, device).by_look()
-    return Attack(ways)
+        ways |= Patches(group).by_look()
+    return ways
 
 
-def by_class(embedders, group):
-    """The mean of a person's released images against the means of people's originals, as any of
-    the embedders {name: Embedder} sees both.
+def by_label(group, owned, cfg):
+    """The mean of a person's released images against the means of people's originals.
 
-    Half of a person's photos are searched for and the other half is held, so that a photo never
-    helps to find itself.
+    Half of a person's photos are searched for and the other half is in the gallery, so that a
+    photo never helps to find itself.
     """
     order = np.argsort(group.person, kind='stable')
-    held = np.empty(len(order), bool)
-    held[order] = (np.arange(len(order)) - np.searchsorted(group.person[order],
-                                                           group.person[order])) % 2 == 1
-    everybody, index = np.unique(group.person[held], return_inverse=True)
-    asked = ~held[group.source] & np.isin(group.person[group.source], everybody)
+    first = np.searchsorted(group.person[order], group.person[order])
+    in_gallery = np.empty(len(order), bool)
+    in_gallery[order] = (np.arange(len(order)) - first) % 2 == 1
+    everybody, item = np.unique(group.person[in_gallery], return_inverse=True)
+    asked = ~in_gallery[group.source] & np.isin(group.person[group.source], everybody)
     if not asked.any():
         return None
-    known, probe = np.unique(group.person[group.source[asked]], return_inverse=True)
+    people, probe = np.unique(group.person[group.source[asked]], return_inverse=True)
 
     def means(z, chosen, index):
         z = z[torch.as_tensor(chosen, device=z.device)]
         total = torch.zeros(int(index.max()) + 1, z.shape[1], device=z.device)
         total.index_add_(0, torch.as_tensor(index, device=z.device), z)
-        return F.normalize(total).to(group.device)
+        return F.normalize(total)
 
-    def search(embedder):
-        gallery = group.gallery_embeddings(embedder)
-        return Search(means(group.probe_embeddings(embedder), asked, probe),
-                      means(gallery, held, index), np.searchsorted(everybody, known), None,
-                      ceiling_probes=means(gallery, group.source[asked], probe))
+    ways = {}
+    for name, embedder in owned.without_pairs().items():
+        originals = group.gallery_embeddings(embedder)
+        ways[name] = Search(
+            means(group.probe_embeddings(embedder), asked, probe),
+            means(originals, in_gallery, item), np.searchsorted(everybody, people), everybody,
+            group.device, ceiling_probes=means(originals, group.source[asked], probe))
+    return ways
 
-    return Attack({name: search(embedder) for name, embedder in embedders.items()})
 
-
-def repeated(embedders, group):
-    """The mean embedding of k releases of each image under different masks, as any of the
-    embedders {name: Embedder} sees them."""
+def repeated(group, owned, cfg):
+    """The mean embedding of eight releases of each image under different masks."""
     if not group.is_random():
         return None
-    curves = {}
-    for name, embedder in embedders.items():
-        total, curves[name] = group.probe_embeddings(embedder).clone(), {}
-        for k in range(1, 9):
-            if k in (1, 2, 4, 8):
-                curves[name][k] = Search(F.normalize(total), group.gallery_embeddings(embedder),
-                                         group.source, group.person)
-            if k < 8:
-                total += embedder.embed_images(group.released_with(10**6 + k)).to(total.device)
-    return Attack({name: curve[8] for name, curve in curves.items()}, curves)
+    embedders = owned.without_pairs()
+    totals = {name: group.probe_embeddings(e).clone() for name, e in embedders.items()}
+    for seed in range(10**6 + 1, 10**6 + 8):
+        released = group.released_again(seed)
+        for name, embedder in embedders.items():
+            totals[name] += embedder.embed_images(released).to(totals[name].device)
+    return {name: group.search(F.normalize(totals[name]), group.gallery_embeddings(embedder))
+            for name, embedder in embedders.items()}
 
 
-# -------------------------------------------------------- attackers with other people's pairs
+# --------------------------------------------------------- attackers with pairs of others
 
 def procrustes(x, y):
     """The rotation or reflection (d, d) that takes x (n, d) nearest to y (n, d)."""
@@ -119,33 +123,32 @@ def in_blocks(z, change, device):
     return torch.cat([change(some.to(device)).float().to(z.device) for some in z.split(65536)])
 
 
-def linear(judge, group):
-    """A linear map from released to original embeddings, fitted to n pairs of other people."""
-    count = len(group.pair_person)
-    parts = [[judge.embed_images(images) for images in group.training_pairs(chosen, 1)]
+def linear(group, owned, cfg):
+    """A linear map from released to original embeddings, fitted to pairs of other people."""
+    embedder, count = owned.embedder('judge'), len(group.pair_person)
+    parts = [[embedder.embed_images(images) for images in group.training_pairs(chosen, 1)]
              for chosen in np.array_split(np.arange(count), count // 2048 + 1)]
     x, y = (torch.cat(z).double() for z in zip(*parts))
-    probes, gallery = group.probe_embeddings(judge), group.gallery_embeddings(judge)
-    curves, sizes = {'ridge': {}, 'rotation': {}}, [16, 64, 256, 1024, 4096, 16384]
-    for n in [count, *(n for n in sizes[::-1] if n < count)]:
-        centre, target = x[:n].mean(0), y[:n].mean(0)
-        originals = in_blocks(gallery, lambda z: F.normalize(z.double() - target), x.device)
-        for name, fit in (('ridge', ridge), ('rotation', procrustes)):
-            map_ = fit(x[:n] - centre, y[:n] - target)
-            mapped = in_blocks(probes, lambda z: F.normalize((z.double() - centre) @ map_),
-                               x.device)
-            curves[name][n] = Search(mapped, originals, group.source, group.person)
-    return Attack({name: curve[count] for name, curve in curves.items()}, curves)
+    centre, target = x.mean(0), y.mean(0)
+    gallery = in_blocks(group.gallery_embeddings(embedder),
+                        lambda z: F.normalize(z.double() - target), x.device)
+    ways = {}
+    for name, fit in (('ridge', ridge), ('rotation', procrustes)):
+        map_ = fit(x - centre, y - target)
+        ways[name] = group.search(in_blocks(
+            group.probe_embeddings(embedder),
+            lambda z: F.normalize((z.double() - centre) @ map_), x.device), gallery)
+    return ways
 
 
-def trained(judge, group, cfg, device):
-    """A copy of the recogniser, trained to see a protected image and its original alike.
+def trained(group, owned, cfg):
+    """A copy of the judge, trained to see a protected image and its original alike.
 
     Others' pairs, fresh masks, InfoNCE (arXiv 1807.03748, eq. 4) both ways; unscaled: no fp16.
     """
     torch.manual_seed(0)
-    steps = cfg.evaluate.attack_steps
-    net = copy.deepcopy(judge.net).train()
+    steps, device = cfg.evaluate.attack_steps, group.device
+    net = copy.deepcopy(owned.embedder('judge').net).train()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     rng, size = np.random.default_rng(0), min(128, len(group.pair_person))
@@ -165,78 +168,108 @@ def trained(judge, group, cfg, device):
         optimizer.step()
         schedule.step()
     run.agree_on(net)
-    learnt = Embedder('trained', net.eval(), cfg, device)
-    return nearest(learnt, group)
+    return nearest(Embedder('trained', net.eval(), cfg, device), group)
 
 
-# ------------------------------------------------------------------- who owns which net
+# ------------------------------------------------------------------- membership inference
 
-class Recognisers:
-    """The recognisers that attackers of a run own, loaded once for all rows of a comparison.
-
-    Those in the cache hold the embeddings of the originals, too, which are the same in all rows.
-    """
-
-    def __init__(self, cfg, folds, device):
-        self.cfg, self.folds, self.device = cfg, folds, device
-        self.cache = {}                 # (path or 'pixels', number of a group) -> Embedder
-
-    def pixels(self, n):
-        """The Embedder of plain pixels for group n."""
-        new = Embedder('pixels', None, self.cfg, self.device)
-        return self.cache.setdefault(('pixels', n), new)
-
-    def public(self, role, n, path=''):
-        """The Embedder of group n that was trained on public people: role is 'teacher' or
-        'judge', unless a path is given."""
-        fold = self.folds[n] if self.folds else None
-        own = Path(self.cfg.run.folder, f'fold{fold.k if fold else 0}', f'{role}.pt')
-        named = path or getattr(self.cfg, role).checkpoint
-        path = str(named or own)
-        if (path, n) not in self.cache:
-            made_by = run.command('train_fr.py', f'stage={role}')
-            if not is_published(path) and not Path(path).is_file():
-                raise InputError(f'{path} is missing: first run `{made_by}`, or name the {role} '
-                                 f'of another run by {role}.checkpoint=PATH')
-            net = embed.recogniser(path, self.device, made_by, self.cfg.evaluate.onnx_pixels,
-                                   None if named else fold)
-            self.cache[path, n] = Embedder(path, net, self.cfg, self.device)
-        return self.cache[path, n]
+@dataclass
+class Membership:
+    """How sure a recogniser is of photos that it was trained on, and of others."""
+    members: np.ndarray       # float32 (n,)
+    others: np.ndarray        # float32 (m,)
 
 
-def attack(name, n, group, recognisers, insider, cfg, device):
-    """The Attack of evaluate.attacks called `name` on group n, or None where it makes no sense.
+def membership(group, owned, cfg):
+    """Whether the insider is surer of the photos behind its training images than of other
+    people's: the largest cosine with a class centre. Returns the Membership scores."""
+    if not owned.insider or group.outsiders is None:
+        return None
+    centres = owned.class_centres()
+    at_a_time = max(1, (1 << 28) // len(centres))         # images, whose cosines take 1 GiB
 
-    recognisers: Recognisers; insider: Embedder of the recogniser that was trained on the release,
-    or None.
-    """
-    def everyone():
-        """{name: Embedder} of all who see the release without others' pairs."""
-        owned = {'recogniser': recognisers.public('judge', n), 'pixels': recognisers.pixels(n)}
-        return owned | ({'insider': insider} if insider else {})
+    def surest(chosen):
+        z = owned.insider.embed(chosen)
+        return torch.cat([(part.to(centres.device) @ centres.T).amax(1).cpu()
+                          for part in z.split(at_a_time)]).numpy()
 
-    match name:
-        case 'judge':           # has a recogniser of other people
-            return nearest(recognisers.public('judge', n), group)
-        case 'teacher':         # has the very recogniser that shaped the release
-            return nearest(recognisers.public('teacher', n, cfg.teacher.checkpoint), group)
-        case 'pixels':          # has nothing
-            return by_pixels(recognisers.pixels(n), group, device)
-        case 'insider':         # trains a recogniser on the release
-            return nearest(insider, group)
-        case 'masked':          # knows the masks, or guesses them
-            return patchwork(group, cfg, device)
-        case 'visible':         # has the visible patches of the original itself
-            return patchwork(group, cfg, device, original=True)
-        case 'linear':          # has released images of other people and their originals
-            return linear(recognisers.public('judge', n), group)
-        case 'trained':         # the same, and trains on them
-            return trained(recognisers.public('judge', n), group, cfg, device)
-        case 'class':           # averages half of a label's images, holds the other half's photos
-            return by_class(everyone(), group)
-        case 'repeated':        # has eight releases of the same photos
-            return repeated(everyone(), group)
-    return nearest(recognisers.public('teacher', n, name), group)       # a backbone somewhere
+    return Membership(surest(group.sources()), surest(group.outsiders))
+
+
+def membership_figures(groups):
+    """How well the score tells members from others, over the Membership of all groups."""
+    members = np.concatenate([m.members for m in groups])
+    others = np.concatenate([m.others for m in groups])
+    distance = -np.concatenate([members, others])
+    same = np.arange(len(distance)) < len(members)
+    return {'auc': verification.auc(distance, same),
+            'tpr@fpr=1e-2': verification.tar_at_far(distance, same, 1e-2),
+            'members': len(members), 'others': len(others)}
+
+
+# -------------------------------------------------------------------------- the attackers
+
+@dataclass
+class Attacker:
+    """A line of ATTACKERS."""
+    function: Callable        # of the signature at the head of this file
+    has: str                  # what the attacker has, printed beside every number
+    # Which questions it answers: results.json has its figures as <name>_<question>
+    questions: tuple = ('same_person', 'same_image')
+    counts: bool = True       # as the strongest attacker: with one release and no secret of it
+
+
+ATTACKERS = {
+    'judge': Attacker(
+        nearest_to('judge'), has='a recogniser that this kit trained on other people'),
+    'teacher': Attacker(nearest_to('teacher'), has='the very recogniser that shaped the release'),
+    'dlib': Attacker(
+        nearest_to('dlib'), has="a published recogniser, dlib's, which anybody can install"),
+    'pixels': Attacker(
+        pixels, has='nothing: compares 16 x 16 pixels, or patches that look visible'),
+    'masked': Attacker(masked, has='the masks: compares visible pixels only', counts=False),
+    'guess': Attacker(guess, has='a guess of the masks: compares visible pixels only'),
+    'insider': Attacker(
+        nearest_to('insider'), has='the release: trains a recogniser on it'),
+    'linear': Attacker(
+        linear, has='released images of other people and their originals: a linear map'),
+    'trained': Attacker(
+        trained, has='the same pairs: trains a recogniser to see both alike'),
+    'class': Attacker(
+        by_label, has="the labels: averages half of a person's images, and the other photos",
+        questions=('label',)),
+    'repeated': Attacker(
+        repeated, has='eight releases of the same photos with other masks', counts=False),
+    'membership': Attacker(
+        membership, has='the insider: looks how sure it is of a photo', questions=('recogniser',)),
+}
+
+
+@dataclass
+class AttackResult:
+    """What came out of one attack, over all groups."""
+    figures: dict                           # {question: figures of results.json}
+    way: str = ''                           # that finds most photos
+    cosines: np.ndarray | None = None       # float32 (n,) of probes and their originals, that way
+
+
+def attack(entry, groups, owners, cfg):
+    """The AttackResult of an entry of evaluate.attacks on AttackGroups, whose attackers have
+    `owners` (Owned, one a group), or None where it makes no sense."""
+    attacker = ATTACKERS.get(entry, Attacker(nearest_to(entry), has='a recogniser, by its path'))
+    attempts = [attacker.function(group, owned, cfg) for group, owned in zip(groups, owners)
+                if len(group.source)]
+    attempts = [attempt for attempt in attempts if attempt]
+    if not attempts:
+        return None
+    if isinstance(attempts[0], Membership):
+        [question] = attacker.questions
+        return AttackResult({question: membership_figures(attempts)})
+    best = retrieval.best_ways(attempts, attacker.questions)
+    result = AttackResult({question: way.figures() for question, way in best.items()})
+    if photo := best.get('same_image'):
+        result.way, result.cosines = photo.name, photo.cosines()
+    return result
 
 
 def check_attacks(cfg):
@@ -245,9 +278,9 @@ def check_attacks(cfg):
     if 'trained' in cfg.evaluate.attacks:
         refuse_published(cfg.judge.checkpoint, 'the attack named trained trains the judge further')
     for name in cfg.evaluate.attacks:
-        if name not in NAMES and not Path(name).is_file():
-            raise InputError(f'evaluate.attacks has {name!r}: choose from {", ".join(NAMES)}, or '
-                             'name an insightface backbone or an .onnx file')
+        if name not in ATTACKERS and not Path(name).is_file():
+            raise InputError(f'evaluate.attacks has {name!r}: choose from {", ".join(ATTACKERS)}, '
+                             'or name an insightface backbone or an .onnx file')
 
 
 def short_names(wanted):
@@ -259,58 +292,47 @@ def short_names(wanted):
             name = '/'.join(parts[-count:])
             others = ['/'.join(Path(other).with_suffix('').parts[-count:])
                       for other in wanted if other != entry]
-            if name not in others and (len(parts) == 1 or name not in NAMES):
+            if name not in others and (len(parts) == 1 or name not in ATTACKERS):
                 break
         names[entry] = name
     return names
 
 
-# ---------------------------------------------------------------------------- membership
+# --------------------------------------------------------------- what its figures depend on
 
-def membership(members, others):
-    """How well a score (n,), higher for training images, tells them from others."""
-    distance = -np.concatenate([members, others])
-    same = np.arange(len(distance)) < len(members)
-    return {'auc': verification.auc(distance, same),
-            'tpr@fpr=1e-2': verification.tar_at_far(distance, same, 1e-2),
-            'members': len(members), 'others': len(others)}
+# Keys of the config that an attack reads, beside what digest_of_row() has of images and nets
+KEYS = ('reconstruct', 'mae.patch', 'run.row', 'run.seed', 'run.precision', 'data.size',
+        'judge.checkpoint', 'teacher.checkpoint', 'evaluate.attack_steps', 'evaluate.probes',
+        'evaluate.gallery', 'evaluate.onnx_pixels')
+SHOWING = ('check', 'page', 'plots', 'progress', 'report')     # modules that change no figure
 
 
-def reconstruction_membership(groups):
-    """Whether the model errs less on the public images that it was trained on than on private
-    ones of the same set: minus the squared error of four masked reconstructions."""
-    def score(released, originals):
-        return -np.square(np.subtract(released, originals, dtype=np.float32)).mean((1, 2, 3))
-
-    members, others = [], []
-    for group in groups:
-        originals = group.sources().pixels()
-        others.append(sum(score(group.released_with(seed), originals) for seed in range(2, 6)))
-        blocks = np.array_split(np.arange(len(group.pair_person)),
-                                len(group.pair_person) // 2048 + 1)
-        members += [sum(score(*group.training_pairs(block, seed)) for seed in range(2, 6))
-                    for block in blocks]
-    return membership(np.concatenate(members), np.concatenate(others))
+def digest_of_attack(row, entry):
+    """What an entry of evaluate.attacks depends on, 64 hex digits: digest_of_row() and the
+    recogniser that it may name."""
+    return files.digest(repr([row, embed.digest_of(entry), versions([entry])]).encode())
 
 
-def recogniser_membership(embedder, centres, groups):
-    """Whether the released recogniser is surer of the photos behind its training images than of
-    other people's: the largest cosine with the class centres (C, d), unit vectors."""
-    at_a_time = max(1, (1 << 28) // len(centres))         # images, whose cosines take 1 GiB
+def digest_of_row(variant, folds, release, premises, device):
+    """What all attacks on a row depend on, 64 hex digits: equal ones mean equal results.
 
-    def surest(chosen):
-        return torch.cat([(part.to(centres.device) @ centres.T).amax(1).cpu()
-                          for part in embedder.embed(chosen).split(at_a_time)]).numpy()
-
-    members, others = ([surest(chosen) for chosen in sides]
-                       for sides in ([g.sources() for g in groups], [groups[0].outsiders]))
-    return membership(np.concatenate(members), np.concatenate(others))
+    release: its FaceSet; premises: of protect.release_premises().
+    """
+    cfg, private = variant.cfg, folds[0].private
+    images = [f.public.digest(rows) for f in folds for rows in (f.train, f.mae)]
+    images += [private.digest(not_excluded(private, cfg)), release.digest(slice(None))]
+    nets = [cfg.judge.checkpoint, cfg.teacher.checkpoint, variant.student]
+    nets += [variant.run / f'fold{f.k}' / f'{role}.pt' for f in folds
+             for role in ('judge', 'teacher')]
+    machine = run.provenance(device)
+    return files.digest(repr([
+        files.settings(as_dict(cfg), KEYS), code_digest(), premises, images,
+        [embed.digest_of(path) for path in nets], versions([cfg.judge.checkpoint]),
+        [machine[what] for what in ('device', 'torch', 'numpy')]]).encode())
 
 
 def code_digest():
     """Hex digits of the code that the figures of an attack depend on."""
-    here = Path(__file__).parent
-    paths = [Path(models.__file__), *(here / f'{name}.py' for name in (
-        'batches', 'faces', 'images', 'sources', 'split', 'published', 'embed', 'keys', 'protect',
-        'verification', 'retrieval', 'attack_data', 'mask_attacks', 'attacks'))]
-    return files.digest(b''.join(path.read_bytes() for path in paths))
+    paths = [path for path in sorted(Path(__file__).parent.glob('*.py'))
+             if path.stem not in SHOWING]
+    return files.digest(b''.join(path.read_bytes() for path in [Path(models.__file__), *paths]))

@@ -12,23 +12,28 @@ import numpy as np
 import torch
 
 from facekit import run
-from facekit.errors import InputError
+from facekit.errors import InputError, counted
+from facekit.faces import StreamedImages
 
 
 class Store:
     """ImageRows as batches on the device: `store(indices) -> uint8 (B, H, W, 3)`.
 
-    Index i means the i-th of the rows. Where they fit into half of the GPU's free memory they are
-    copied there, unless they are read only `once`.
+    Index i means the i-th of the rows. Where images come from disk and are read more than `once`,
+    they are decoded first, into the GPU's memory or the host's, if they fit there.
     """
 
     def __init__(self, chosen, device, once=False):
         self.rows, images = np.asarray(chosen.rows), chosen.images
         self.images = images.numpy() if torch.is_tensor(images) else images
         self.device, self.on_gpu = torch.device(device), None
-        needed = len(self.rows) * math.prod(self.images.shape[1:])
-        if self.device.type == 'cuda' and not once and needed < run.free_memory(self.device) / 2:
+        if once:
+            return
+        if self.device.type == 'cuda' and fits(self.images, len(self.rows), self.device):
+            say_where(self.images, len(self.rows), "decoded into the GPU's memory")
             self.on_gpu = torch.cat(list(self.ahead(torch.arange(len(self.rows)).split(4096))))
+        else:
+            decode_once([chosen])
 
     def __len__(self):
         return len(self.rows)
@@ -58,6 +63,41 @@ class Store:
                 if waiting:
                     yield waiting.result().to(self.device, non_blocking=True)
                 waiting = begun
+
+
+def decode_once(choices):
+    """Decode into the host's memory what will be read many times: ImageRows, those of one set
+    together. Where they do not fit, they are decoded whenever they are read."""
+    rows_of = {}
+    for chosen in choices:
+        if isinstance(chosen.images, StreamedImages):
+            rows_of.setdefault(chosen.images, []).append(chosen.rows)
+    for images, parts in rows_of.items():
+        rows = np.unique(np.concatenate(parts))
+        if images.has(rows):
+            continue
+        images.drop()
+        if fits(images, len(rows), torch.device('cpu')):
+            say_where(images, len(rows), 'decoded into memory')
+            images.keep(rows)
+        else:
+            say_where(images, len(rows), 'decoded as they are read')
+            images.expect_random_order()
+
+
+def fits(images, count, device):
+    """Whether `count` of the images may fill a device's memory: half of what is free, which on
+    the host the processes of this run share."""
+    processes = 1 if device.type == 'cuda' else run.on_this_node()
+    return count * math.prod(images.shape[1:]) < run.free_memory(device) / 2 / processes
+
+
+def say_where(images, count, how):
+    """Say how images are decoded that come from disk, if it was not said of them before."""
+    if isinstance(images, StreamedImages) and how != images.said:
+        images.said = how
+        size = count * math.prod(images.shape[1:])
+        run.say(f'{images.source.path}: {counted(count, "image")}, {size / 1e9:.3g} GB: {how}')
 
 
 def to_device(tensor, device):

@@ -51,6 +51,10 @@ def check_experiment(cfg, compare):
 
 def check_models(cfg):
     """Refuse sizes of nets that do not fit each other; on the meta device nothing is allocated."""
+    strength = protect.method_of(cfg).strength
+    if strength and not hasattr(cfg.reconstruct, strength):
+        raise InputError(f'reconstruct.{strength}, the strength of the method '
+                         f'{cfg.reconstruct.method}, is no key: add it to configs/casia.yaml')
     with torch.device('meta'):
         if cfg.reconstruct.method == 'facemae':
             protect.build_mae(cfg.mae, cfg.data.size)
@@ -59,9 +63,9 @@ def check_models(cfg):
                 models.iresnet(getattr(cfg, section).depth, 1)
             except ValueError as error:
                 raise InputError(f'{section}.depth: {error}') from None
-    if protect.draws_mask(cfg.reconstruct.method):
+    if protect.method_of(cfg).draws_mask:
         for ratio in {cfg.mae.mask_ratio, cfg.reconstruct.mask_ratio}:
-            protect.check_patches(cfg.data.size, cfg.mae.patch, ratio)
+            protect.visible_count(cfg.data.size, cfg.mae.patch, ratio)
 
 
 def check_checkpoints(cfg):
@@ -175,22 +179,20 @@ def check_release_images(folder, plan, private, protections, device):
             error = (images.decode(released[i], f'{folder} image {i}').float()
                      - images.decode(encoded, 'image made for comparison')).abs().mean().item()
             refuse(error > 2, folder, f'has another image at {i} than its plan ({error:.1f})')
-        if protect.draws_mask(c.method):
+        if protect.method_of(protections[k].cfg).draws_mask:
             check_hidden(folder, protections[k], originals, seeds, expected)
 
 
 def check_hidden(folder, protection, originals, seeds, expected):
     """Refuse a protection that is not `expected` any more once hidden pixels are changed, or that
     hides another share of them; originals, expected uint8 (B, H, W, 3)."""
-    size, c = originals.shape[1], protection.cfg
-    patches = (size // c.mae.patch) ** 2
-    black = torch.zeros(len(originals), 3, size, size, device=originals.device)
-    hidden = protect.masked(black, protection.patch_noise(seeds, size), c.reconstruct.mask_ratio,
-                            c.mae.patch) > 0
-    share = round(patches * c.reconstruct.mask_ratio) / patches
-    refuse((hidden.float().mean((1, 2, 3)) - share).abs().max() > 1e-5, folder,
-           f'hides another share of pixels than {share:.4f}')
-    changed = torch.where(hidden.permute(0, 2, 3, 1), 255 - originals, originals)
+    cfg, ratio = protection.cfg, protection.cfg.reconstruct.mask_ratio
+    hidden = protect.hidden_patches(seeds, ratio, cfg)
+    visible, patches = protect.visible_count(cfg.data.size, cfg.mae.patch, ratio)
+    refuse(bool((hidden.sum(1) != patches - visible).any()), folder,
+           f'shows another number of patches than {visible} of {patches}')
+    pixels = protect.drawn(hidden, cfg.mae.patch).permute(0, 2, 3, 1)               # (B, H, W, 1)
+    changed = torch.where(pixels > 0, 255 - originals, originals)
     refuse(not torch.equal(protection(changed, seeds), expected), folder,
            'would tell hidden pixels')
 

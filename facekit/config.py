@@ -18,7 +18,7 @@ import yaml
 from facekit.errors import InputError, printable, quoted
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
-RESERVED = 'fold', 'seed', 'figures', 'reconstructed', 'cache', 'faces', 'log'   # in run folders
+RESERVED = 'fold', 'seed', 'figures', 'reconstructed', 'looks', 'faces', 'log'   # in run folders
 # What rows may change; they share all else: people, split, judge and run folder
 OF_ROWS = 'mae.', 'irm.', 'reconstruct.', 'fr.', 'evaluate.', 'teacher.checkpoint'
 

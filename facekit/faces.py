@@ -1,15 +1,14 @@
-"""A face data set as decoded images: from a cache that holds them, or decoded as they are read.
+"""A face data set: its images, which are decoded as they are read, and whose they are.
 
-Every image is looked at once, by one run while others wait. Where data.decode has a cache, its
-pixels go into one memory-mapped file, and from then on a batch is a gather of rows (batches.py);
-else only the hash of its file is kept, and the same pixels are decoded whenever they are wanted.
+Every image is looked at once, by one run while others wait: the hash of its file and whether it is
+damaged are kept in the run folder. Pixels are not; which of them are decoded once, into memory,
+batches.py decides.
 """
 import hashlib
 import io
 import json
 import mmap
 import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +21,14 @@ from rich.progress import track
 from facekit import files, images, run, toy
 from facekit.errors import InputError, counted
 from facekit.progress import StageLog
-from facekit.sources import open_source, say_passed_over
+from facekit.sources import fingerprint, open_source, passed_over
 
 MEMORY = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')    # bytes of this machine
-RELEASE = 1 << 30     # bytes of a decoded release that data.decode = auto keeps
+PART = 256        # images that a thread decodes at a time: a run that is stopped waits for them
 
 
 class StreamedImages:
-    """Images of a source that are decoded when they are asked for, on this process's cores.
+    """Images of a source that are decoded when they are asked for, or once: see keep().
 
     Indexed like the array uint8 (N, size, size, 3) of their pixels, with int64 (B,) or a slice.
     """
@@ -38,14 +37,35 @@ class StreamedImages:
         """source: RecordSource or FolderSource; numbers int64 (N,): which of its images."""
         self.source, self.numbers, self.data = source, numbers, cfg.data
         self.shape = len(numbers), cfg.data.size, cfg.data.size, 3
-        self.threads = torch.get_num_threads()         # the cores divided by the processes
+        self.threads = max(1, run.cores() // run.on_this_node())
         self.pool = ThreadPoolExecutor(self.threads)
+        self.kept = self.place = None      # see keep()
+        self.said = ''                     # what the user was told of how they are decoded
 
     def __len__(self):
         return len(self.numbers)
 
     def __getitem__(self, rows):
-        numbers = self.numbers[rows]
+        if self.has(rows):
+            return self.kept[self.place[rows]]
+        return self.decoded(self.numbers[rows])
+
+    def has(self, rows):
+        """Whether keep() has decoded all of these rows."""
+        return self.place is not None and bool((self.place[rows] >= 0).all())
+
+    def keep(self, rows):
+        """Decode some rows, int64 (M,), into memory, from where they come until drop()."""
+        self.kept = self.decoded(self.numbers[rows])       # uint8 (M, size, size, 3)
+        self.place = np.full(len(self), -1)                # int64 (N,): where in it each row is
+        self.place[rows] = np.arange(len(rows))
+
+    def drop(self):
+        """Free what keep() has decoded."""
+        self.kept = self.place = None
+
+    def decoded(self, numbers):
+        """uint8 (B, size, size, 3) of images of the source, int64 (B,), on all threads."""
         out = np.empty((len(numbers), *self.shape[1:]), np.uint8)
 
         def decode(places):
@@ -54,14 +74,21 @@ class StreamedImages:
                 image = images.decode(self.source.read(i), where, self.source.formats)
                 out[place] = images.fitted(image, where, self.data.size, self.data.on_size)
 
-        list(self.pool.map(decode, np.array_split(np.arange(len(numbers)), 4 * self.threads)))
+        parts = max(4 * self.threads, len(numbers) // PART)
+        list(self.pool.map(decode, np.array_split(np.arange(len(numbers)), parts)))
         return out
+
+    def expect_random_order(self):
+        """Tell the kernel not to read ahead in a file of which it can hold only a part."""
+        data = self.source.data
+        if data and len(data) > MEMORY / 2:
+            data.madvise(mmap.MADV_RANDOM)
 
 
 @dataclass
 class ImageRows:
     """A choice of images, in an order, without a copy of them."""
-    images: np.ndarray        # uint8 (M, H, W, 3) RGB: array, memory map or StreamedImages
+    images: np.ndarray        # uint8 (M, H, W, 3) RGB: an array, or StreamedImages
     rows: np.ndarray          # int64 (N,): which of them
 
     def __len__(self):
@@ -78,12 +105,12 @@ class ImageRows:
 
 @dataclass
 class FaceSet:
-    """A data set as decoded images."""
+    """A face data set."""
     path: Path                # where it was read from
-    images: np.ndarray        # uint8 (N, size, size, 3) RGB: a memory map, or StreamedImages
+    images: StreamedImages    # uint8 (N, size, size, 3) RGB, or an array
     labels: np.ndarray        # int64 (N,), 0 .. P - 1: whose image
     people: np.ndarray        # str (P,): what the source calls them
-    hashes: np.ndarray        # uint64 (N,), of the image files (of pixels in older caches)
+    hashes: np.ndarray        # uint64 (N,), of the image files
     skipped: list             # numbers of the source's images that were left out as damaged
     source: object = None     # RecordSource or FolderSource
 
@@ -111,7 +138,7 @@ class FaceSet:
         return files.digest(content)[:16]
 
 
-# --------------------------------------------------------------------------------- cache
+# ------------------------------------------------------------------------------- loading
 
 def load(path, cfg, photos=True):
     """The FaceSet at `path`, looked at on first use by one run while others wait.
@@ -125,36 +152,17 @@ def load(path, cfg, photos=True):
         files.make_once(path, path.exists, lambda: toy.draw_set(
             path, t.identities, t.images, t.test_identities, t.test_pairs, cfg.data.size, t.seed))
     source = open_source(path)
-    say_passed_over(source)
-    mark = {'source': source.fingerprint(), 'on_size': cfg.data.on_size,
-            'on_corrupt': cfg.data.on_corrupt}
-    # A set that is decoded in another way has another cache, which may be in use
-    way = str(path.resolve()), cfg.data.on_size, cfg.data.on_corrupt
-    folder = Path(cfg.data.cache, f'{path.name}-{files.digest(repr(way).encode())[:10]}-'
-                                  f'{cfg.data.size}')
-    cached = run.on_rank_0(lambda: wants_cache(folder, mark, source, cfg, photos))
-    needs = ['hashes.npy', 'images.u8'][:1 + cached]
-    files.make_once(folder, lambda: is_current(folder, mark, needs),
-                    lambda: look_at_all(folder, mark, source, cfg, photos, cached))
-    skipped = json.loads((folder / 'source.json').read_text())['skipped']
+    for sentence in passed_over(source):
+        run.say(sentence)
+    hashes, skipped = first_look(path, source, cfg, photos)
     if skipped:
         run.say(f'{path}: {counted(len(skipped), "damaged image")} left out '
                 '(data.on_corrupt=skip)')
-    labels = np.delete(source.labels, skipped)
-    if cached:
-        shape = len(labels), cfg.data.size, cfg.data.size, 3
-        pixels = np.memmap(folder / 'images.u8', np.uint8, 'r', shape=shape)
-    else:
-        numbers = np.delete(np.arange(len(source.labels)), skipped)
-        pixels = StreamedImages(source, numbers, cfg)
-    mapped = pixels._mmap if cached else source.mapped()
-    if mapped and len(mapped) > MEMORY / 2:
-        # Of what the kernel reads ahead of random images, little is wanted before it is dropped
-        mapped.madvise(mmap.MADV_RANDOM)
-    hashes = np.load(folder / 'hashes.npy', allow_pickle=False)
     if copies := len(hashes) - len(np.unique(hashes)):
         run.say(f'{path}: {counted(copies, "image")} equal to another one of the set')
-    return FaceSet(path, pixels, labels, source.people, hashes, skipped, source)
+    numbers = np.delete(np.arange(len(source.labels)), skipped)
+    return FaceSet(path, StreamedImages(source, numbers, cfg), source.labels[numbers],
+                   source.people, hashes, skipped, source)
 
 
 def load_release(variant):
@@ -167,88 +175,65 @@ def load_release(variant):
     return load(path, variant.cfg, photos=False)
 
 
-def wants_cache(folder, mark, source, cfg, photos):
-    """Whether the images of a source are kept decoded, by data.decode; says how it decides.
+# --------------------------------------------------------------------------- the first look
 
-    auto: where they are already, or take at most a quarter of the free space on the disk of
-    data.cache and half of this machine's memory; those of a release at most 1 GiB.
-    """
-    if is_current(folder, mark, ['images.u8', 'hashes.npy']):
-        return cfg.data.decode != 'stream'
-    needed = len(source.labels) * cfg.data.size ** 2 * 3
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    limit = min(shutil.disk_usage(folder.parent).free / 4, MEMORY / 2)
-    cached = needed <= (limit if photos else min(limit, RELEASE))
-    if cfg.data.decode != 'auto':
-        cached = cfg.data.decode == 'cache'
-    run.say(f'{source.path}: {len(source.labels)} images, {needed / 1e9:.3g} GB decoded: ' + (
-        f'kept in {folder}' if cached else 'decoded whenever they are read') + ' (data.decode)')
-    return cached
+def first_look(path, source, cfg, photos):
+    """The hashes, uint64 (N,), of the sound image files of a source, and the numbers of the
+    damaged ones, a list, as the run folder keeps them for as long as the source stays the same."""
+    settings = {key: getattr(cfg.data, key) for key in ('size', 'on_size', 'on_corrupt')}
+    mark = json.dumps(settings | {'source': fingerprint(source)})
+    name = files.digest(repr([str(path.resolve()), settings]).encode())[:10]
+    saved = Path(cfg.run.folder, 'looks', f'{path.name}-{name}.npz')
+    files.make_once(saved, lambda: is_current(saved, mark),
+                    lambda: look_at_all(saved, mark, source, cfg, photos))
+    with np.load(saved, allow_pickle=False) as look:
+        return look['hashes'], look['skipped'].tolist()
 
 
-def is_current(folder, mark, needs):
-    """Whether the cache is of this source, and the files it `needs` are as long as when they were
-    made."""
+def is_current(saved, mark):
+    """Whether a file of first_look() is whole and of this source and these settings."""
     try:
-        about = json.loads((folder / 'source.json').read_text())
-        return about['mark'] == mark and all(
-            (folder / name).stat().st_size == about['bytes'][name] for name in needs)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        with np.load(saved, allow_pickle=False) as look:
+            content = {name: look[name] for name in ('mark', 'hashes', 'skipped')}   # check sums
+        return bool(content['mark'] == mark)
+    except Exception:          # damage can make any of many kinds
         return False
 
 
-def look_at_all(folder, mark, source, cfg, photos, cached):
-    """Decode all images of a source once, on all cores: `folder` gets the hashes of their files
-    and, if `cached`, their pixels.
+def look_at_all(saved, mark, source, cfg, photos):
+    """Decode all images of a source once, on all cores, and write what first_look() keeps.
 
     A damaged image ends it or is left out, as data.on_corrupt says. `photos`: see load().
     """
-    count = len(source.labels)
-    with files.replacing_folder(folder) as draft:
-        pixels = room_for(draft / 'images.u8', count, cfg.data.size) if cached else None
-        hashes, skipped, cut = np.zeros(count, np.uint64), [], []
-        log = StageLog(cfg.run.folder, f'cache/{folder.name}', count)
-        with ThreadPoolExecutor(run.cores()) as pool:
-            parts = pool.map(lambda first: look_at_part(
-                range(first, min(first + 256, count)), source, cfg, pixels, hashes, skipped, cut),
-                range(0, count, 256))
-            for _ in track(parts, f'decoding {source.path}', -(-count // 256), transient=True):
-                pass
-        good = np.delete(np.arange(count), sorted(skipped))
-        if not len(good):
-            raise InputError(f'{source.path}: not one image can be read: copy the data set again')
-        if cached:
-            for place, i in enumerate(good) if skipped else ():
-                pixels[place] = pixels[i]
-            pixels.flush()
-            os.truncate(draft / 'images.u8', len(good) * pixels[0].nbytes)
-        content = io.BytesIO()     # np.save into a file hides from its error that the disk is full
-        np.save(content, hashes[good])
-        (draft / 'hashes.npy').write_bytes(content.getvalue())
-        log(count, count, skipped=len(skipped))
-        lengths = {path.name: path.stat().st_size for path in draft.iterdir()}
-        (draft / 'source.json').write_text(json.dumps(
-            {'mark': mark, 'skipped': sorted(skipped), 'bytes': lengths}))
-        if cut:
-            run.say(f'warning: {counted(len(cut), "image")} of {source.path} not square: the '
-                    f'middle was cut out, as of {source.where(min(cut))}')
-        if photos and not toy.is_drawn(source.path):
-            warn_if_unaligned(pixels[:len(good)] if cached else StreamedImages(source, good, cfg),
-                              source.path)
+    count, damaged, cut = len(source.labels), [], []
+    hashes = np.zeros(count, np.uint64)
+    log = StageLog(cfg.run.folder, f'look/{saved.stem}', count)
+    parts = [range(first, min(first + PART, count)) for first in range(0, count, PART)]
+    with ThreadPoolExecutor(run.cores()) as pool:
+        looks = pool.map(lambda part: look_at(part, source, cfg, hashes), parts)
+        for some_damaged, some_cut in track(looks, f'looking at {source.path}', len(parts),
+                                            transient=True):
+            damaged += some_damaged
+            cut += some_cut
+    sound = np.delete(np.arange(count), damaged)
+    if not len(sound):
+        raise InputError(f'{source.path}: not one image can be read: copy the data set again')
+    if cut:
+        run.say(f'warning: {counted(len(cut), "image")} of {source.path} not square: the middle '
+                f'was cut out, as of {source.where(cut[0])}')
+    if photos and not toy.is_drawn(source.path):
+        warn_if_unaligned(StreamedImages(source, sound, cfg), source.path)
+    content = io.BytesIO()     # np.savez into a file hides from its error that the disk is full
+    np.savez(content, mark=mark, hashes=hashes[sound], skipped=np.array(damaged, np.int64))
+    with files.replacing(saved) as file:
+        file.write(content.getvalue())
+    log(count, count, skipped=len(damaged))
 
 
-def room_for(path, count, size):
-    """A map of a new file of `count` images, uint8 (count, size, size, 3)."""
-    with open(path, 'wb') as file:
-        # A full disk is an error here; while the map is written it would be a crash
-        os.posix_fallocate(file.fileno(), 0, count * size * size * 3)
-    return np.memmap(path, np.uint8, 'r+', shape=(count, size, size, 3))
-
-
-def look_at_part(numbers, source, cfg, pixels, hashes, skipped, cut):
-    """Decode the images `numbers` into their places in pixels (N, S, S, 3), unless it is None,
-    and the hashes of their files into hashes (N,); append to `skipped` those that are damaged and
-    may be left out, to `cut` those that are not square."""
+def look_at(numbers, source, cfg, hashes):
+    """Decode the images `numbers` and put the hashes of their files into hashes (N,); returns
+    which of them are damaged, and may be left out, and which are not square."""
+    damaged, cut = [], []
     for i in numbers:
         try:
             content = source.read(i)
@@ -257,14 +242,14 @@ def look_at_part(numbers, source, cfg, pixels, hashes, skipped, cut):
             if cfg.data.on_corrupt == 'stop':
                 raise InputError(f'{error}, or set data.on_corrupt=skip') from None
             run.say(f'left out: {error}')
-            skipped.append(i)
+            damaged.append(i)
             continue
         if image.shape[1] != image.shape[2]:
             cut.append(i)
-        image = images.fitted(image, source.where(i), cfg.data.size, cfg.data.on_size)
-        if pixels is not None:
-            pixels[i] = image
+        if cfg.data.on_size == 'refuse':
+            images.fitted(image, source.where(i), cfg.data.size, 'refuse')
         hashes[i] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+    return damaged, cut
 
 
 def warn_if_unaligned(photos, path):

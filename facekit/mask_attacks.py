@@ -1,14 +1,14 @@
 """Attackers who look at visible patches alone, because they know or guess the masks."""
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from torch import nn
 
-from facekit import run
+from facekit import protect, run
 from facekit.batches import Store
 from facekit.images import to_float
-from facekit.retrieval import Attack, Search
 
 
 def cells(chosen, side, device):
@@ -24,68 +24,63 @@ def cells(chosen, side, device):
     return torch.cat(colour), torch.cat(visible)
 
 
-def visible_cells(group, side, device):
-    """1 where a cell of a probe lies in a visible patch, float32 (n, 1, side, side)."""
-    if group.hidden is None:
-        return torch.ones(len(group.source), 1, side, side, device=device)
-    return repeat(1 - group.hidden.to(device), 'n (h w) -> n 1 (h p) (w q)', h=side // 2, p=2, q=2)
-
-
 class Patches:
     """Probes and gallery of an AttackGroup as side x side cells of colour, two by two a patch,
     which are compared where a weight says that they are visible."""
 
-    def __init__(self, group, device):
-        self.group, side = group, 32
+    def __init__(self, group):
+        self.group, self.side = group, 32
         if group.hidden is not None:
-            side = 2 * round(group.hidden.shape[1] ** 0.5)
-        self.side, originals = side, cells(group.originals, side, device)[0]
+            self.side = 2 * math.isqrt(group.hidden.shape[1])
+        originals, _ = cells(group.originals, self.side, group.device)
         self.own = originals[group.source]                               # (n, 3, side, side)
-        self.released, self.detail = cells(group.released, side, device)
+        self.released, self.detail = cells(group.released, self.side, group.device)
         # -sum w (a - b)^2 up to what does not depend on b, as an inner product
         self.gallery = torch.cat([originals, originals.square()], 1).flatten(1)
 
-    def search(self, colour, weight):
-        """The Search of `colour` (n, 3, side, side), where weight (n, 1, side, side) is not 0."""
+    def search(self, weight):
+        """The Search of the probes where weight (n, 1, side, side) is not 0."""
         probes, ceiling = (torch.cat([2 * weight * x, -weight.expand_as(x)], 1).flatten(1)
-                           for x in (colour, self.own))
-        return Search(probes, self.gallery, self.group.source, self.group.person,
-                      ceiling_probes=ceiling, embeddings=False)
+                           for x in (self.released, self.own))
+        return self.group.search(probes, self.gallery, ceiling_probes=ceiling, is_cosine=False)
+
+    def known(self):
+        """1 where a cell lies in a visible patch, float32 (n, 1, side, side)."""
+        if self.group.hidden is None:
+            return torch.ones_like(self.detail)
+        return protect.drawn(1 - self.group.hidden.to(self.group.device), 2)
 
     def by_look(self):
         """Searches of whoever sees in a released image which of its patches are visible: those
         with detail, those that are not grey."""
         coloured = (self.released - 0.5).abs().amax(1, keepdim=True) > 0.02
-        return {'patches with detail': self.search(self.released, self.detail),
-                'patches not grey': self.search(self.released, coloured.float())}
+        return {'patches with detail': self.search(self.detail),
+                'patches not grey': self.search(coloured.float())}
 
 
-def patchwork(group, cfg, device, original=False):
-    """Nearest original in the visible patches: the attacker who knows the mask and, as a curve,
-    those who guess it: by look, or by a net that learnt it from other people's protected images,
-    whose masks he knows. `original` has the visible patches of the original image instead of what
-    was released."""
-    if original and group.hidden is None:
-        return None
-    patches = Patches(group, device)
-    known = visible_cells(group, patches.side, device)
-    if original:
-        return Attack({'visible patches': patches.search(patches.own, known)})
-    learnt = known if group.hidden is None else patches.detail
-    if group.protection and group.hidden is not None:
-        learnt = F.interpolate(guess_masks(group, cfg, device), (patches.side,) * 2,
-                               mode='nearest')
-    guesses = patches.by_look() | {'learnt': patches.search(patches.released, learnt)}
-    return Attack({'known masks': patches.search(patches.released, known)}, {'mask': guesses})
+def masked(group, owned, cfg):
+    """The nearest original in the visible patches, by somebody who knows the masks."""
+    patches = Patches(group)
+    return {'known masks': patches.search(patches.known())}
 
 
-def guess_masks(group, cfg, device):
+def guess(group, owned, cfg):
+    """The same, by somebody who guesses the masks: by look, or by a net that learnt from other
+    people's protected images, whose masks he knows."""
+    patches = Patches(group)
+    if group.hidden is None:             # the method hides nothing, or nobody knows what it does
+        return patches.by_look() | {'all patches': patches.search(patches.known())}
+    learnt = F.interpolate(guess_masks(group, cfg), patches.side, mode='nearest')
+    return patches.by_look() | {'learnt': patches.search(learnt)}
+
+
+def guess_masks(group, cfg):
     """How likely each patch of the probes is visible, float32 (n, 1, g, g) of g x g patches.
 
     A small net that was trained on other people's images, protected by the attacker himself.
     """
     torch.manual_seed(0)
-    patch = cfg.mae.patch
+    patch, device = cfg.mae.patch, group.device
     net = nn.Sequential(
         nn.Conv2d(6, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 64, patch, patch), nn.ReLU(),
         nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 1, 1)).to(device)

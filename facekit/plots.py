@@ -37,16 +37,18 @@ def save_grid(rows, path, title=''):
         picture.save(file, 'PNG', optimize=True)
 
 
-def save_most_linked(attack, cosines, released, originals, path):
+def save_most_linked(attack, rank1, cosines, released, originals, path):
     """Write a picture of the ten released images whose originals an attacker is surest of.
 
-    cosines (n,): how alike it sees the n images of `released` and `originals`, ImageRows.
+    cosines (n,): how alike it sees the n images of `released` and `originals`, ImageRows; rank1:
+    of how many it finds the original.
     """
     best = cosines.argsort()[::-1][:10]
     rows = {label: torch.as_tensor(images.take(best).pixels()).permute(0, 3, 1, 2) / 255
             for label, images in (('original', originals), ('released', released))}
-    save_grid(rows, path, f'the ten surest links of the attacker "{attack}": cosine '
-              f'{cosines[best[0]]:.2f} to {cosines[best[-1]]:.2f}')
+    save_grid(rows, path, f'the {len(best)} surest links of "{attack}", which finds '
+              f'{100 * rank1:.0f} % of all: cosine {cosines[best[0]]:.2f} to '
+              f'{cosines[best[-1]]:.2f}')
 
 
 # ------------------------------------------------------------------------------- plots

@@ -4,6 +4,7 @@ Stages 2 and 4 share this code: an attacker who learns from other people's photo
 exactly as the release was protected.
 """
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -22,12 +23,9 @@ from facekit.images import decode, encode, to_float, to_uint8
 from facekit.keys import keyed, which_secret
 from facekit.split import private_digest
 
-# The key of the config that says how strong a method is
-STRENGTH = {'facemae': 'mask_ratio', 'mask': 'mask_ratio', 'blur': 'blur_sigma',
-            'pixelate': 'pixelate_block', 'noise': 'noise_std'}
 # The keys of section mae that decide a MAE's shapes
 SHAPE = 'patch', 'dim', 'depth', 'heads', 'decoder_dim', 'decoder_depth', 'decoder_heads'
-STD = 0.25      # grey levels in 0..1 are divided by this; one number, so that hue is within
+STD = 0.25      # of grey levels in 0..1; one for all channels: separate ones would shift the hue
 
 
 # -------------------------------------------------------------- the masked autoencoder
@@ -108,9 +106,23 @@ def load_maes(variant, folds, device):
             if cfg.reconstruct.method == 'facemae' else None for f in folds]
 
 
-def check_patches(size, patch, ratio):
-    """How many patches of an image a mask leaves, and how many there are; InputError where there
-    is no such mask."""
+# ------------------------------------------------------------------------------- masks
+# Training, releases, their check, attackers and tables all take masks from here, and here from
+# models.random_masking, which alone decides which patches are hidden.
+
+def patch_noise(seeds, cfg):
+    """The noise of images with seeds (B,), by which patches are hidden: int64 (B, L)."""
+    return batches.expanded(seeds, (cfg.data.size // cfg.mae.patch) ** 2)
+
+
+def hidden_patches(seeds, ratio, cfg):
+    """Which patches of images with seeds (B,) are hidden: float32 (B, L), 1 = hidden."""
+    return models.random_masking(patch_noise(seeds, cfg), ratio)[2]
+
+
+def visible_count(size, patch, ratio):
+    """How many patches of an image a mask leaves visible, and how many there are; InputError where
+    there is no such mask."""
     patches = (size // patch) ** 2
     try:
         keep, _, _ = models.random_masking(torch.zeros(1, patches), ratio)
@@ -119,64 +131,92 @@ def check_patches(size, patch, ratio):
     return keep.shape[1], patches
 
 
+def drawn(hidden, side):
+    """One value a patch (B, L) as squares of side x side pixels: (B, 1, H, W)."""
+    grid = math.isqrt(hidden.shape[1])
+    return repeat(hidden, 'b (h w) -> b 1 (h p) (w q)', h=grid, p=side, q=side)
+
+
+def greyed(x, hidden):
+    """Images (B, 3, H, W) in 0..1 with their hidden patches (B, L) grey."""
+    side = x.shape[-1] // math.isqrt(hidden.shape[1])
+    return torch.where(drawn(hidden, side) > 0, 0.5, x)
+
+
 # ------------------------------------------------------------------------- protections
+# Functions of one signature. x: float images (B, 3, H, W) in 0..1; seeds int64 (B,): of each image,
+# what masks and noise follow from; mae: the FaceMAE of the fold, or None. They return such images.
 
-def draws_mask(method):
-    """Whether a method hides patches."""
-    return STRENGTH.get(method) == 'mask_ratio'
-
-
-def masked(x, noise, ratio, patch):
-    """Images (B, 3, H, W) in 0..1 with hidden patches grey; noise (B, L)."""
-    mask = models.random_masking(noise, ratio)[2]                                 # (B, L)
-    side = x.shape[-1] // patch
-    hidden = repeat(mask, 'b (h w) -> b 1 (h p) (w q)', h=side, p=patch, q=patch)
-    return torch.where(hidden > 0, 0.5, x)
+def reconstructed(x, seeds, cfg, mae):
+    """What a masked autoencoder makes of the visible patches."""
+    return mae.reconstruct(x, patch_noise(seeds, cfg), cfg.reconstruct.mask_ratio, cfg)
 
 
-def pixelated(x, block):
-    """Images (B, 3, S, S) with each block x block square at its mean; the last ones may be cut."""
-    size = x.shape[-1]
+def masked(x, seeds, cfg, mae):
+    """The visible patches, the others grey."""
+    return greyed(x, hidden_patches(seeds, cfg.reconstruct.mask_ratio, cfg))
+
+
+def blurred(x, seeds, cfg, mae):
+    """A Gaussian blur."""
+    # Here, as only a blur is worth the three seconds that this import takes
+    from torchvision.transforms.v2.functional import gaussian_blur
+    sigma = cfg.reconstruct.blur_sigma
+    return gaussian_blur(x, 2 * math.ceil(3 * sigma) + 1, sigma)
+
+
+def pixelated(x, seeds, cfg, mae):
+    """Each block x block square at its mean; the last ones of a row or column may be cut."""
+    size, block = x.shape[-1], cfg.reconstruct.pixelate_block
     padded = F.pad(x, [0, -size % block] * 2, mode='replicate')
     small = reduce(padded, 'b c (h p) (w q) -> b c h w', 'mean', p=block, q=block)
     return repeat(small, 'b c h w -> b c (h p) (w q)', p=block, q=block)[..., :size, :size]
 
 
+def noisy(x, seeds, cfg, mae):
+    """Normal noise on every pixel."""
+    u = batches.uniform(batches.expanded(seeds, x.shape[1:].numel()))
+    return x + cfg.reconstruct.noise_std / 255 * math.sqrt(2) * torch.erfinv(2 * u - 1).view_as(x)
+
+
+def unprotected(x, seeds, cfg, mae):
+    """The photos themselves, to compare with."""
+    return x
+
+
+@dataclass
+class Method:
+    """A line of PROTECTIONS, by its name in reconstruct.method."""
+    function: Callable          # of the signature above
+    strength: str = ''          # key of section reconstruct that says how strong it is
+    draws_mask: bool = False    # whether it hides patches, of which no pixel may then be told
+
+
+PROTECTIONS = {
+    'facemae': Method(reconstructed, strength='mask_ratio', draws_mask=True),
+    'mask': Method(masked, strength='mask_ratio', draws_mask=True),
+    'blur': Method(blurred, strength='blur_sigma'),
+    'pixelate': Method(pixelated, strength='pixelate_block'),
+    'noise': Method(noisy, strength='noise_std'),
+    'none': Method(unprotected),
+}
+
+
+def method_of(cfg):
+    """The Method of a config."""
+    return PROTECTIONS[cfg.reconstruct.method]
+
+
 @dataclass
 class Protection:
-    """A method of reconstruct.method with its settings and, for facemae, its model."""
+    """The method of a config, with its settings and, for facemae, its model."""
     cfg: object               # the config
     mae: FaceMAE | None       # of the fold whose people are protected
 
     @torch.inference_mode()
     def __call__(self, faces, seeds):
-        """Images as they are released: uint8 (B, H, W, 3) -> uint8 (B, H, W, 3).
-
-        seeds (B,) int64 alone decide masks and noise. Methods facemae and mask never read a
-        hidden pixel.
-        """
-        c, size, x = self.cfg.reconstruct, faces.shape[1], to_float(faces)
-        if draws_mask(c.method):
-            noise = self.patch_noise(seeds, size)
-        match c.method:
-            case 'mask':
-                x = masked(x, noise, c.mask_ratio, self.cfg.mae.patch)
-            case 'blur':
-                # Here, as only a blur is worth the three seconds that this import takes
-                from torchvision.transforms.v2.functional import gaussian_blur
-                x = gaussian_blur(x, 2 * math.ceil(3 * c.blur_sigma) + 1, c.blur_sigma)
-            case 'pixelate':
-                x = pixelated(x, c.pixelate_block)
-            case 'noise':
-                u = batches.uniform(batches.expanded(seeds, 3 * size * size))
-                x = x + c.noise_std / 255 * math.sqrt(2) * torch.erfinv(2 * u - 1).view_as(x)
-            case 'facemae':
-                x = self.mae.reconstruct(x, noise, c.mask_ratio, self.cfg)
-        return to_uint8(x)
-
-    def patch_noise(self, seeds, size):
-        """What decides which patches are hidden: int64 (B, L) from seeds (B,)."""
-        return batches.expanded(seeds, (size // self.cfg.mae.patch) ** 2)
+        """Images as they are released: uint8 (B, H, W, 3) and seeds int64 (B,) -> uint8 alike."""
+        return to_uint8(method_of(self.cfg).function(to_float(faces), seeds, self.cfg, self.mae))
 
     def encoded(self, faces):
         """Protected images, uint8 (B, H, W, 3), numpy, as they are once encoded and decoded, which
@@ -232,7 +272,8 @@ def plan_release(folds, secret, cfg):
     when somebody is added or taken out, while label numbers close up.
     """
     c, private = cfg.reconstruct, folds[0].private
-    release = cfg.run.row, cfg.run.seed, c.method, getattr(c, STRENGTH.get(c.method, ''), '')
+    strength = method_of(cfg).strength
+    release = cfg.run.row, cfg.run.seed, c.method, getattr(c, strength) if strength else ''
     fold = np.repeat(np.arange(len(folds)), [len(f.released) for f in folds])
     image = np.concatenate([f.released for f in folds])
     people, person = np.unique(private.labels[image], return_inverse=True)
@@ -266,7 +307,7 @@ def release_premises(folds, maes, secret):
 def release_keys(cfg):
     """Sections and keys of a config on which its release depends."""
     keys = ['reconstruct', 'data.size', 'data.folds', 'data.release_folds', 'run.seed']
-    return [*keys, 'mae.patch'] if draws_mask(cfg.reconstruct.method) else keys
+    return [*keys, 'mae.patch'] if method_of(cfg).draws_mask else keys
 
 
 def check_release(variant, premises):

@@ -185,138 +185,63 @@ def pack(data):
                     for kind, x in zip(kinds, parts))
 
 
-class RecordWriter:
-    """Writes a set in insightface's layout image by image, and continues one that was killed.
+def write_records(folder, images, labels, size):
+    """Write a set in insightface's layout, or nothing: train.rec, train.idx and property.
 
-        with RecordWriter('out', labels, size=112, block=2048) as writer:
-            writer.add(files[writer.count:])        # as often as needed
-            writer.finish()
-
-    labels: as many integers as images, those of identity 0 first, then 1, and so on; size: width
-    and height in pixels. train.rec, train.idx and property appear with finish(), train.rec last.
-    What another writer of the same set left is continued behind its last whole block of images,
-    and overwritten without `block`. Memory does not grow with the set.
+    images: image files, an iterable of bytes, of which one is in memory at a time; labels: as many
+    integers, those of identity 0 first, then 1, and so on; size: width and height in pixels.
+    Returns the number of images; raises InputError for other labels, or no images.
 
     Where labels has a length and shows that there are more images and identities than a float32
     header can count (2**24), there is none: keys are 0, 1, ... as im2rec writes them, and
-    arcface_torch then reads all of them. Raises InputError for other labels, or no images.
+    arcface_torch then reads all of them.
     """
-
-    def __init__(self, folder, labels, size, block=None):
-        self.folder, self.labels, self.size = Path(folder), iter(labels), size
-        self.first = 1 if has_header(labels) else 0      # key of the first image
-        self.count, self.starts = 0, []                  # images; key of each identity's first one
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.drafts = [self.folder / f'{name}.tmp' for name in ('train.rec', 'train.idx')]
-        rec, index = (draft.with_suffix('') for draft in self.drafts)
-        if block and index.exists() and not rec.exists():      # killed while finish() renamed them
-            index.rename(self.drafts[1])
-        for draft in self.drafts:
-            draft.touch()
-        self.rec, self.index = (open(draft, 'r+b') for draft in self.drafts)
-        if not block or not self._continue(block, len(labels)):
-            for file in (self.rec, self.index):
-                file.truncate(0)
-                file.seek(0)
-            self.index.write(b'0\t0\n')
-            if self.first:
-                self._put([0, 0], 0, b'')    # holds the place of the header, which finish() writes
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.rec.close()
-        self.index.close()
-
-    def _continue(self, block, total):
-        """Take over the whole blocks of images in the drafts; returns whether there are any."""
-        text, size = self.index.read(), self.drafts[0].stat().st_size
-        ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord('\n')) + 1
-
-        def begin(count):                    # byte at which the next record begins
-            key = self.first + count
-            return int(text[ends[key - 1]:ends[key]].split(b'\t')[1])
-
-        count = min(len(ends) - 1 - self.first, total)
-        while count > 0 and (count % block and count < total or begin(count) > size):
-            count -= 1
-        if count > 0:
-            self.rec.truncate(begin(count))
-            self.index.truncate(ends[self.first + count])
-            for file in (self.rec, self.index):
-                file.seek(0, 2)
-            for label in itertools.islice(self.labels, count):
-                self._count(label)
-        return count > 0
-
-    def _put(self, label, key, image):
-        """Write a record; the index of a draft says where the next one will begin, too."""
-        self.rec.write(pack(payload(label, key, image)))
-        self.index.write(b'%d\t%d\n' % (key + 1, self.rec.tell()))
-
-    def _count(self, label):
-        """Take note of the next image's label."""
-        if label == len(self.starts):
-            self.starts.append(self.first + self.count)
-        self.count += 1
-
-    def _refuse(self, image, label):
-        raise InputError(
-            f'{self.folder}: image {self.count} ({len(image)} bytes) has label {label} after '
-            f'{len(self.starts)} identities: give one image file for each label, sorted by '
-            'identity, counted from 0')
-
-    def add(self, images):
-        """Append image files (an iterable of bytes) with the labels that are next."""
-        for image in images:
-            label = next(self.labels, None)
-            allowed = range(max(len(self.starts) - 1, 0), len(self.starts) + 1)
-            if not 0 < len(image) < LONGEST - 24 or label not in allowed:
-                self._refuse(image, label)
-            self._put(int(label), self.first + self.count, image)
-            self._count(label)
-        self.rec.flush()
-        os.fsync(self.rec.fileno())          # before the index tells of it
-        self.index.flush()
-
-    def finish(self):
-        """Write the identities and the header; then the set is there."""
-        end = self.first + self.count
-        if (label := next(self.labels, None)) is not None:
-            self._refuse(b'', label)
-        if not self.starts or len(self.starts) > EXACT or (
-                self.first and end + len(self.starts) > EXACT):
-            raise InputError(
-                f'{self.folder}: {self.count} images of {len(self.starts)} identities do not make '
-                'a set: give at least one, and labels as an array if they are many')
-        if self.first:
-            for number, bounds in enumerate(itertools.pairwise([*self.starts, end])):
-                self._put(list(bounds), end + number, b'')
-            self.rec.seek(0)
-            self.rec.write(pack(payload([end, end + len(self.starts)], 0, b'')))
-        next_one = b'%d\t%d\n' % (end + len(self.starts) * self.first, self.rec.seek(0, 2))
-        self.index.truncate(self.index.tell() - len(next_one))
-        for file in (self.rec, self.index):
+    folder = Path(folder)
+    # The files appear when they are left, train.rec last
+    with (replacing(folder / 'train.rec') as rec, replacing(folder / 'train.idx') as index,
+          replacing(folder / 'property') as about):
+        count, identities = put_records(rec, index, images, labels, folder)
+        about.write(b'%d,%d,%d' % (identities, size, size))
+        for file in (rec, index, about):         # a full disk is said before the first appears
             file.flush()
-            os.fsync(file.fileno())          # see files.replacing()
-        with replacing(self.folder / 'property') as about:
-            about.write(b'%d,%d,%d' % (len(self.starts), self.size, self.size))
-        for draft in reversed(self.drafts):
-            draft.replace(draft.with_suffix(''))
+            os.fsync(file.fileno())
+    return count
 
 
-def write_records(folder, images, labels, size):
-    """Writes a set at once, or nothing: image files (an iterable of bytes) and their labels, as
-    RecordWriter takes them; returns their number."""
-    with RecordWriter(folder, labels, size) as writer:
-        try:
-            writer.add(images)
-            writer.finish()
-        finally:
-            for draft in writer.drafts:
-                draft.unlink(missing_ok=True)
-    return writer.count
+def put_records(rec, index, images, labels, folder):
+    """Write the records of a set and their index; returns how many images and identities it has.
+    See write_records(); `folder` is named where something is wrong."""
+    first = 1 if has_header(labels) else 0     # key of the first image
+    count, starts = 0, []                      # images; key of each identity's first one
+
+    def put(label, key, image):
+        index.write(b'%d\t%d\n' % (key, rec.tell()))
+        rec.write(pack(payload(label, key, image)))
+
+    if first:
+        put([0, 0], 0, b'')                    # holds the place of the header
+    for image, label in itertools.zip_longest(images, labels):
+        allowed = range(max(len(starts) - 1, 0), len(starts) + 1)
+        if label not in allowed or image is None or not 0 < len(image) < LONGEST - 24:
+            raise InputError(
+                f'{folder}: image {count} ({len(image or b"")} bytes) has label {label} after '
+                f'{len(starts)} identities: give one image file for each label, sorted by '
+                'identity, counted from 0')
+        if label == len(starts):
+            starts.append(first + count)
+        put(int(label), first + count, image)
+        count += 1
+    end = first + count
+    if not starts or len(starts) > EXACT or (first and end + len(starts) > EXACT):
+        raise InputError(
+            f'{folder}: {count} images of {len(starts)} identities do not make a set: give at '
+            'least one, and labels as an array if they are many')
+    if first:
+        for number, bounds in enumerate(itertools.pairwise([*starts, end])):
+            put(list(bounds), end + number, b'')
+        rec.seek(0)
+        rec.write(pack(payload([end, end + len(starts)], 0, b'')))
+    return count, len(starts)
 
 
 def has_header(labels):

@@ -7,32 +7,9 @@ from rich import box
 from rich.table import Column, Table
 
 from facekit import verification
-from facekit.protect import check_patches, draws_mask
+from facekit.attacks import ATTACKERS
+from facekit.protect import PROTECTIONS, visible_count
 
-
-@dataclass
-class Attacker:
-    """What tables say of an attacker."""
-    has: str               # beside the released images
-    counts: bool = True    # False: holds more than the release, so is never the strongest attacker
-
-
-ATTACKERS = {
-    'judge': Attacker('a recogniser that this kit trained on other people'),
-    'teacher': Attacker('the very recogniser that shaped the release'),
-    'dlib': Attacker("a published recogniser, dlib's, which anybody can install"),
-    'pixels': Attacker('nothing: compares 16 x 16 pixels, or patches that look visible'),
-    'linear': Attacker('released images of other people and their originals: a linear map'),
-    'insider': Attacker('the release: trains a recogniser on it'),
-    'masked': Attacker('the masks: compares visible pixels only', counts=False),
-    'guess': Attacker('a guess of the masks: compares visible pixels only'),
-    'visible': Attacker('the unmasked patches of the original itself', counts=False),
-    'trained': Attacker('the same pairs as linear: trains a recogniser to see both alike'),
-    'class': Attacker("the labels: averages half of a person's images, and the other photos",
-                      counts=False),
-    'repeated': Attacker('eight releases of the same photos with other masks', counts=False),
-    'membership': Attacker('the recogniser trained on the release', counts=False),
-}
 QUESTIONS = {'person': 'same_person', 'photo': 'same_image'}     # by its word in tables
 LEAKAGE = {            # titles of the tables of attackers, by question and figure
     ('same_person', 'rank1'):
@@ -40,7 +17,9 @@ LEAKAGE = {            # titles of the tables of attackers, by question and figu
     ('same_person', 'each_person_once'):
         'person, where each person counts once, with many photos or few, %',
     ('same_image', 'rank1'):
-        'photo: among all originals, the very photo it was made from comes first, %'}
+        'photo: among all originals, the very photo it was made from comes first, %',
+    ('label', 'rank1'):
+        "label: of the means of all people's originals, the person's comes first, %"}
 MEASURES = {'acc.': 'accuracy', 'AUC': 'auc', 'TAR@1%': 'tar@far=1e-2'}
 ROUNDED = 0.15     # points by which a mean and a deviation of one digit may be off
 WIDE = 4           # attackers side by side in 80 columns
@@ -101,8 +80,12 @@ class Row:
 def comparable(rows):
     """Names of the attackers that count and were tried on every seed of all rows: the strongest of
     few is weaker than that of many."""
+    def counts(name):
+        attacker = ATTACKERS.get(name)              # None: a recogniser that the user named
+        return not attacker or attacker.counts and 'same_person' in attacker.questions
+
     tried = set.intersection(*(set(names) for row in rows for names in row.figures('attacked')))
-    return [name for name in ordered(tried) if name not in ATTACKERS or ATTACKERS[name].counts]
+    return [name for name in ordered(tried) if counts(name)]
 
 
 def ordered(names):
@@ -173,7 +156,7 @@ def leakage_tables(rows):
     for (question, key), title in LEAKAGE.items():
         names = ordered({name.removesuffix(f'_{question}') for row in rows
                          for privacy in row.figures('privacy') for name in privacy
-                         if name.endswith(question) and key in privacy[name]})
+                         if name.endswith(f'_{question}') and key in privacy[name]})
         for some in (names[i:i + WIDE] for i in range(0, len(names), WIDE)):
             paths = [('privacy', f'{name}_{question}') for name in some]
             lines = [[row.name, *(percent(row.figures(*path, key), row.figures(*path, f'{key}_ci'))
@@ -203,10 +186,11 @@ def visible_patches(config):
     c = config['reconstruct']
     if config['release']:
         return 'unknown'
-    if not draws_mask(c['method']):
+    if not PROTECTIONS[c['method']].draws_mask:
         return 'all'
-    return '{} of {}'.format(*check_patches(config['data']['size'], config['mae']['patch'],
-                                            c['mask_ratio']))
+    visible, patches = visible_count(config['data']['size'], config['mae']['patch'],
+                                     c['mask_ratio'])
+    return f'{visible} of {patches}'
 
 
 def membership_table(rows):

@@ -1,10 +1,10 @@
 """Retrieval: how often a probe finds what it was made from among all originals, exactly.
 
-Two questions are asked of every attack, each with its chance level and its ceiling (originals as
-probes). *same_image*: is the very original first? *same_person*: is another photo of the same
-person first?
+Each question has its chance level and its ceiling (originals as probes). *same_image*: does the
+very original come first? *same_person*: does another photo of the person come first? *label*, of
+means of a person's images: does the person's own mean come first?
 """
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,122 +19,129 @@ PROBES = 512         # probes that are ranked at a time
 
 @dataclass
 class Search:
-    """Probes and a gallery, compared by inner product."""
+    """Probes and a gallery, compared by inner product on a device; both may lie on the host."""
     probes: torch.Tensor               # float32 (n, d)
-    gallery: torch.Tensor              # float32 (N, d); may lie on the host, probes on the device
+    gallery: torch.Tensor              # float32 (N, d)
     source: np.ndarray                 # int64 (n,): gallery item that each probe was made from
-    person: np.ndarray | None          # int64 (N,): whose item; None = each item is one person
+    person: np.ndarray                 # int64 (N,): whose item
+    device: torch.device
     ceiling_probes: torch.Tensor | None = None   # originals as probes; None = gallery[source]
-    embeddings: bool = True            # whether both are unit vectors that a net or pixels gave
-    centre: torch.Tensor | None = None     # float32 (d,): see taken()
-
-    def compares_images(self):
-        """Whether probes and gallery are unit vectors of single images, so that scores are
-        cosines."""
-        return self.embeddings and self.person is not None
+    is_cosine: bool = True             # whether probes and gallery are unit vectors
+    centre: torch.Tensor | None = None           # float32 (d,), subtracted from gallery items
 
     def centred(self):
-        """The same without the mean embedding of each side, which costs an attacker nothing.
+        """The same without the mean embedding of each side.
 
-        A distortion moves all images in one direction, behind which a recogniser otherwise loses
-        much of what it sees: of a blur or noise a third and more.
+        Blur and noise shift all embeddings alike; uncentred, the judge finds a third fewer.
         """
-        def away(z):
-            return None if z is None else F.normalize(z - z.mean(0))
+        ceiling_probes = self.ceiling_probes
+        if ceiling_probes is not None:
+            ceiling_probes = F.normalize(ceiling_probes - ceiling_probes.mean(0))
+        return replace(self, probes=F.normalize(self.probes - self.probes.mean(0)),
+                       ceiling_probes=ceiling_probes, centre=self.gallery.mean(0))
 
-        return replace(self, probes=away(self.probes), centre=self.gallery.mean(0),
-                       ceiling_probes=away(self.ceiling_probes))
+    def items(self, chosen):
+        """Gallery items on the device. They are centred here, so that no second gallery is needed
+        in memory."""
+        if torch.is_tensor(chosen):
+            chosen = chosen.to(self.gallery.device)
+        items = self.gallery[chosen].to(self.device, non_blocking=True)
+        if self.centre is None:
+            return items
+        return F.normalize(items - self.centre.to(self.device), dim=-1)
 
+    def some_probes(self, chosen, originals=False):
+        """Probes (b, d) on the device, by their numbers (b,), or the originals in their place."""
+        probes = self.ceiling_probes if originals else self.probes
+        if probes is None:
+            return self.items(torch.as_tensor(self.source)[chosen.cpu()])
+        return probes[chosen.to(probes.device)].to(self.device)
 
-@dataclass
-class Attack:
-    """What one attacker tries on one group."""
-    ways: dict                 # {name: Search}, with all it has; of these the best counts
-    # {series: {x: Search}}: the same with more or less effort, x = a number or a name
-    curves: dict = field(default_factory=dict)
+    def ids(self, question):
+        """Ids of probes (n,) and gallery (N,), on the device: the items with a probe's id are its
+        targets. And the item that is excluded from each probe's gallery (n,), or None."""
+        source = torch.as_tensor(self.source, device=self.device)
+        if question == 'same_person':
+            person = torch.as_tensor(self.person, device=self.device)
+            return person[source], person, source
+        return source, torch.arange(len(self.gallery), device=self.device), None
+
+    def scores_of_sources(self):
+        """The score of each probe with its own original, float32 (n,), numpy."""
+        parts = torch.arange(len(self.source)).split(BLOCK)
+        source = torch.as_tensor(self.source)
+        return torch.cat([(self.some_probes(part) * self.items(source[part])).sum(1).cpu()
+                          for part in parts]).numpy()
 
 
 @dataclass
 class Ranking:
-    """How m probes fare, float32 or int64 (m,) each, on the CPU."""
+    """How the m probes fare that have a target, float32 or int64 (m,) each, on the CPU."""
     first: torch.Tensor        # how likely a target comes first: 0 or 1, or its share of a tie
     chance: torch.Tensor       # the same by guessing
     probe: torch.Tensor        # int64: which probe
 
 
-# -------------------------------------------------------------------------------- search
+# ------------------------------------------------------------------------------- ranking
 
-def taken(gallery, some, device, centre=None):
-    """Rows of a gallery (N, d) on the device; where a centre (d,) is taken from them, as unit
-    vectors again. So no second gallery is in memory."""
-    rows = gallery[some].to(device, non_blocking=True)
-    return rows if centre is None else F.normalize(rows - centre.to(device), dim=-1)
-
-
-def search(probes, gallery, probe_ids, gallery_ids, exclude=None, block=BLOCK, centre=None):
-    """Find out which probes find a target first, exactly and in bounded memory.
-
-    probes (n, d), gallery (N, d): float32; ids int64, with probes: the items with the probe's id
-    are its targets, except item exclude[i]. The gallery may lie on the host; each process takes a
-    share of the probes. Returns the Ranking of the probes that have a target. centre: see taken().
-    """
+def rank(search, question, originals=False, block=BLOCK):
+    """The Ranking of a Search, or that of the originals as probes; exact, in bounded memory. Each
+    process takes a share of the probes."""
+    probe_ids, gallery_ids, excluded = search.ids(question)
     order = gallery_ids.argsort(stable=True)
-    first = torch.searchsorted(gallery_ids[order], probe_ids)
+    begin = torch.searchsorted(gallery_ids[order], probe_ids)
     end = torch.searchsorted(gallery_ids[order], probe_ids, right=True)
-    widest = int((end - first).max())
-    shares = torch.arange(len(probes), device=probes.device).split(PROBES)
+    most = int((end - begin).max())
+    parts = torch.arange(len(probe_ids), device=search.device).split(PROBES)
 
     def ranked(number):
-        part = shares[number]
-        slot = first[part, None] + torch.arange(widest, device=probes.device)        # (b, m)
-        target, valid = order[slot.clamp(max=len(order) - 1)], slot < end[part, None]
-        if exclude is not None:
-            valid &= target != exclude[part, None]
+        part = parts[number]
+        place = begin[part, None] + torch.arange(most, device=search.device)         # (b, m)
+        target, valid = order[place.clamp(max=len(order) - 1)], place < end[part, None]
+        if excluded is not None:
+            valid &= target != excluded[part, None]
         part, target, valid = (t[valid.any(1)] for t in (part, target, valid))
-        same = probe_ids[part, None], gallery_ids[None]
-        found = find(probes[part], gallery, target, valid, same, block, centre)
-        chance = valid.sum(1) / (len(gallery) - (exclude is not None))
-        return [t.cpu() for t in (found, chance, part)]
+        first = share_of_first(search, search.some_probes(part, originals), target, valid,
+                               (probe_ids[part], gallery_ids), block)
+        chance = valid.sum(1) / (len(gallery_ids) - (excluded is not None))
+        return [t.cpu() for t in (first, chance, part)]
 
-    return Ranking(*(torch.cat(x) for x in zip(*dealt(len(shares), ranked))))
+    return Ranking(*(torch.cat(parts_) for parts_ in zip(*dealt(len(parts), ranked))))
 
 
-def find(probes, gallery, target, valid, same, block, centre):
+def share_of_first(search, probes, target, valid, ids, block):
     """How likely a target comes first where ties are drawn by lot, float32 (b,).
 
-    target, valid (b, m): gallery items to find, and which of the m count; same: ids (b, 1) and
-    (1, N), equal where an item is no distractor.
+    probes (b, d); target, valid (b, m): gallery items to find, and which of the m count; ids (b,)
+    of the probes and (N,) of the gallery: equal where an item is no distractor.
     """
-    device = probes.device
-    wanted = torch.cat([
-        exact(probes[:, None], taken(gallery, some.to(gallery.device), device, centre))
-        for some in target.split(32, 1)], 1).masked_fill(~valid, -torch.inf)
-    best = wanted.amax(1, keepdim=True)
-    above, tied = torch.zeros(2, len(probes), device=device)
-    for begin in range(0, len(gallery), block):
+    scores = torch.cat([exact(probes[:, None], search.items(some))
+                        for some in target.split(32, 1)], 1).masked_fill(~valid, -torch.inf)
+    best = scores.amax(1, keepdim=True)
+    above, tied = torch.zeros(2, len(probes), device=search.device)
+    for begin in range(0, len(search.gallery), block):
         some = slice(begin, begin + block)
-        rows = taken(gallery, some, device, centre)
-        more, equal = compared(probes, rows, best, same[0] == same[1][:, some])
+        more, equal = compared(probes, search.items(some), best, ids[0][:, None] == ids[1][some])
         above += more
         tied += equal
-    targets = (wanted == best).sum(1)
+    targets = (scores == best).sum(1)
     return torch.where(above == 0, targets / (targets + tied), 0)
 
 
-def compared(probes, rows, best, same):
-    """How many `rows` (N, d) have an exact() score above best (b, 1), and how many an equal one:
+def compared(probes, items, best, same):
+    """How many `items` (N, d) have an exact() score above best (b, 1), and how many an equal one:
     int64 (b,) twice; same (b, N): which do not count.
 
     A product in float32 decides, and float64 where that could be wrong: it is slow on most GPUs.
     """
-    score = (probes @ rows.T).masked_fill(same, -torch.inf)
+    score = (probes @ items.T).masked_fill(same, -torch.inf)
     # Twice what rounding can change in a sum of d products
     doubt = (probes.shape[1] * torch.finfo(torch.float32).eps
-             * probes.norm(dim=1, keepdim=True) * rows.norm(dim=1).amax())
+             * probes.norm(dim=1, keepdim=True) * items.norm(dim=1).amax())
     close = ((score - best).abs() <= doubt).nonzero()
     for some in close.split(16384):
-        probe, row = some.unbind(1)
-        score[probe, row] = exact(probes[probe], rows[row])
+        probe, item = some.unbind(1)
+        score[probe, item] = exact(probes[probe], items[item])
     return (score > best).sum(1), (score == best).sum(1)
 
 
@@ -149,65 +156,57 @@ def exact(a, b):
 
 # ------------------------------------------------------------------------------- figures
 
-def questions(s):
-    """{kind: (probe ids, gallery ids, excluded items)} of a Search, as tensors."""
-    device = s.probes.device
-    source = torch.as_tensor(s.source, device=device)
-    numbers = torch.arange(len(s.gallery), device=device)
-    if s.person is None:
-        return {'same_person': (source, numbers, None)}
-    person = torch.as_tensor(s.person, device=device)
-    return {'same_image': (source, numbers, None),
-            'same_person': (person[source], person, source)}
+@dataclass
+class BestWay:
+    """The way of an attacker that finds most, for one question, over all groups."""
+    name: str
+    question: str
+    searches: list             # a Search a group
+    rankings: list             # the Ranking of each
+
+    def figures(self):
+        """What results.json has of it."""
+        ceilings = [rank(s, self.question, originals=True) for s in self.searches]
+        person = np.concatenate([s.person[s.source[r.probe.numpy()]]
+                                 for s, r in zip(self.searches, self.rankings)])
+        return summary(self.rankings, ceilings, person) | {'way': self.name}
+
+    def cosines(self):
+        """Cosine of each probe with its own original, float32 (n,); None if scores are none."""
+        if not all(s.is_cosine for s in self.searches):
+            return None
+        return np.concatenate([s.scores_of_sources() for s in self.searches])
 
 
-def figures_of(attacks):
-    """One attacker's Attacks on all groups, pooled: {kind: figures of results.json}.
+def best_ways(attempts, questions):
+    """{question: BestWay} of what one attacker tries, {name of a way: Search} a group.
 
-    Embeddings are compared as they are and centred; each question takes the way that finds most.
+    Embeddings are compared as they are and centred.
     """
-    results = {}
-    for name in attacks[0].ways:
-        for suffix, searches in centrings([attack.ways[name] for attack in attacks]).items():
-            for kind, figures in pooled(searches).items():
-                if kind not in results or figures['rank1'] > results[kind]['rank1']:
-                    results[kind] = figures | {'way': name + suffix}
-    for kind in results:
-        if curves := curves_of(attacks, kind):
-            results[kind]['curve'] = curves
-    return results
+    best = {}
+    for name in attempts[0]:
+        plain = [searches[name] for searches in attempts]
+        versions = {name: plain}
+        if all(s.is_cosine for s in plain):
+            versions[f'{name}, centred'] = [s.centred() for s in plain]
+        for way, searches in versions.items():
+            for question in questions:
+                rankings = [rank(s, question) for s in searches]
+                if question in best and rank1(rankings) <= rank1(best[question].rankings):
+                    continue
+                if any(len(r.first) for r in rankings):
+                    best[question] = BestWay(way, question, searches, rankings)
+    return best
 
 
-def centrings(searches):
-    """{'': the Searches of all groups, ', centred': the same centred, if they are embeddings}."""
-    if not all(s.embeddings for s in searches):
-        return {'': searches}
-    return {'': searches, ', centred': [s.centred() for s in searches]}
-
-
-def pooled(searches):
-    """Searches of all groups as one: {kind: figures}."""
-    rankings, ceilings, people, offset = {}, {}, {}, 0
-    for s in searches:
-        perfect = s.ceiling_probes
-        if perfect is None:
-            perfect = taken(s.gallery, torch.as_tensor(s.source), s.probes.device, s.centre)
-        # Without person, numbers of another group are other people
-        names = s.source + offset if s.person is None else s.person[s.source]
-        offset += len(s.gallery)
-        for kind, question in questions(s).items():
-            ranking = search(s.probes, s.gallery, *question, centre=s.centre)
-            if len(ranking.first):
-                rankings.setdefault(kind, []).append(ranking)
-                ceilings.setdefault(kind, []).append(
-                    search(perfect, s.gallery, *question, centre=s.centre))
-                people.setdefault(kind, []).append(names[ranking.probe.numpy()])
-    return {kind: summary(rankings[kind], ceilings[kind], np.concatenate(people[kind]))
-            for kind in rankings}
+def rank1(rankings):
+    """Share of probes whose target comes first, over several Rankings."""
+    return torch.cat([r.first for r in rankings]).mean(dtype=torch.float64).item()
 
 
 def summary(rankings, ceilings, person):
-    """Pooled Rankings, and those of originals as probes, as figures; person (m,) of each probe."""
+    """Rankings of all groups, and those of originals as probes, as figures; person (m,) of each
+    probe."""
     first, chance = (torch.cat([getattr(r, name) for r in rankings]).numpy()
                      for name in ('first', 'chance'))
     who, count = np.unique(person, return_inverse=True, return_counts=True)[1:]
@@ -217,46 +216,3 @@ def summary(rankings, ceilings, person):
             'rank1_ci': verification.interval(first, person), 'each_person_once': float(once),
             'chance': float(chance.mean(dtype=float)), 'probes': len(first),
             'people': len(count), 'ceiling': rank1(ceilings)}
-
-
-def rank1(rankings):
-    """Share of probes whose best target comes first, over several Rankings."""
-    return torch.cat([r.first for r in rankings]).mean(dtype=torch.float64).item()
-
-
-def curves_of(attacks, kind):
-    """{series: {x: rank 1}} of the curves of Attacks that all groups have."""
-    curves = {}
-    for series, searches in attacks[0].curves.items():
-        for x in searches:
-            points = [s for s in (attack.curves[series][x] for attack in attacks)
-                      if kind in questions(s)]
-            if points:
-                curves.setdefault(series, {})[str(x)] = max(
-                    rank1([search(s.probes, s.gallery, *questions(s)[kind], centre=s.centre)
-                           for s in some]) for some in centrings(points).values())
-    return curves
-
-
-@dataclass
-class Cosines:
-    """What a recogniser says of the pairs (probe, original)."""
-    true: np.ndarray           # float32 (n,): of each probe and its own original
-    others: np.ndarray         # float32 (n,): of each probe and an original of another person
-
-
-def cosines_of(attacks):
-    """The Cosines of one attacker's Attacks on all groups, or None if they do not compare single
-    images."""
-    values = {'true': [], 'others': []}
-    for attack in attacks:
-        s, rng = next(iter(attack.ways.values())), np.random.default_rng(0)
-        if not s.compares_images() or len(np.unique(s.person)) < 2:
-            return None
-        other = verification.of_others(s.person, s.source, rng)
-        true, others = (
-            (s.probes * s.gallery[torch.as_tensor(rows)].to(s.probes.device)).sum(1).cpu().numpy()
-            for rows in (s.source, other))
-        values['true'].append(true)
-        values['others'].append(others)
-    return Cosines(*(np.concatenate(x) for x in values.values()))

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import datetime
 import errno
+import math
 import os
 import re
 import shlex
@@ -27,6 +28,9 @@ from facekit.config import CONFIGS, namespace, resolve
 from facekit.errors import InputError, printable
 
 VERSION = '2.0'
+GROUP_FILES = {     # of a control group's memory: the limit, what is used, what of it caches files
+    '': ('memory.max', 'memory.current', 'inactive_file'),                          # version 2
+    'memory': ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')}
 TIMEOUT = datetime.timedelta(days=1)    # of who waits for rank 0, which may look at 42 M images
 
 
@@ -117,6 +121,11 @@ def cores():
     return len(os.sched_getaffinity(0))
 
 
+def on_this_node():
+    """Number of processes of this run that share this machine."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE') or os.environ.get('WORLD_SIZE') or 1)
+
+
 def start_processes(cfg):
     """Join the other processes that torchrun started, if any; returns this one's device."""
     wanted = int(os.environ.get('WORLD_SIZE', 1))
@@ -130,8 +139,7 @@ def start_processes(cfg):
         else:
             dist.init_process_group('gloo', timeout=TIMEOUT)
         Group.host = dist.new_group(backend='gloo', timeout=TIMEOUT)
-    on_this_node = int(os.environ.get('LOCAL_WORLD_SIZE', wanted))
-    torch.set_num_threads(cfg.run.threads or max(1, cores() // on_this_node))
+    torch.set_num_threads(cfg.run.threads or max(1, cores() // on_this_node()))
     if cfg.run.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
@@ -181,7 +189,30 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0] + kept
     # Not SC_AVPHYS_PAGES, which counts no page that only caches a file
     lines = dict(line.split(':') for line in Path('/proc/meminfo').read_text().splitlines())
-    return 1024 * int(lines['MemAvailable'].split()[0])
+    return min(1024 * int(lines['MemAvailable'].split()[0]), free_in_groups())
+
+
+def free_in_groups():
+    """Bytes that this process's control groups, a container's or a Slurm job's, leave it."""
+    free = [math.inf]
+    with contextlib.suppress(OSError):                    # a kernel without control groups
+        for line in Path('/proc/self/cgroup').read_text().splitlines():
+            _, kind, group = line.split(':', 2)
+            if kind in GROUP_FILES:
+                folder = Path('/sys/fs/cgroup', kind, group.strip('/'))
+                free += [left_in(place, *GROUP_FILES[kind]) for place in (folder, *folder.parents)]
+    return min(free)
+
+
+def left_in(folder, limit, used, cached):
+    """Bytes that the control group with these files leaves; infinity if it sets no limit, or
+    `folder` is none."""
+    try:
+        limit, used = (int((folder / name).read_text()) for name in (limit, used))
+        counts = dict(line.split() for line in (folder / 'memory.stat').read_text().splitlines())
+        return limit - used + int(counts[cached])
+    except (OSError, ValueError):                         # for example the limit "max"
+        return math.inf
 
 
 def keep_freed_memory():

@@ -1,21 +1,20 @@
 """A face data set as it lies on disk: records, or a folder per person. Nothing is decoded here."""
-from pathlib import Path
 
 import numpy as np
 
-from facekit import files, run
 from facekit.errors import InputError, counted
+from facekit.files import digest, open_bytes
 from facekit.records import Records
 
 
 class RecordSource:
     """The encoded images of a record set. Records carry label numbers for names."""
     formats = 'JPEG', 'PNG'
-    passed_over = {}
 
     def __init__(self, path):
-        self.records = Records(path)
-        self.path = self.records.path
+        self.records, self.passed_over = Records(path), {}
+        self.path, self.data = self.records.path, self.records.data
+        self.files = [self.path]
         names, self.labels = np.unique(self.records.labels, return_inverse=True)
         self.people = names.astype(str)
 
@@ -27,24 +26,18 @@ class RecordSource:
         """Where image i stands, for a sentence."""
         return f'{self.path} record {self.records.keys[i]}'
 
-    def mapped(self):
-        """The memory map of its file."""
-        return self.records.data
-
-    def fingerprint(self):
-        """Changes when the source does."""
-        return fingerprint([self.path], self.labels)
-
 
 class FolderSource:
     """The image files of a folder with one sub-folder per person, whose name is the person's."""
     formats = 'JPEG', 'PNG', 'WEBP', 'BMP'
     endings = '.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp'
+    data = None          # each image is a file; of records it is the memory map
 
     def __init__(self, path):
         """`passed_over` {why: paths} is what is no image of a person."""
         self.path, self.files, self.passed_over = path, [], {}
-        for folder in sorted(path.iterdir()) if path.is_dir() else ():
+        folders = sorted(path.iterdir()) if path.is_dir() else []
+        for folder in folders:
             if why := self.reason(folder, False):
                 self.passed_over.setdefault(why, []).append(folder)
                 continue
@@ -81,18 +74,11 @@ class FolderSource:
 
     def read(self, i):
         """The file of image i, bytes-like."""
-        return files.open_bytes(self.files[i])
+        return open_bytes(self.files[i])
 
     def where(self, i):
         """Where image i stands, for a sentence."""
         return str(self.files[i])
-
-    def mapped(self):
-        """None: each image is a file."""
-
-    def fingerprint(self):
-        """Changes when the source does."""
-        return fingerprint(self.files, self.labels)
 
 
 def open_source(path):
@@ -116,15 +102,17 @@ def open_source(path):
     return source
 
 
-def say_passed_over(source):
-    """Name what a source holds beside images of people, a line a reason."""
+def passed_over(source):
+    """Sentences that name what a source holds beside images of people, one a reason."""
+    sentences = []
     for why, paths in source.passed_over.items():
         some = ', '.join(str(path.relative_to(source.path)) for path in paths[:3])
-        run.say(f'{source.path}: passed over, {why}: {len(paths)} ({some}'
-                f'{", ..." if len(paths) > 3 else ""})')
+        more = ', ...' if len(paths) > 3 else ''
+        sentences.append(f'{source.path}: passed over, {why}: {len(paths)} ({some}{more})')
+    return sentences
 
 
-def fingerprint(paths, labels):
-    """Hex digits that change when one of the files or labels does."""
-    state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in map(Path, paths)]
-    return files.digest(repr(state).encode() + labels.tobytes())
+def fingerprint(source):
+    """Hex digits that change when one of the source's files or labels does."""
+    state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
+    return digest(repr(state).encode() + source.labels.tobytes())

@@ -89,7 +89,7 @@ def groups_of(people, cfg):
     if cfg.data.folds < 2:
         raise InputError('data.folds = 1 leaves nobody public: set data.folds=2 or more, '
                          'or data.public to another data set')
-    wanted = cfg.data.release_folds or range(cfg.data.folds)
+    wanted = sorted(set(cfg.data.release_folds)) or range(cfg.data.folds)
     if max(wanted) >= cfg.data.folds:
         raise InputError(f'data.release_folds = {wanted} names a group that does not exist: '
                          f'data.folds = {cfg.data.folds} makes 0..{cfg.data.folds - 1}')

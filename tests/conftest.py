@@ -36,7 +36,7 @@ def become(folder, arguments, environment, largest, out, err, begun):
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = arguments
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, os.path.dirname(arguments[0]))       # of the kit, or of a changed copy
     from facekit import run
     start = run.start_processes
 
@@ -114,7 +114,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp('pipeline')
     done = subprocess.run(
         ['bash', ROOT / 'reproduce.sh', TINY, f'run.folder={folder}/run',
-         f'data.root={folder}/faces', f'toy.root={folder}/faces', f'data.cache={folder}/cache',
+         f'data.root={folder}/faces', f'toy.root={folder}/faces',
          f'evaluate.sets=[{folder}/faces/toy.bin]'],
         capture_output=True, text=True, env=os.environ | ENVIRONMENT | {'PYTHON': sys.executable},
         timeout=600)

@@ -271,8 +271,7 @@ def checkpoint_files(folder, evil):
 
 def folder_files(folder, evil):
     cfg = config.namespace(config.resolve(ROOT / 'tests' / 'tiny.yaml', [
-        'data.size=16', f'data.cache={folder}/cache', 'toy.identities=0',
-        f'run.folder={folder}/run']))
+        'data.size=16', 'toy.identities=0', f'run.folder={folder}/run']))
     root = folder / 'faces'
     for i, image in enumerate(faces(6)):
         (root / f'{i % 2}').mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,8 @@ import pytest
 import torch
 
 import bench
-import memory
-import models
 from conftest import TINY
-from facekit import protect, run, verification
+from facekit import run, verification
 from facekit.config import namespace, resolve
 
 
@@ -47,23 +45,3 @@ def test_every_stage_is_measured_and_missing_peers_are_named(tmp_path, monkeypat
     said = capsys.readouterr().out
     assert all(f'{peer} is left out' in said for peer in
                ('facebookresearch/mae', 'facebookresearch/mae, insightface', 'insightface'))
-
-
-@pytest.mark.parametrize('make_pass', [memory.mae_pass, memory.recogniser_pass])
-def test_the_memory_that_is_counted_without_a_gpu_is_what_a_pass_keeps(make_pass):
-    """Beside the same pass with real tensors on the CPU, in float32, where types are alike."""
-    cfg = namespace(resolve(TINY, ['data.size=48']))
-
-    def nets():
-        fr = models.iresnet(10, 16, 48, 32).to(memory_format=torch.channels_last)
-        return ([protect.build_mae(cfg.mae, 48), models.folded(fr)]
-                if make_pass is memory.mae_pass else [fr, models.MarginHead(32, 50)])
-
-    with torch.device('meta'):
-        fixed, image = memory.count(cfg, make_pass, nets(), floats=2)
-    real = nets()
-    weights = [x for net in real for x in (*net.parameters(), *net.buffers())]
-    trained = sum(x.nbytes for x in weights if x.requires_grad)
-    kept = memory.kept_bytes(make_pass(cfg, *real), weights, 64, 48)
-    assert fixed + 64 * image == pytest.approx(kept + 3 * trained, rel=0.01)
-    assert 64 * image > 0.5 * kept                              # or weights alone would be compared

@@ -1,7 +1,5 @@
-"""Cache, splits, order and random numbers of a data set."""
+"""How a set is looked at and decoded, splits, order and random numbers."""
 import json
-import os
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,18 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from facekit import attack_data, batches, config, faces, images, keys, protect, records, split
-from facekit import sources, toy
+from facekit import attack_data, batches, config, faces, images, keys, protect, records, run
+from facekit import sources, split, toy
 from facekit.errors import InputError
-from facekit.protect import FaceMAE, Protection
 
 TINY = Path(__file__).parent / 'tiny.yaml'
 
 
 def make_config(folder, *assignments):
     cfg = config.namespace(config.resolve(TINY, [
-        f'run.folder={folder}/run', f'data.root={folder}/faces', f'data.cache={folder}/cache',
-        *assignments]))
+        f'run.folder={folder}/run', f'data.root={folder}/faces', *assignments]))
     return config.variants(cfg, compare=False)[0].cfg
 
 
@@ -33,118 +29,104 @@ def write_faces(folder, people=8, each=3, form='png', start=0):
     return pixels
 
 
-def test_cache_holds_the_decoded_images_and_follows_its_source(tmp_path):
+def test_a_set_is_looked_at_again_only_when_it_changes(tmp_path):
+    cfg, hashes = make_config(tmp_path), []
+    for start in (0, 50):
+        pixels = write_faces(tmp_path / 'faces', start=start).permute(0, 2, 3, 1)
+        first, [look] = faces.load(tmp_path / 'faces', cfg), (tmp_path / 'run/looks').glob('*.npz')
+        assert np.array_equal(first.images[:], pixels)
+        made = look.stat().st_ino
+        hashes.append(faces.load(tmp_path / 'faces', cfg).hashes.tolist())
+        assert hashes[-1] == first.hashes.tolist() and look.stat().st_ino == made
+    assert not set(hashes[0]) & set(hashes[1])
+
+
+@pytest.mark.parametrize('damage', [
+    lambda x: b'', lambda x: x[:len(x) // 2], lambda x: bytes(len(x)),
+    lambda x: x.replace(x[x.index(b'hashes.npy') + 150:][:9], b'012345678', 1)])
+def test_a_damaged_look_is_taken_again(tmp_path, damage):
     cfg = make_config(tmp_path)
-    pixels = write_faces(tmp_path / 'faces')
-    found = faces.load(tmp_path / 'faces', cfg)
-    assert np.array_equal(found.images, pixels.permute(0, 2, 3, 1))
-    built = (tmp_path / 'cache').rglob('images.u8')
-    first = next(built).stat().st_ino
-    faces.load(tmp_path / 'faces', cfg)
-    assert next((tmp_path / 'cache').rglob('images.u8')).stat().st_ino == first   # not rebuilt
-    pixels = write_faces(tmp_path / 'faces', start=50)
-    assert np.array_equal(faces.load(tmp_path / 'faces', cfg).images, pixels.permute(0, 2, 3, 1))
+    write_faces(tmp_path / 'faces')
+    hashes = faces.load(tmp_path / 'faces', cfg).hashes
+    [look] = (tmp_path / 'run' / 'looks').glob('*.npz')
+    assert damage(look.read_bytes()) != look.read_bytes()
+    look.write_bytes(damage(look.read_bytes()))
+    assert np.array_equal(faces.load(tmp_path / 'faces', cfg).hashes, hashes)
 
 
-def test_a_cache_that_was_not_finished_or_was_damaged_is_built_again(tmp_path):
+def test_runs_that_start_together_look_at_a_set_once_and_share_one_secret(tmp_path, monkeypatch,
+                                                                           capsys):
     cfg = make_config(tmp_path)
-    pixels = write_faces(tmp_path / 'faces').permute(0, 2, 3, 1)
-    faces.load(tmp_path / 'faces', cfg)
-    folder = next((tmp_path / 'cache').glob('*/'))
-    for damage in ('source.json', 'hashes.npy', 'images.u8'):
-        os.truncate(folder / damage, (folder / damage).stat().st_size // 2)
-        assert np.array_equal(faces.load(tmp_path / 'faces', cfg).images, pixels)
-
-
-def test_runs_that_start_together_decode_a_set_once(tmp_path, monkeypatch, capsys):
-    cfg = make_config(tmp_path)
-    pixels = write_faces(tmp_path / 'faces').permute(0, 2, 3, 1)
-    built, read = [], sources.RecordSource.read
+    write_faces(tmp_path / 'faces')
+    looked_at, read, draw = [], sources.RecordSource.read, keys.secrets.token_hex
 
     def slow(source, i):
-        time.sleep(0.05)
-        built.append(i)
+        time.sleep(0.02)
+        looked_at.append(i)
         return read(source, i)
 
     monkeypatch.setattr(sources.RecordSource, 'read', slow)
+    monkeypatch.setattr(keys.secrets, 'token_hex', lambda n: (time.sleep(0.1), draw(n))[1])
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda _: faces.load(tmp_path / 'faces', cfg).images, range(3)))
-    assert all(np.array_equal(images, pixels) for images in found)
-    assert sorted(built) == list(range(len(pixels)))
+        found = set(pool.map(lambda _: (faces.load(tmp_path / 'faces', cfg).hashes.tobytes(),
+                                        keys.release_secret(cfg)), range(3)))
+    assert len(found) == 1 and len(found.pop()[1]) == 32
+    assert sorted(looked_at) == list(range(24))
     assert 'waiting for it' in capsys.readouterr().out
 
 
-def test_streamed_images_are_the_cached_ones_and_split_alike(tmp_path, capsys):
-    write_faces(tmp_path / 'faces', form='jpeg')
-    cached, streamed = (split.split(make_config(
-        tmp_path / way, f'data.root={tmp_path}/faces', 'toy.identities=0', f'data.decode={way}'))
-        for way in ('cache', 'stream'))
-    assert 'decoded whenever they are read' in capsys.readouterr().out
-    assert isinstance(streamed[0].public.images, faces.StreamedImages)
-    assert not list((tmp_path / 'stream').rglob('images.u8'))
-    assert split.private_digest(cached) == split.private_digest(streamed)
-    stores = [batches.Store(f[0].public.select(f[0].mae), torch.device('cpu'))
-              for f in (cached, streamed)]
-    choices = [np.array([3, 0, 5]), np.array([1]), np.array([4, 4])]
-    for one, other, rows in zip(*(s.ahead(choices) for s in stores), choices):
-        assert torch.equal(one, other) and torch.equal(one, stores[1](rows))
+@pytest.mark.parametrize('free, processes, once, decoded, said', [
+    (8, 1, False, 6, 'decoded as they are read'), (8.1, 1, True, 6, None),
+    (8.1, 1, False, 4, 'decoded into memory'), (16, 2, False, 6, 'decoded as they are read'),
+    (16.1, 2, False, 4, 'decoded into memory')])
+def test_what_fits_into_memory_is_decoded_once(tmp_path, monkeypatch, capsys, free, processes,
+                                               once, decoded, said):
+    """`free`: room, in images, of which there are four, three of them read twice."""
+    pixels = write_faces(tmp_path / 'faces').permute(0, 2, 3, 1)
+    found = faces.load(tmp_path / 'faces', make_config(tmp_path))
+    calls, decode, rows = [], images.decode, np.array([7, 2, 9, 2, 23])
+    monkeypatch.setattr(images, 'decode', lambda *x: (calls.append(x), decode(*x))[1])
+    monkeypatch.setattr(run, 'free_memory', lambda device: free * 32 * 32 * 3)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
+    capsys.readouterr()
+    for turn in range(2):                            # the second says nothing new
+        store = batches.Store(found.select(rows), torch.device('cpu'), once)
+        choices = [np.array([3, 0, 4]), np.array([1]), np.array([4, 4])]
+        for batch, chosen in zip(store.ahead(choices), choices, strict=True):
+            assert torch.equal(batch, pixels[rows[chosen]])
+        assert len(calls) == (decoded if decoded == 4 else decoded * (turn + 1))
+        told = said and turn == 0
+        assert capsys.readouterr().out == (
+            f'{tmp_path}/faces/train.rec: 4 images, 1.23e-05 GB: {said}\n' if told else '')
 
 
-def test_a_set_is_cached_where_it_fits_or_is_already(tmp_path, monkeypatch):
-    def ways(*assignments, folder='one'):
-        cfg = make_config(tmp_path / folder, f'data.root={tmp_path}/faces', *assignments)
-        return isinstance(faces.load(tmp_path / 'faces', cfg, photos).images, np.memmap)
-
-    write_faces(tmp_path / 'faces')
-    photos, needed = True, 8 * 3 * 32 * 32 * 3
-    usage = shutil.disk_usage('/')
-    for free, fits in ((4 * needed - 1, False), (4 * needed, True), (0, True)):
-        monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=free))
-        assert ways() == fits                                # the last: it is there already
-    assert not ways('data.decode=stream') and ways('data.decode=cache', folder='two')
-    photos = False
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=1 << 40))
-    monkeypatch.setattr(faces, 'RELEASE', needed - 1)
-    assert not ways(folder='three')
-
-
-def test_what_an_older_cache_calls_its_images_stays(tmp_path):
-    """Checkpoints and releases were made with it."""
-    write_faces(tmp_path / 'faces')
-    cfg = make_config(tmp_path)
-    faces.load(tmp_path / 'faces', cfg)
-    [path] = (tmp_path / 'cache').rglob('hashes.npy')
-    np.save(path, older := np.load(path) + 1)
-    for way in ('cache', 'stream'):
-        cfg.data.decode = way
-        assert np.array_equal(faces.load(tmp_path / 'faces', cfg).hashes, older)
-
-
-def test_a_folder_per_person_is_read_like_records(tmp_path):
-    cfg = make_config(tmp_path)
-    pixels = toy.draw(np.arange(4), np.zeros(4, int), size=32)
+def test_a_folder_per_person_is_read_like_records_and_its_rows_decoded_together(tmp_path, capsys):
+    pixels = toy.draw(np.arange(6), np.zeros(6, int), size=32).permute(0, 2, 3, 1).numpy()
     for i, x in enumerate(pixels):
-        person = tmp_path / 'faces' / f'person {i // 2}'
+        person = tmp_path / 'faces' / f'person {i // 3}'
         person.mkdir(parents=True, exist_ok=True)
-        (person / f'{i}.png').write_bytes(images.encode(x, 'png'))
-    found = faces.load(tmp_path / 'faces', cfg)
-    assert np.array_equal(found.images, pixels.permute(0, 2, 3, 1))
-    assert found.labels.tolist() == [0, 0, 1, 1]
+        (person / f'{i}.png').write_bytes(images.encode(torch.from_numpy(x).permute(2, 0, 1),
+                                                        'png'))
+    found = faces.load(tmp_path / 'faces', make_config(tmp_path))
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    several = [found.select(np.array(rows, int)) for rows in ([1, 2], [2, 3], [])]
+    capsys.readouterr()
+    batches.decode_once([*several, faces.ImageRows(pixels, np.arange(1))])
+    assert found.images.has(np.arange(1, 4)) and not found.images.has(np.array([0, 1]))
+    assert '3 images' in capsys.readouterr().out
+    for rows in (slice(None), np.arange(1, 4), np.array([5, 0, 5])):      # in memory, not, in part
+        assert np.array_equal(found.images[rows], pixels[rows])
 
 
-@pytest.mark.parametrize('make, words', [
-    (lambda f: None, ['faces', 'does not exist', 'data.root']),
-    (lambda f: write_faces(f) is None or (f / 'train.idx').unlink(), ['train.idx']),
-    (lambda f: records.write_records(f, [b'no image'] * 2, [0, 1], 32),
-     ['train.rec record 1', 'data.on_corrupt=skip']),
-    (lambda f: records.write_records(
-        f, [images.encode(torch.zeros(3, 40, 32, dtype=torch.uint8))] * 2, [0, 1], 32),
-     ['32x40', 'data.on_size=resize'])])
-def test_a_wrong_data_set_is_one_sentence(tmp_path, make, words):
-    make(tmp_path / 'faces')
-    with pytest.raises(InputError) as error:
-        split.split(make_config(tmp_path, 'toy.identities=0'))
-    assert all(word in str(error.value) for word in words), error.value
+def test_a_containers_limit_counts(tmp_path):
+    files_of = ('memory.max', 'memory.current', 'inactive_file')
+    (tmp_path / 'memory.current').write_text('700\n')
+    (tmp_path / 'memory.stat').write_text('anon 400\ninactive_file 300\n')
+    for limit, left in (('1000\n', 600), ('max\n', float('inf'))):
+        (tmp_path / 'memory.max').write_text(limit)
+        assert run.left_in(tmp_path, *files_of) == left
+    assert run.left_in(tmp_path / 'none', *files_of) == float('inf')
+    assert 0 < run.free_memory(torch.device('cpu')) < 1 << 50
 
 
 def test_damaged_images_are_named_and_left_out_where_the_config_says_so(tmp_path, capsys):
@@ -153,59 +135,51 @@ def test_damaged_images_are_named_and_left_out_where_the_config_says_so(tmp_path
     encoded = [images.encode(x, 'png') for x in pixels]
     encoded[1], encoded[4] = encoded[1][:90], b'no image'
     records.write_records(tmp_path / 'faces', encoded, [0, 0, 1, 1, 2, 2], 32)
-    for way in ('stream', 'stream', 'cache', 'cache'):     # when it is first looked at, and again
-        cfg.data.decode = way
+    for _ in range(2):                     # when it is first looked at, and from the look's file
         found = faces.load(tmp_path / 'faces', cfg)
-        kept = [0, 2, 3, 5]
-        assert np.array_equal(found.images[:], pixels[kept].permute(0, 2, 3, 1))
+        assert np.array_equal(found.images[:], pixels[[0, 2, 3, 5]].permute(0, 2, 3, 1))
         assert found.labels.tolist() == [0, 1, 1, 2] and found.skipped == [1, 4]
-        printed = capsys.readouterr().out
-        assert '2 damaged images left out' in printed
-        assert len(set(found.hashes.tolist())) == 4
-    [path] = (tmp_path / 'run' / 'log' / 'cache').iterdir()
+        assert found.where(3).endswith('record 6') and len(set(found.hashes.tolist())) == 4
+        assert '2 damaged images left out' in capsys.readouterr().out
+    [path] = (tmp_path / 'run' / 'log' / 'look').iterdir()
     log = json.loads(path.read_text().splitlines()[-1])
-    assert log['skipped'] == 2 and log['stage'].startswith('cache/faces')
+    assert log['skipped'] == 2 and log['stage'].startswith('look/faces')
     with pytest.raises(InputError, match='train.rec record 2: .*data.on_corrupt=skip'):
         faces.load(tmp_path / 'faces', make_config(tmp_path))
+    records.write_records(tmp_path / 'faces', encoded[1:2] * 2, [0, 1], 32)
+    with pytest.raises(InputError, match='not one image can be read'):
+        faces.load(tmp_path / 'faces', cfg)
+    tall = images.encode(torch.zeros(3, 40, 32, dtype=torch.uint8))
+    records.write_records(tmp_path / 'faces', [tall] * 2, [0, 1], 32)
+    with pytest.raises(InputError, match='32x40 .*data.on_size=resize'):
+        faces.load(tmp_path / 'faces', cfg)
 
 
 def test_folds_release_everybody_once_and_share_nobody(tmp_path):
-    pixels = write_faces(tmp_path / 'faces', people=12)
-    cfg = make_config(tmp_path, 'data.folds=3', 'data.release_folds=[]', 'data.validation=0.2',
-                      'toy.identities=0', 'data.exclude=[5]')
-    folds = split.split(cfg)
-    labels = folds[0].public.labels
+    """Who is excluded is in nothing, who has few images only feeds the MAE."""
+    people = np.r_[np.arange(12).repeat(3), 12, 13]
+    pixels = toy.draw(people, np.arange(38), size=32)
+    records.write_records(tmp_path / 'faces', [images.encode(x, 'png') for x in pixels], people, 32)
+
+    def folds_of(*assignments):
+        cfg = make_config(tmp_path, 'data.folds=3', 'data.release_folds=[]', 'data.exclude=[5]',
+                          'data.min_images=3', 'reconstruct.method=none', *assignments)
+        return cfg, split.split(cfg)
+
+    cfg, folds = folds_of('data.validation=0.2')
     assert sorted(np.concatenate([f.released for f in folds])) == [
-        i for i in range(len(pixels)) if labels[i] != 5]
-    for f in folds:
-        groups = [set(labels[part]) for part in (f.released, f.train, f.validation)]
-        assert set.union(*groups) == set(range(12)) - {5}
-        assert sum(map(len, groups)) == 11 and all(groups)
-    again = split.split(make_config(tmp_path, 'data.folds=3', 'data.release_folds=[]',
-                                   'toy.identities=0', 'data.split_seed=1'))
-    assert any(set(a.released) != set(b.released) for a, b in zip(folds, again))
-
-
-def test_people_with_few_images_only_feed_the_mae(tmp_path):
-    pixels = toy.draw(np.arange(20), np.arange(20), size=32)
-    people = np.r_[np.arange(6).repeat(3), 6, 7]
-    encoded = [images.encode(x, 'png') for x in pixels]
-    records.write_records(tmp_path / 'faces', encoded, people, 32)
-    fold = split.split(make_config(tmp_path, 'data.min_images=3', 'toy.identities=0'))[0]
-    assert set(people[fold.mae]) - set(people[fold.train]) == {6, 7}
-    assert not {6, 7} & set(people[fold.released])
-
-
-def test_people_who_are_excluded_are_in_nothing(tmp_path):
-    write_faces(tmp_path / 'faces')
-    cfg = make_config(tmp_path, 'data.exclude=[5]', 'reconstruct.method=none', 'toy.identities=0')
-    folds = split.split(cfg)
+        i for i in range(36) if people[i] != 5]
     plan = protect.plan_release(folds, b'secret', cfg)
-    [group] = attack_data.own_groups(cfg, folds, [None], folds[0].private, plan, 'cpu')
-    labels, [f] = folds[0].private.labels, folds
-    for rows in (f.released, f.train, f.mae, f.validation, group.outsiders.rows):
-        assert 5 not in labels[rows]
-    assert len(group.outsiders)
+    groups = attack_data.own_groups(cfg, folds, [None] * 3, folds[0].private, plan, 'cpu')
+    for f, group in zip(folds, groups):
+        parts = [set(people[rows]) for rows in (f.released, f.train, f.validation)]
+        assert set.union(*parts) == set(range(12)) - {5}
+        assert sum(map(len, parts)) == 11 and all(parts)
+        assert {12, 13} >= set(people[f.mae]) - set(people[f.train])
+        assert {12, 13} == set(people[group.outsiders.rows]) and 5 not in people[f.mae]
+    assert all({12, 13} <= set(people[f.mae]) for f in folds_of()[1])
+    again = folds_of('data.split_seed=1')[1]
+    assert any(set(a.released) != set(b.released) for a, b in zip(folds, again))
 
 
 def test_a_picture_that_is_public_and_private_stops_the_run(tmp_path):
@@ -256,82 +230,6 @@ def test_hashes_depend_on_image_epoch_and_seed_alone():
     assert abs(u.mean() - 0.5) < 0.003 and abs(u.var() - 1 / 12) < 0.003
     for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1])):
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.01
-
-
-def test_runs_that_start_together_share_one_secret(tmp_path, monkeypatch):
-    draw = keys.secrets.token_hex
-    monkeypatch.setattr(keys.secrets, 'token_hex', lambda n: (time.sleep(0.1), draw(n))[1])
-    cfg = make_config(tmp_path, 'reconstruct.key=')
-    with ThreadPoolExecutor(3) as pool:
-        found = set(pool.map(lambda _: keys.release_secret(cfg), range(3)))
-    assert len(found) == 1 and len(found.pop()) == 32
-
-
-def test_the_public_secret_of_the_demo_protects_nobody_else(tmp_path):
-    """Who knows it could compute masks, order and labels of the release."""
-    cfg = make_config(tmp_path, f'reconstruct.key={config.CONFIGS / "toy.key"}')
-    write_faces(tmp_path / 'faces')
-    with pytest.raises(InputError, match='known to everybody'):
-        keys.release_secret(cfg)
-    (tmp_path / 'faces' / 'toy.bin').touch()
-    with pytest.raises(InputError, match='known to everybody'):
-        keys.release_secret(cfg)
-    shutil.rmtree(tmp_path / 'faces')
-    toy.draw_set(tmp_path / 'faces', 2, 2, 2, 10, size=16, seed=0)
-    assert len(keys.release_secret(cfg)) == 32
-
-
-def test_release_order_is_secret_and_complete(tmp_path):
-    write_faces(tmp_path / 'faces')
-    cfg = make_config(tmp_path, 'data.release_folds=[]', 'toy.identities=0')
-    folds = split.split(cfg)
-    source = folds[0].public.labels
-    plan = protect.plan_release(folds, b'secret', cfg)
-    assert sorted(plan.image) == list(range(24)) and (np.diff(plan.label) >= 0).all()
-    # One new label a person
-    assert len({(a, b) for a, b in zip(source[plan.image], plan.label)}) == plan.people == 8
-    assert (source[plan.image] != np.sort(source)).any()
-    assert all(i in folds[k].released for k, i in zip(plan.fold, plan.image))
-    other = protect.plan_release(folds, b'another', cfg)
-    assert (other.image != plan.image).any()
-    cfg.reconstruct.images_per_person = 2
-    assert split.count_release(folds, cfg).images == 2 * plan.people
-    capped = protect.plan_release(folds, b'secret', cfg)
-    assert np.bincount(capped.label).tolist() == [2] * 8
-
-
-@pytest.mark.parametrize('paste', ['true', 'false'])
-@pytest.mark.parametrize('method', ['facemae', 'mask'])
-def test_hidden_pixels_do_not_reach_the_release(tmp_path, method, paste):
-    cfg = make_config(tmp_path, f'reconstruct.method={method}',
-                      f'reconstruct.paste_visible={paste}')
-    torch.manual_seed(0)
-    model = protect.build_mae(cfg.mae, 32).eval()
-    protection = Protection(cfg, FaceMAE(model, torch.rand(3, 32, 32), 0.25))
-    originals = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
-    seeds = batches.image_seeds(9, torch.arange(5))
-    noise = protection.patch_noise(seeds, 32)
-    grey = protect.masked(torch.zeros(5, 3, 32, 32), noise, 0.75, 8)
-    hidden = (grey > 0).permute(0, 2, 3, 1)
-    changed = torch.where(hidden, 255 - originals, originals)
-    assert (changed != originals).float().mean() > 0.7
-    released = [protection(x, seeds) for x in (originals, changed)]
-    assert torch.equal(*released)
-    if method == 'mask' or paste == 'true':                      # what is visible is there
-        assert torch.equal(released[0][~hidden], originals[~hidden])
-
-
-@pytest.mark.parametrize('method', ['facemae', 'mask', 'blur', 'pixelate', 'noise', 'none'])
-def test_methods_treat_an_image_alike_in_every_batch(tmp_path, method):
-    cfg = make_config(tmp_path, f'reconstruct.method={method}', 'reconstruct.pixelate_block=5')
-    model = protect.build_mae(cfg.mae, 32).eval()
-    protection = Protection(cfg, FaceMAE(model, torch.rand(3, 32, 32), 0.25))
-    originals = torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8)
-    seeds = batches.image_seeds(4, torch.tensor([5, 9, 2, 7, 1, 3]))
-    whole = protection(originals, seeds)
-    alone = torch.cat([protection(originals[i:i + 1], seeds[i:i + 1]) for i in range(6)])
-    assert (whole.int() - alone.int()).abs().max() <= 1
-    assert torch.equal(whole, originals) == (method == 'none')
 
 
 def test_faces_off_the_template_are_noticed(capsys):

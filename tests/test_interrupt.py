@@ -23,9 +23,9 @@ from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run, tensors
 ROWS = ['--compare', 'compare={mask: [reconstruct.method=mask]}']
 RELEASES = ['run/reconstructed', 'run/release.json', 'run/mask/reconstructed',
             'run/mask/release.json']
-# The command of a stage, what it finds of the finished experiment, and its main file. No stage
-# finds a cache, so that each builds one first. `faces` finds nothing at all: it draws people, many
-# enough for a kill to fall into the drawing, and takes one step.
+# The command of a stage, what it finds of the finished experiment, and its main file. Each looks at
+# its sets first. `faces` finds nothing at all: it draws people, many enough for a kill to fall into
+# the drawing, and takes one step.
 STAGES = {
     'faces': (['train_fr.py', 'stage=teacher', 'teacher.epochs=1e-6', 'toy.identities=120'],
               [], 'faces/train.rec'),
@@ -40,7 +40,7 @@ STAGES = {
     'compare': (['evaluate.py', *ROWS], ['faces', 'run/fold0', 'run/fr.pt', 'run/mask/fr.pt',
                                          'run/release.key', *RELEASES], 'run/table.txt')}
 DRAFT = re.compile(r'\.(tmp|part|parts)(/|$)')
-CHANGING = {'images_per_second', 'seconds', 'memory_gib', 'mark'}   # mark: times of source files
+CHANGING = {'images_per_second', 'seconds', 'memory_gib'}
 LONG = pytest.mark.long
 
 
@@ -56,9 +56,12 @@ def content(path):
         state = torch.load(path, weights_only=True)
         return {'step': state['step'], 'logged': state['logged'],
                 **{k: t.numpy().tobytes() for k, t in tensors(state).items()}}
-    if path.suffix == '.jsonl':          # a cache that is already there is not built and logged
+    if path.suffix == '.jsonl':          # a set that was looked at before is not looked at again
         lines = [unchanging(line) for line in path.read_text().splitlines()]
-        return [x for x in lines if not x['stage'].startswith('cache')]
+        return [x for x in lines if not x['stage'].startswith('look')]
+    if path.suffix == '.npz':            # without the times of the source's files
+        look = np.load(path)
+        return look['hashes'].tolist(), look['skipped'].tolist()
     if path.suffix == '.html':           # without the wall times
         return re.sub('<h2>Wall time.*?</table>', '', path.read_text(), flags=re.DOTALL)
     return unchanging(path.read_text()) if path.suffix == '.json' else path.read_bytes()
@@ -70,33 +73,28 @@ class Stage:
     def __init__(self, name, source, folder):
         self.name, self.source, self.folder = name, source, folder / 'work'
         self.command, self.finds, self.main = STAGES[name]
-        self.cache = folder / 'cache'
         self.folder.mkdir()
         self.renew()
         script, begin = self.start(), time.time()
         assert script.wait() == 0, script.out + script.err
         self.seconds, self.result = time.time() - begin, self.contents()
-        shutil.copytree(self.folder / 'cache', self.cache)
 
-    def renew(self, cached=False):
+    def renew(self):
         """Bring the folder into the state before the stage."""
         for path in self.folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        found = [(self.source / p, self.folder / p) for p in self.finds]
-        for old, new in found + [(self.cache, self.folder / 'cache')] * cached:
+        for old, new in ((self.source / p, self.folder / p) for p in self.finds):
             new.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(old, new) if old.is_dir() else shutil.copy2(old, new)
 
     def start(self, **how):
-        # With data.decode=auto a disk that is nearly full has no cache
-        return Script(self.folder, *self.command, 'run.save_minutes=0', 'data.decode=cache',
-                      **how).begin()
+        return Script(self.folder, *self.command, 'run.save_minutes=0', **how).begin()
 
     def contents(self):
         """All files that a reader would take for whole, by name."""
         files = {str(p.relative_to(self.folder)): p for p in self.folder.rglob('*') if p.is_file()}
         said = {name: content(p) for name, p in files.items() if not DRAFT.search(name)}
-        return {name: found for name, found in said.items() if found != []}  # log of caches alone
+        return {name: found for name, found in said.items() if found != []}  # log of a look alone
 
     def check_middle(self):
         """What is there is as it shall be; a checkpoint may be of any step, which is returned."""
@@ -169,13 +167,13 @@ def test_a_file_that_cannot_grow_is_one_sentence(stage, every):
     stage.renew()
     stage.finish()
     made = [stage.main] if not every else [name for name in stage.result if not name.startswith(
-        (*stage.finds, 'cache', 'run/log')) and not name.endswith(('.lock', '.html'))]
+        (*stage.finds, 'run/log')) and not name.endswith(('.lock', '.html'))]
     limits = {int((stage.folder / name).stat().st_size * share) - 1
               for name in made for share in (1, 0.5)[:every + 1]}
     for limit in random.Random(stage.name).sample(sorted(limits), min(len(limits), 10)):
         code, step = 0, 0
         while code == 0:                      # a training has a last good state, that shall stay
-            stage.renew(cached=True)
+            stage.renew()
             if stage.main[-3:] != '.pt':
                 break
             script = stage.start()
@@ -307,15 +305,14 @@ def test_processes_may_be_more_or_less_after_an_interruption(copied, arguments, 
             assert error < 1e-3, (name, error)
 
 
-IN_PIECES = """
+IN_PARTS = """
 import os, signal, reconstruct
 from facekit import run
 reconstruct.PART, real = 8, reconstruct.make_part
 
 def make_part(number, *others):
-    if str(number) == os.environ.get('DIES_AT'):
-        os.kill(os.getpid(), signal.SIGKILL)
-    print(f'made {number}', flush=True)
+    if str(number) == os.environ.get('AT'):
+        os.kill(os.getpid(), getattr(signal, os.environ['SIGNAL']))
     return real(number, *others)
 
 reconstruct.make_part = make_part
@@ -323,25 +320,25 @@ run.launch(reconstruct.main, None)
 """
 
 
-def test_a_release_goes_on_with_any_number_of_processes(copied, finished):
-    """To the same bytes, without making again what was written."""
+def test_an_interrupted_release_is_made_anew_with_any_number_of_processes(copied, finished):
+    """To the same bytes; nothing half is left where the release shall be."""
     shutil.copy(finished[0] / 'run' / 'fold0' / 'mae.pt', copied / 'run' / 'fold0' / 'mae.pt')
-    script, release = copied / 'pieces.py', copied / 'run' / 'reconstructed'
-    script.write_text(IN_PIECES)
+    script, release = copied / 'parts.py', copied / 'run' / 'reconstructed'
+    script.write_text(IN_PARTS)
     run(copied, script)
     undisturbed = {path.name: path.read_bytes() for path in release.iterdir()}
     shutil.rmtree(release)
-    scripts = [Script(copied, script, DIES_AT='3')]
-    assert scripts[0].wait() == -signal.SIGKILL
-    scripts += together(copied, script, DIES_AT='6')
-    assert {one.wait() for one in scripts[1:]} == {-signal.SIGKILL, 2}
+    for number, code in (('SIGKILL', -signal.SIGKILL), ('SIGTERM', 130), ('SIGINT', 130)):
+        one = Script(copied, script, AT='3', SIGNAL=number)
+        assert one.wait(30) == code and 'Traceback' not in one.err, one.err
+        assert not release.exists()
+    scripts = together(copied, script, AT='6', SIGNAL='SIGKILL')
+    assert {one.wait() for one in scripts} == {-signal.SIGKILL, 2}
     assert not release.exists()
-    scripts.append(Script(copied, script, 'run.log_every=3', 'evaluate.batch=9'))
-    assert scripts[-1].wait() == 0, scripts[-1].err
+    scripts = together(copied, script, 'run.log_every=3', 'evaluate.batch=9')
+    assert [one.wait() for one in scripts] == [0, 0], scripts[0].err + scripts[1].err
     assert {path.name: path.read_bytes() for path in release.iterdir()} == undisturbed
-    made = re.findall(r'made (\d)', ''.join(one.out for one in scripts))
-    assert set(made) == set('01234567') and [made.count(n) for n in '013'] == [1, 1, 1]
-    assert len(made) <= 12 and not list(release.parent.glob('*.tmp'))
+    assert not list(release.parent.glob('*.tmp'))
 
 
 @pytest.mark.parametrize('dies, cause', [(0, 'killed'), (1, 'killed'), (0, 'full disk')])
@@ -412,10 +409,16 @@ def test_another_method_in_the_folder_of_a_release_never_mixes_with_it(copied, f
     facts = json.loads((copied / 'run' / 'reconstructed' / 'manifest.json').read_text())
     assert facts['method'] == 'none'
     # And what a kill left of it, even a draft that is whole, the other method does not take over
-    draft = copied / 'run' / 'reconstructed.0123456789abcdef.tmp'
-    (copied / 'run' / 'reconstructed').rename(draft)
-    run(copied, 'reconstruct.py', 'reconstruct.method=mask')
-    facts = json.loads((copied / 'run' / 'reconstructed' / 'manifest.json').read_text())
+    release, draft = copied / 'run' / 'reconstructed', copied / 'run' / 'reconstructed.tmp'
+    release.rename(draft)
+    release.mkdir()
+    (release / 'notes.txt').write_text('mine')
+    words = 'reconstruct.py', 'reconstruct.method=mask'
+    assert 'is no release of this kit' in run(copied, *words, code=2)
+    assert (release / 'notes.txt').read_text() == 'mine'
+    (release / 'notes.txt').unlink()
+    run(copied, *words)
+    facts = json.loads((release / 'manifest.json').read_text())
     assert facts['method'] == 'mask' and not draft.exists()
 
 

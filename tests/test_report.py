@@ -78,8 +78,8 @@ def test_a_person_with_many_photos_counts_once():
 def test_the_headline_is_of_who_has_the_release_alone_and_attacked_every_row():
     figures = {'rank1': 1.0, 'chance': 0.01}
     guess = {'rank1': 0.35, 'chance': 0.01, 'rank1_ci': [0.3, 0.4]}
-    row = Row('facemae', [result('facemae', 0.9, 0.1, 0.3, visible_same_image=figures,
-                                 masked_same_image=figures, class_same_person=figures,
+    row = Row('facemae', [result('facemae', 0.9, 0.1, 0.3, repeated_same_image=figures,
+                                 masked_same_image=figures, class_label=figures,
                                  guess_same_image=guess, backbone_same_person=figures)])
     mask = Row('mask', [result('mask', 0.9, 0.1, 0.3, guess_same_image=guess)])
     assert report.comparable([row]) == ['judge', 'pixels', 'guess', 'backbone']
@@ -120,7 +120,7 @@ def test_tables_say_how_many_patches_are_visible():
 
 
 def test_tables_are_not_broken_at_80_columns():
-    rows = [Row(name, [result(name, 0.9, 0.1, 0.3)] * 3)
+    rows = [Row(name, [result('facemae', 0.9, 0.1, 0.3)] * 3)
             for name in ('facemae', 'originals', 'a_row_of_a_long_name')]
     text = io.StringIO()
     for s in report.tables(rows, {}, 'facemae', {}):

@@ -196,9 +196,10 @@ def stages(b):
         b.row('4 evaluate', f'embeddings, {name}', b.timed(
             lambda: embed.embed_batch(net, store(few), cfg.run.precision), True), len(few))
     probes, gallery = (F.normalize(torch.randn(n, cfg.fr.dim, device=device)) for n in SEARCH)
-    person = torch.arange(SEARCH[1], device=device) // 20
-    b.row('4 evaluate', 'search, 20 images a person', b.timed(lambda: retrieval.search(
-        probes, gallery, person[:len(probes)], person)), SEARCH[0] * SEARCH[1], 'comparisons/s')
+    search = retrieval.Search(probes, gallery, np.arange(SEARCH[0]), np.arange(SEARCH[1]) // 20,
+                              device)
+    b.row('4 evaluate', 'search, 20 images a person', b.timed(
+        lambda: retrieval.rank(search, 'same_person')), SEARCH[0] * SEARCH[1], 'comparisons/s')
     same, rng = np.arange(PAIRS) % 2 == 0, np.random.default_rng(0)
     distance = rng.normal(np.where(same, 1.2, 1.9), 0.4).clip(0, 4)
     kit, loop = (b.timed(lambda: fold(distance, same))
@@ -219,18 +220,17 @@ def loop_accuracies(distance, same):
 
 
 def reading(b):
-    """Rows of record sets, the decoded cache and batches."""
+    """Rows of record sets, the first look at one, and batches."""
     c, size, folder = b.cfg, b.cfg.data.size, b.folder
     files = [images.encode(x, 'jpeg', 95) for x in b.drawn] * 64
     records.write_records(folder / 'faces', files, np.arange(len(files)) // 64, size)
     b.row('reading', 'images decoded, one core', b.timed(
         lambda: [images.decode(x, 'face') for x in files[:64]]), 64)
 
-    def build():
-        c.data.cache = str(folder / 'cache')
-        shutil.rmtree(c.data.cache, ignore_errors=True)
+    def look():
+        shutil.rmtree(folder / 'looks', ignore_errors=True)
         faces.load(folder / 'faces', c)
-    b.row('reading', 'cache built, all cores', b.timed(build), len(files))
+    b.row('reading', 'looked at, all cores', b.timed(look), len(files))
     kit, floats, theirs = loaders.take_turns(folder / 'faces', b.cfg, b.device, c.fr.batch, LOADED,
                                              RUNS)
     count = LOADED // c.fr.batch * c.fr.batch

@@ -82,7 +82,6 @@ def take_turns(path, cfg, device, batch, count, turns):
     """What bench.row() needs to know of `count` images in batches, by the kit, decoded and
     normalised, and by a DataLoader in turn: .times in seconds. Both give the same pixels, mirrored
     or not, which is checked."""
-    cfg.data.decode = 'stream'
     faceset, dataset = faces.load(path, cfg), ImageByImage(path)
     rng = np.random.default_rng(0)
     ways = [(decoded, faceset), (normalised, faceset), (batches_of_loader, dataset)]
@@ -107,8 +106,7 @@ def main(count=4_000_000, quality=5):
     """Write `count` records of 4,096 drawn faces, stream batches from all over them, and compare;
     all is removed afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        cfg = namespace(resolve(CONFIGS / 'casia.yaml', [
-            f'run.folder={folder}/run', f'data.cache={folder}/cache', 'data.decode=stream']))
+        cfg = namespace(resolve(CONFIGS / 'casia.yaml', [f'run.folder={folder}/run']))
         device = run.start_processes(cfg)
         begin, people = time.time(), np.arange(4096) // 8
         drawn = [images.encode(x, 'jpeg', quality) for first in range(0, 4096, 256) for x in
