@@ -9,220 +9,69 @@
                                                          # anybody's release, same order
 
 Reads   evaluate.sets (.bin), <run>/<row>/fr.pt, <run>/<row>/reconstructed, <run>/fold<k>/judge.pt
-Writes  <run>/<row>/results.json (external.json for others' models and releases),
-        with --compare all rows in <run>/results.json, table.txt and report.html (one page),
-        and <run>/figures/*.png
+Writes  <run>/<row>/results.json (external.json for others' models and releases), <run>/figures;
+        with --compare that of all rows, and gathered from them <run>/comparison.json, table.txt
+        and report.html (one page)
 
 Utility is insightface's ten-fold verification. Leakage is retrieval: how often the original of a
 released image (same image), or another photo of its person (same person), comes first among the
 private originals of its fold, for the attackers of evaluate.attacks; the table says what each of
-them has.
+them has. What an attacker found is kept as long as it was found from the same.
 """
 import facekit.start  # noqa: F401 (first: says what is not installed)
 
 import contextlib
-import functools
 import io
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from facekit import attacks, batches, embed, faces, files, keys, plots, protect, report, run
 from facekit import verification
 from facekit.attack_data import Owned, Recognisers, foreign_groups, own_groups
 from facekit.check import check_experiment, check_release_images
-from facekit.config import as_dict, variants
+from facekit.config import variants
 from facekit.errors import InputError
+from facekit.faces import ImageRows
 from facekit.images import psnr_and_ssim
 from facekit.page import write_page
 from facekit.progress import StageLog, stage_seconds
-from facekit.published import is_published, versions
+from facekit.published import check_installed
 from facekit.split import count_release, not_excluded, split
 
 
-# ------------------------------------------------------------------------------ one release
-
-def evaluate(variant, folds, sets, recognisers, device):
-    """Everything about one row, written to its results; returns them and its PairScores by set.
-
-    sets: PairSets; recognisers: Recognisers. Results of others' releases and models have a file
-    of their own.
-    """
-    cfg = variant.cfg
-    path = path_of_results(variant)
-    with files.only_writer(path):
-        student, learnt_from = load_student(variant, device)
-        release = faces.load_release(variant) if cfg.release or folds else None
-        if student and release and not cfg.evaluate.model:
-            student = student if fits(variant, learnt_from, release) else None
-        results, scores = {'row': variant.name, 'seed': variant.seed, 'verification': {}}, {}
-        if student:
-            results['verification'], scores = verification.verify(student, sets, cfg, device)
-        if release:
-            results |= leakage(variant, folds, release, student, path, recognisers, device)
-        if folds:
-            results |= {'people': asdict(count_release(folds, cfg)),
-                        'left_out': {side: getattr(folds[0], side).left_out()
-                                     for side in ('private', 'public')}}
-        results |= {'seconds': stage_seconds(variant.run), 'made_with': run.provenance(device),
-                    'config': files.public_dict(cfg)}
-        files.write_json(path, results)
-    return results, scores
+@dataclass
+class Shared:
+    """What all rows of a comparison share."""
+    folds: list               # Folds; none for others' models and releases
+    sets: list                # PairSets
+    recognisers: Recognisers
+    device: torch.device
 
 
-def path_of_results(variant):
-    """Where the figures of a row go, those of others' models and releases apart."""
-    external = variant.cfg.evaluate.model or variant.cfg.release
-    return variant.folder / 'external.json' if external else variant.results
-
-
-def load_student(variant, device):
-    """The recogniser that is evaluated and the digest of the images it learnt from; None and ''
-    where a foreign release has no recogniser of its own."""
-    cfg, path = variant.cfg, variant.student
-    if cfg.evaluate.model:
-        return foreign_recogniser(cfg, device), ''
-    if cfg.release and not run.on_rank_0(path.exists):
-        say_no_student(variant)
-        return None, ''
-    saved = files.load_finished(path, run.command('train_fr.py'))
-    learnt_from = files.entry(saved, 'premises').get('set of images')
-    return embed.recogniser_from(saved, path, device), learnt_from
-
-
-def foreign_recogniser(cfg, device):
-    """The recogniser of evaluate.model."""
-    return embed.recogniser(cfg.evaluate.model, device, onnx_pixels=cfg.evaluate.onnx_pixels)
-
-
-def fits(variant, learnt_from, release):
-    """Whether a student learnt from the FaceSet `release`; of an own release it must have."""
-    if learnt_from == release.digest(np.arange(len(release))):
-        return True
-    if not variant.cfg.release:
-        raise InputError(f'{variant.student} was trained on another release: delete it and run '
-                         f'`{run.command("train_fr.py")}`')
-    say_no_student(variant)
-    return False
-
-
-def say_no_student(variant):
-    """Say what is missing where a foreign release has no recogniser."""
-    run.say(f'no recogniser of {variant.cfg.release} in {variant.student}: no utility and no '
-            f'insider (first run `{run.command("train_fr.py")}` with another run.folder)')
-
-
-def leakage(variant, folds, release, student, path, recognisers, device):
-    """The attacks on one release and its image quality, or those of an earlier run of the same.
-
-    Returns {'attacked': digest, 'privacy': figures by attack, 'reconstruction': quality}.
-    """
-    cfg, digest = variant.cfg, None
-    if cfg.release:
-        groups = foreign_groups(cfg, release, device)
+def main(cfg, device, compare):
+    attacks.check_attacks(cfg)
+    check_installed(cfg)
+    if external(cfg) and compare:
+        raise InputError('evaluate.model and release take the place of the rows: leave out '
+                         '--compare')
+    size = cfg.data.size
+    if cfg.evaluate.model:                   # a foreign recogniser sees the pairs at its own size
+        size = foreign_recogniser(cfg, device).size
+    sets = verification.load_pair_sets(cfg, size)
+    folds = [] if external(cfg) else split(cfg)
+    if len(folds) == 1 and len(folds[0].validation):
+        sets.append(verification.held_back(folds[0]))
+    shared = Shared(folds, sets, Recognisers(cfg, folds, device), device)
+    ready = ready_variants(cfg, compare)
+    scores = [evaluate(variant, shared) for variant in ready]
+    if compare:
+        run.on_rank_0(lambda: write_comparison(cfg, shared, ready, scores))
     else:
-        maes = protect.load_maes(variant, folds, device)
-        secret = keys.release_secret(cfg)
-        premises = protect.release_premises(folds, maes, secret)
-        protect.check_release(variant, premises)
-        before, digest = {}, run.on_rank_0(lambda: attack_digest(variant, folds, premises, device))
-        with contextlib.suppress(InputError):              # missing or damaged: made again
-            before = files.read_json(path)
-        if run.broadcast(before.get('attacked') == digest):
-            run.say(f'the attacks of {path} are kept')
-            return {key: before[key] for key in ('attacked', 'privacy', 'reconstruction')}
-        plan = protect.plan_release(folds, secret, cfg)
-        check_release_images(variant.release, plan, folds[0].private,
-                             [protect.Protection(cfg, mae) for mae in maes], device)
-        groups = own_groups(cfg, folds, maes, release, plan, device)
-    batches.decode_once(rows for group in groups for rows in group.read_often())
-    results = attack_all(variant, groups, student, recognisers, device)
-    released = np.concatenate([g.released.pixels() for g in groups])
-    originals = np.concatenate([g.sources().pixels() for g in groups])
-    run.on_rank_0(lambda: save_surest_links(picture_prefix(variant), results, released, originals))
-    return {'attacked': digest,
-            'privacy': {f'{name}_{question}': figures for name, result in results.items()
-                        for question, figures in result.figures.items()},
-            'reconstruction': psnr_and_ssim(released, originals, device)}
-
-
-def save_surest_links(prefix, results, released, originals):
-    """Picture of what the strongest attacker who compares images by cosines is surest of.
-
-    results: {attack: AttackResult}; released, originals: uint8 (n, H, W, 3).
-    """
-    rank1 = {name: result.figures['same_image']['rank1'] for name, result in results.items()
-             if result.cosines is not None}
-    if rank1:
-        name = max(rank1, key=rank1.get)
-        plots.save_most_linked(f'{name}, {results[name].way}', rank1[name], results[name].cosines,
-                               released, originals, f'{prefix}most_linked.png')
-
-
-def picture_prefix(variant):
-    """How the names of a row's pictures begin: folder and row, others' work apart."""
-    external = variant.cfg.evaluate.model or variant.cfg.release
-    name = 'external' if external else (variant.label or 'release').replace('/', '_')
-    return variant.run / 'figures' / f'{name}_'
-
-
-def attack_all(variant, groups, student, recognisers, device):
-    """All attacks of evaluate.attacks on AttackGroups: {name: attacks.AttackResult}."""
-    cfg, results = variant.cfg, {}
-    names = attacks.short_names(cfg.evaluate.attacks)
-    owners = []
-    for number in range(len(groups)):
-        # One a group, dropped with the row: each keeps the embeddings of its originals, 1 GB of
-        # CASIA
-        insider = embed.Embedder('insider', student, cfg, device) if student else None
-        owners.append(Owned(recognisers, number, cfg, insider, variant.student))
-    log = StageLog(cfg.run.folder, f'evaluate/{variant.label}'.rstrip('/'), len(names))
-    for number, (entry, name) in enumerate(names.items()):
-        log.announce(f'attack {name}')
-        if result := attacks.attack(entry, groups, owners, cfg):
-            results[name] = result
-            log(number + 1, (number + 1) * sum(len(g.source) for g in groups), attack=name)
-    return results
-
-
-def attack_digest(variant, folds, premises, device):
-    """What the attacks on a row depend on, 64 hex digits: equal ones mean equal results."""
-    cfg = variant.cfg
-    data = [f.public.digest(f.train) for f in folds]
-    nets = [cfg.judge.checkpoint, cfg.teacher.checkpoint, *cfg.evaluate.attacks, variant.student,
-            *(variant.run / f'fold{f.k}' / f'{role}.pt' for f in folds
-              for role in ('judge', 'teacher'))]
-    nets = [digest_of_net(path, path.stat().st_mtime_ns) for path in map(Path, nets)
-            if path.is_file()]
-    config = {k: v for k, v in as_dict(cfg).items() if 'compare' not in k}
-    machine = {k: v for k, v in run.provenance(device).items() if k != 'commit'}
-    machine |= versions(cfg)
-    return files.digest(repr([config, attacks.code_digest(), machine, premises, data,
-                              nets]).encode())
-
-
-@functools.cache
-def digest_of_net(path, changed):
-    """SHA-256 of the weights in a checkpoint that was last changed at `changed`, ns: once in a
-    run, and without the state of its optimizer."""
-    if is_published(path):
-        return [files.digest(path.read_bytes())]
-    saved = files.load_checkpoint(path)
-    return [files.digest_of_weights(embed.tensors(state)) for state in (
-        embed.unwrapped(saved), files.entry(saved, 'head'))]
-
-
-# ---------------------------------------------------------------------------- a comparison
-
-def floors(cfg, folds, sets, device):
-    """What is reached without learning anything, as rows of a comparison."""
-    private = folds[0].private
-    used = np.flatnonzero(not_excluded(private, cfg))
-    some = private.select(used[::len(used) // 5000 + 1]).pixels()
-    return {'untrained net': verification.untrained_floor(cfg, sets, device),
-            'pixel components': verification.component_floor(some, sets)}
+        run.on_rank_0(lambda: show_row(ready[0], scores[0]))
 
 
 def ready_variants(cfg, compare):
@@ -235,102 +84,215 @@ def ready_variants(cfg, compare):
     return ready
 
 
-def leads(scores, method):
-    """By how much `method` is ahead of every other row: {row: {set: paired_difference()}};
-    scores = {row: {seed: {set: PairScores}}}."""
-    ahead, own = {}, scores.get(method, {})
-    for row, seeds in scores.items():
-        for name in next(iter(seeds.values()), {}) if row != method else ():
-            ours, theirs = ({seed: sets[name].distance for seed, sets in some.items()
-                             if name in sets} for some in (own, seeds))
-            same = next(iter(seeds.values()))[name].same
-            if gain := verification.paired_difference(ours, theirs, same):
-                ahead.setdefault(row, {})[name] = gain
-    return ahead
+# ----------------------------------------------------------------------------------- one row
+
+def evaluate(variant, shared):
+    """Everything about one row, written to its results.json; returns its {set: PairScores}."""
+    cfg, path, scores = variant.cfg, path_of_results(variant), {}
+    with files.only_writer(path):
+        release = faces.load_release(variant) if cfg.release or shared.folds else None
+        student = load_student(variant, release, shared.device)
+        results = {'row': variant.name, 'seed': variant.seed, 'verification': {},
+                   'made_with': run.provenance(shared.device), 'config': files.public_dict(cfg)}
+        if shared.folds:
+            first = shared.folds[0]
+            results['people'] = asdict(count_release(shared.folds, cfg))
+            results['left_out'] = {'private': first.private.left_out(),
+                                   'public': first.public.left_out()}
+        if student:
+            results['verification'], scores = verification.verify(student, shared.sets, cfg,
+                                                                  shared.device)
+        if release:
+            attack_release(variant, shared, release, student, results)
+        results['seconds'] = stage_seconds(variant.run)
+        files.write_json(path, results)
+    return scores
 
 
-def write_comparison(cfg, results, scores):
-    """results.json, table.txt, report.html and plots of all rows, by rank 0 alone; returns the
-    Sheets.
+def external(cfg):
+    """Path of somebody else's model or release, whose results have a file of their own, or ''."""
+    return cfg.evaluate.model or cfg.release
 
-    results = {row: [results of each seed]}, scores as for leads().
+
+def path_of_results(variant):
+    """Where the figures of a row go."""
+    return variant.folder / 'external.json' if external(variant.cfg) else variant.results
+
+
+def picture(variant, name):
+    """Path of a picture of a row."""
+    row = 'external' if external(variant.cfg) else (variant.label or 'release').replace('/', '_')
+    return variant.run / 'figures' / f'{row}_{name}.png'
+
+
+def foreign_recogniser(cfg, device):
+    """The recogniser of evaluate.model."""
+    return embed.recogniser(cfg.evaluate.model, device, onnx_pixels=cfg.evaluate.onnx_pixels)
+
+
+def load_student(variant, release, device):
+    """The recogniser that is evaluated: that of evaluate.model, or one that learnt from the
+    FaceSet `release`. None where nobody has trained one on a release made elsewhere."""
+    cfg, path, made_by = variant.cfg, variant.student, run.command('train_fr.py')
+    if cfg.evaluate.model:
+        return foreign_recogniser(cfg, device)
+    if not cfg.release or run.on_rank_0(path.exists):
+        saved = files.load_finished(path, made_by)
+        learnt_from = files.entry(saved, 'made_from').get('set of images')
+        if learnt_from == release.digest(slice(None)):
+            return embed.recogniser_from(saved, path, device)
+        if not cfg.release:
+            raise InputError(f'{path} was trained on another release: delete it and run '
+                             f'`{made_by}`')
+    run.say(f'no recogniser of {cfg.release} in {path}: no utility and no insider (first run '
+            f'`{made_by}` with another run.folder)')
+    return None
+
+
+def attack_release(variant, shared, release, student, results):
+    """The attacks of evaluate.attacks on a release, and its image quality, into `results`, which
+    keep what results.json has of the same."""
+    cfg, folds, device = variant.cfg, shared.folds, shared.device
+    names = attacks.short_names(cfg.evaluate.attacks)
+    results |= {'attacked': {}, 'privacy': {}}
+    made_from = ''                                  # of others' releases nothing is kept
+    if not cfg.release:
+        maes, secret = protect.load_maes(variant, folds, device), keys.release_secret(cfg)
+        release_from = protect.release_made_from(cfg, folds, maes, secret)
+        protect.check_release(variant, release_from)
+        made_from = run.on_rank_0(lambda: attacks.digest_of_row(variant, folds, release,
+                                                                release_from, device))
+        results |= run.on_rank_0(lambda: kept_attacks(variant.results, made_from))
+    missing = {entry: name for entry, name in names.items()
+               if results['attacked'].get(name, {}).get('entry') != entry}
+    if not missing and 'reconstruction' in results:
+        return
+    if cfg.release:
+        groups = foreign_groups(cfg, release, device)
+    else:
+        plan = protect.plan_release(folds, secret, cfg)
+        check_release_images(variant.release, plan, folds[0].private,
+                             [protect.Protection(cfg, mae) for mae in maes], device)
+        groups = own_groups(cfg, folds, maes, release, plan, device)
+    attack_all(variant, shared, groups, student, missing, made_from, results)
+
+
+def attack_all(variant, shared, groups, student, missing, made_from, results):
+    """What attack_release() does, on AttackGroups; missing: {entry of evaluate.attacks: its name}.
+    Each attack is written when it is done, so that no later fault costs it."""
+    cfg, device, path = variant.cfg, shared.device, path_of_results(variant)
+    batches.decode_once(rows for group in groups for rows in group.read_often())
+    released = joined([group.released for group in groups])
+    originals = joined([group.sources() for group in groups])
+    results['reconstruction'] = psnr_and_ssim(released.pixels(), originals.pixels(), device)
+    # One a group, dropped with the row: each keeps the embeddings of its originals, 1 GB of CASIA
+    insiders = [embed.Embedder('insider', student, cfg, device) if student else None
+                for _ in groups]
+    owners = [Owned(shared.recognisers, number, cfg, insider, variant.student)
+              for number, insider in enumerate(insiders)]
+    total = len(set(cfg.evaluate.attacks))
+    kept = total - len(missing)
+    log = StageLog(cfg.run.folder, f'evaluate/{variant.label}'.rstrip('/'), total, kept)
+    for number, (entry, name) in enumerate(missing.items(), 1):
+        log.announce(f'attack {name}')
+        result = attacks.attack(entry, groups, owners, cfg) or attacks.AttackResult({})
+        results['privacy'] |= {f'{name}_{question}': figures
+                               for question, figures in result.figures.items()}
+        files.write_json(path, results)
+        record = {'entry': entry, 'made_from': attacks.digest_of_attack(made_from, entry),
+                  'questions': list(result.figures), 'linked': 0.0}
+        if result.cosines is not None:
+            record['linked'] = result.figures['same_image']['rank1']
+        if record['linked'] > max((r['linked'] for r in results['attacked'].values()), default=0):
+            plots.attempt(plots.save_most_linked, f'{name}, {result.way}', record['linked'],
+                          result.cosines, released, originals, picture(variant, 'most_linked'))
+        results['attacked'][name] = record          # now that its picture is there, too
+        files.write_json(path, results)
+        log(kept + number, number * len(released), attack=name)
+
+
+def joined(parts):
+    """ImageRows of one set as one."""
+    return ImageRows(parts[0].images, np.concatenate([part.rows for part in parts]))
+
+
+def show_row(variant, scores):
+    """Tables and ROC of one row, by rank 0 alone; scores: {set: PairScores}."""
+    path, cfg = path_of_results(variant), variant.cfg
+    with files.only_writer(path):
+        name = Path(external(cfg)).name or variant.name
+        row = report.Row(name, [files.read_json(path)], {variant.seed: scores})
+        plots.attempt(plots.save_roc, [row], picture(variant, 'roc'))
+    for sheet in report.tables([row], {}, '', cfg.reference):
+        sheet.print(Console())
+    run.say(f'results   {path}')
+    for drawn in (picture(variant, name) for name in ('roc', 'most_linked')):
+        if drawn.exists():
+            run.say(f'picture   {drawn}')
+    if path == variant.results:
+        run.say(f'release   {variant.release}')
+
+
+# ------------------------------------------------------------------- what is kept of attacks
+
+def kept_attacks(path, made_from):
+    """Of results.json the attacks that would find the same again, and the image quality; see
+    attacks.digest_of_row()."""
+    with contextlib.suppress(InputError, AttributeError, KeyError, TypeError):    # or damaged
+        before = files.read_json(path)
+        attacked = {name: record for name, record in before['attacked'].items()
+                    if record['made_from'] == attacks.digest_of_attack(made_from, record['entry'])}
+        keys = [f'{name}_{question}' for name, record in attacked.items()
+                for question in record['questions']]
+        if attacked:
+            run.say(f'{path}: the attacks {", ".join(attacked)} are kept')
+            return {'attacked': attacked, 'reconstruction': before['reconstruction'],
+                    'privacy': {key: before['privacy'][key] for key in keys}}
+    return {}
+
+
+# ------------------------------------------------------------------------------ a comparison
+
+def write_comparison(cfg, shared, ready, scores):
+    """comparison.json, table.txt, report.html and pictures, gathered from the rows' results.json,
+    by rank 0 alone.
+
+    ready: Variants; scores: {set: PairScores} of each.
     """
-    folder, method = Path(cfg.run.folder), cfg.reconstruct.method
-    ahead = leads(scores, method)
-    own = next((r for r in results.get(method, []) if r['seed'] == cfg.run.seed), {})
-    released = {name: r for name, r in results.items() if 'privacy' in r[0]}
-    with files.only_writer(folder / 'results.json'):
-        save_roc(f'{folder}/figures/', scores)
-        files.write_json(folder / 'results.json', {'rows': results, 'ahead': ahead, **own})
-        sheets = report.tables(results, ahead, method, cfg.reference)
+    folder, method, rows = Path(cfg.run.folder), cfg.reconstruct.method, {}
+    path, figures = folder / 'comparison.json', folder / 'figures'
+    with files.only_writer(path):
+        for variant, row_scores in zip(ready, scores):
+            row = rows.setdefault(variant.name, report.Row(variant.name))
+            row.results.append(files.read_json(variant.results))
+            row.scores[variant.seed] = row_scores
+        own, rows = rows.get(method), [*floors(cfg, shared), *rows.values()]
+        ahead = report.leads(rows, method)
+        files.write_json(path, {'rows': {row.name: row.results for row in rows}, 'ahead': ahead})
+        sheets = report.tables(rows, ahead, method, cfg.reference)
         with files.replacing(folder / 'table.txt') as file:
             text = io.StringIO()
             for sheet in sheets:
                 sheet.print(Console(file=text, width=80))
             file.write(text.getvalue().encode())
-        plots.tradeoff_plot(released, folder / 'figures')
-        write_page(folder, sheets, own)
-    return sheets
-
-
-def say_where(cfg, compare):
-    """Where tables, pictures and the release are."""
-    folder, names = Path(cfg.run.folder), ('table.txt', 'results.json')[not compare:]
-    run.say(f'tables    {", ".join(str(folder / name) for name in names)}')
-    run.say(f'pictures  {folder / "figures"}')
-    run.say(f'release   {folder / "reconstructed"}')
-    if compare:
-        run.say(f'all of it on one page: open {folder / "report.html"}')
-
-
-def main(cfg, device, compare):
-    attacks.check_attacks(cfg)
-    versions(cfg)                            # refuses early what needs a missing package
-    external = cfg.evaluate.model or cfg.release
-    if external and compare:
-        raise InputError('evaluate.model and release take the place of the rows: leave out '
-                         '--compare')
-    size = cfg.data.size
-    if cfg.evaluate.model:                   # a foreign recogniser sees the pairs at its own size
-        size = foreign_recogniser(cfg, device).size
-    sets = verification.load_pair_sets(cfg, size)
-    folds = [] if external else split(cfg)
-    if len(folds) == 1 and len(folds[0].validation):
-        sets.append(verification.held_back(folds[0]))
-    recognisers = Recognisers(cfg, folds, device)
-    results = floors(cfg, folds, sets, device) if compare and sets and folds else {}
-    scores = {}
-    ready = ready_variants(cfg, compare)
-    for variant in ready:
-        row_results, row_scores = evaluate(variant, folds, sets, recognisers, device)
-        name = Path(external).name if external else variant.name
-        results.setdefault(name, []).append(row_results)
-        scores.setdefault(name, {})[variant.seed] = row_scores
-    run.on_rank_0(lambda: show(cfg, compare, ready[0], results, scores))
-
-
-def show(cfg, compare, variant, results, scores):
-    """Tables and pictures of what was evaluated, by rank 0 alone; arguments as of
-    write_comparison()."""
-    if compare:
-        sheets = write_comparison(cfg, results, scores)
-    else:
-        sheets = report.tables(results, {}, '', cfg.reference)
-        with files.only_writer(path_of_results(variant)):
-            save_roc(picture_prefix(variant), scores)
+        plots.attempt(plots.save_roc, rows, figures / 'roc.png')
+        plots.attempt(plots.save_tradeoff, rows, figures / 'tradeoff.png')
+        write_page(folder, sheets, own.results[0] if own else {})
     for sheet in sheets:
         sheet.print(Console())
-    say_where(cfg, compare)
+    run.say(f'tables    {folder / "table.txt"}, {path}')
+    run.say(f'pictures  {figures}')
+    run.say(f'releases  {", ".join(str(variant.release) for variant in ready)}')
+    run.say(f'all of it on one page: open {folder / "report.html"}')
 
 
-def save_roc(prefix, scores):
-    """ROC and score histograms of all rows on the first set that was tested: see
-    plots.verification_plots(); scores as for leads()."""
-    first = {row: next(iter(seeds.values())) for row, seeds in scores.items()}
-    tested = next((name for row_scores in first.values() for name in row_scores), None)
-    if tested:
-        plots.verification_plots({row: row_scores[tested] for row, row_scores in first.items()
-                                  if tested in row_scores}, prefix)
+def floors(cfg, shared):
+    """What is reached without learning anything, as Rows."""
+    private = shared.folds[0].private
+    used = np.flatnonzero(not_excluded(private, cfg))
+    some = private.select(used[::len(used) // 5000 + 1]).pixels()
+    figures = verification.component_floor(some, shared.sets, cfg.evaluate.centred)
+    return [report.Row('pixel components', [{'verification': figures}])] if figures else []
 
 
 if __name__ == '__main__':

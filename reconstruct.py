@@ -72,11 +72,11 @@ def release(variant, folds, device):
     cfg, private = variant.cfg, folds[0].private
     maes = protect.load_maes(variant, folds, device)
     secret = keys.release_secret(cfg)
-    premises = protect.release_premises(folds, maes, secret)
+    made_from = protect.release_made_from(cfg, folds, maes, secret)
     plan = protect.plan_release(folds, secret, cfg)
     protections = [Protection(cfg, mae) for mae in maes]
     if run.broadcast((variant.release / 'manifest.json').exists()):
-        protect.check_release(variant, premises)
+        protect.check_release(variant, made_from)
         if cfg.reconstruct.check:
             check_release_files(variant.release, plan, secret, data_card)
         # It may be of a Protection whose code was changed since
@@ -91,7 +91,7 @@ def release(variant, folds, device):
     if run.rank() == 0:
         # release.json names the source: it is not released
         files.write_json(variant.folder / 'release.json', {
-            'format': files.FORMAT, 'config': as_dict(cfg), 'premises': premises})
+            'config': as_dict(cfg), 'made_from': made_from})
         shutil.rmtree(draft, ignore_errors=True)           # of an interrupted run
         write_records(draft, encoded, plan.label, cfg.data.size)
     else:

@@ -42,6 +42,7 @@ from facekit.config import variants
 from facekit.errors import InputError
 from facekit.faces import FaceSet
 from facekit.split import split
+from facekit.made_from import settings
 from facekit.training import Training, load_unfinished
 
 DIVIDE_FROM = 100_000     # people; with fewer the class layer is small beside the net
@@ -209,8 +210,9 @@ def train(cfg, task, device):
     size = norm_batch(own, c)
     order = batches.Order(len(task.rows), c.batch, task.seed, 'fr.batch')
     steps = max(1, round(task.epochs * order.steps_per_epoch))
-    premises = {'set of images': task.faces.digest(task.rows)}
-    saved = load_unfinished(path, cfg, FIXED + task.fixed, premises, ['net', 'head'])
+    made_from = settings(cfg, FIXED + task.fixed) | {
+        'set of images': task.faces.digest(task.rows)}
+    saved = load_unfinished(path, made_from, ['net', 'head'])
     if saved and saved['step'] >= steps:
         return run.say(f'{path} is finished ({steps} steps): nothing to do')
     people, labels = np.unique(task.faces.labels[task.rows], return_inverse=True)
@@ -261,7 +263,7 @@ def train(cfg, task, device):
         if training.log_due():
             training.write_log(margin=current_margin)
         if training.save_due():
-            training.save(premises=premises)
+            training.save(made_from=made_from)
     training.end()
 
 

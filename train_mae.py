@@ -37,6 +37,7 @@ from facekit.images import to_float
 from facekit.protect import FaceMAE
 from facekit.published import refuse_published
 from facekit.split import split
+from facekit.made_from import settings
 from facekit.training import Training, load_unfinished
 from facekit.validation import ValidationBatch
 from irm import gather_rows, irm_loss, relation_correlation
@@ -219,10 +220,10 @@ def train(variant, fold, device):
                           fold.public.labels[fold.mae], cfg.irm.images_per_identity)
     steps = max(1, round(c.epochs * order.steps_per_epoch))
     teacher, teacher_digest = load_teacher(cfg, fold, device)
-    premises = {'set of images': fold.public.digest(fold.mae)}
+    made_from = settings(cfg, FIXED) | {'set of images': fold.public.digest(fold.mae)}
     if teacher:
-        premises['teacher'] = teacher_digest
-    saved = load_unfinished(path, cfg, FIXED, premises, ['model', 'mean', 'std'])
+        made_from['teacher'] = teacher_digest
+    saved = load_unfinished(path, made_from, ['model', 'mean', 'std'])
     if saved and saved['step'] >= steps:
         return run.say(f'{path} is finished ({steps} steps): nothing to do')
     run.say(f'training {path} on {len(fold.mae)} public images, {steps} steps')
@@ -256,7 +257,7 @@ def train(variant, fold, device):
         if training.log_due():
             write_log(training, originals, z, validation, objective)
         if training.save_due():
-            training.save(mean=mae.mean.cpu(), std=mae.std, premises=premises)
+            training.save(mean=mae.mean.cpu(), std=mae.std, made_from=made_from)
     training.end()
 
 

@@ -19,10 +19,11 @@ import models
 from facekit import batches, embed, files, retrieval, run, verification
 from facekit.embed import Embedder
 from facekit.errors import InputError
+from facekit.made_from import settings
 from facekit.mask_attacks import Patches, guess, masked
-from facekit.published import refuse_published
+from facekit.published import refuse_published, versions
 from facekit.retrieval import Search
-
+from facekit.split import not_excluded
 
 # ------------------------------------------------------ attackers without pairs of others
 
@@ -297,10 +298,41 @@ def short_names(wanted):
     return names
 
 
+# --------------------------------------------------------------- what its figures depend on
+
+# Keys of the config that an attack reads, beside what digest_of_row() has of images and nets
+KEYS = ('reconstruct', 'mae.patch', 'run.row', 'run.seed', 'run.precision', 'data.size',
+        'judge.checkpoint', 'teacher.checkpoint', 'evaluate.attack_steps', 'evaluate.probes',
+        'evaluate.gallery', 'evaluate.onnx_pixels')
+SHOWING = ('check', 'page', 'plots', 'progress', 'report')     # modules that change no figure
+
+
+def digest_of_attack(row, entry):
+    """What an entry of evaluate.attacks depends on, 64 hex digits: digest_of_row() and the
+    recogniser that it may name."""
+    return files.digest(repr([row, embed.digest_of(entry), versions([entry])]).encode())
+
+
+def digest_of_row(variant, folds, release, release_from, device):
+    """What all attacks on a row depend on, 64 hex digits: equal ones mean equal results.
+
+    release: its FaceSet; release_from: of protect.release_made_from().
+    """
+    cfg, private = variant.cfg, folds[0].private
+    images = [f.public.digest(rows) for f in folds for rows in (f.train, f.mae)]
+    images += [private.digest(not_excluded(private, cfg)), release.digest(slice(None))]
+    nets = [cfg.judge.checkpoint, cfg.teacher.checkpoint, variant.student]
+    nets += [variant.run / f'fold{f.k}' / f'{role}.pt' for f in folds
+             for role in ('judge', 'teacher')]
+    machine = run.provenance(device)
+    return files.digest(repr([
+        settings(cfg, KEYS), code_digest(), release_from, images,
+        [embed.digest_of(path) for path in nets], versions([cfg.judge.checkpoint]),
+        [machine[what] for what in ('device', 'torch', 'numpy')]]).encode())
+
+
 def code_digest():
     """Hex digits of the code that the figures of an attack depend on."""
-    here = Path(__file__).parent
-    paths = [Path(models.__file__), *(here / f'{name}.py' for name in (
-        'batches', 'faces', 'images', 'sources', 'split', 'published', 'embed', 'keys', 'protect',
-        'verification', 'retrieval', 'attack_data', 'mask_attacks', 'attacks'))]
-    return files.digest(b''.join(path.read_bytes() for path in paths))
+    paths = [path for path in sorted(Path(__file__).parent.glob('*.py'))
+             if path.stem not in SHOWING]
+    return files.digest(b''.join(path.read_bytes() for path in [Path(models.__file__), *paths]))

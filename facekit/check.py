@@ -11,7 +11,7 @@ from facekit import attacks, files, images, keys, protect, run, verification
 from facekit.config import SPECS, variants
 from facekit.errors import InputError, counted, optional
 from facekit.faces import FaceSet
-from facekit.published import DLIB, refuse_published, versions
+from facekit.published import DLIB, check_installed, refuse_published
 from facekit.records import Records
 from facekit.sources import open_source
 from facekit.split import count_release, make_folds
@@ -78,7 +78,7 @@ def check_checkpoints(cfg):
         may_be_dlib = key in ('judge.checkpoint', 'evaluate.model')
         if path and not Path(path).is_file() and not (may_be_dlib and path == DLIB):
             raise InputError(f'{key} = {path} does not exist: check the path')
-    versions(cfg)
+    check_installed(cfg)
 
 
 def check_people(cfg, rows):

@@ -52,8 +52,8 @@ def read_yaml(path):
         raise InputError(f'config {path} is not YAML ({" ".join(str(e).split())[:200]}): write it '
                          'as configs/casia.yaml is written') from None
     if not isinstance(content, dict) or any('.' in name for name in content):
-        raise InputError(f'config {path} must have lines "section:" and below them "  key: value", '
-                         'as configs/casia.yaml has')
+        raise InputError(f'config {path} must have lines "section:" and below them '
+                         '"  key: value", as configs/casia.yaml has')
     return content
 
 
@@ -206,8 +206,8 @@ def check_together(config):
             ('mae.batch', mae['batch'], 'irm.images_per_identity', group or 1),
             ('fr.batch', fr['batch'], 'fr.norm_batch', min(fr['norm_batch'], fr['batch']))):
         if value % divisor:
-            raise InputError(f'{name} = {value} does not divide by {other} = {divisor}: change one '
-                             'of them')
+            raise InputError(f'{name} = {value} does not divide by {other} = {divisor}: change '
+                             'one of them')
     for method, key, reach in (('blur', 'blur_sigma', 3 * c['blur_sigma'] + 1),
                                ('pixelate', 'pixelate_block', c['pixelate_block'])):
         if method == c['method'] and reach > size:
@@ -217,8 +217,11 @@ def check_together(config):
 
 @dataclass
 class Variant:
-    """A row of a comparison with one seed: its config, and where its files lie: those of the method
-    itself with run.seed in the run folder, others in sub-folders, so that teachers are shared."""
+    """A row of a comparison with one seed: its config, and where its files lie.
+
+    Those of the method itself with run.seed lie in the run folder, others in sub-folders of it, so
+    that teacher and judge are shared.
+    """
     name: str                 # of the row, as tables show it
     seed: int                 # run.seed of this repetition
     cfg: SimpleNamespace      # resolved for the row

@@ -1,5 +1,7 @@
 """Recognisers from any checkpoint, and the embeddings of whole image sets."""
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -87,12 +89,21 @@ def recogniser_from(saved, path, device):
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
-def calibrate(net, faces):
-    """Set the statistics of an untrained net's BatchNorms, without which a deep one overflows, to
-    those of uint8 images (B, H, W, 3)."""
-    for norm in (m for m in net.modules() if hasattr(m, 'running_mean')):
-        norm.momentum = 1.0
-    embed_batch(net, faces, 'fp32')
+def digest_of(path):
+    """SHA-256 of the weights of a recogniser, however they are wrapped and without the state of an
+    optimizer; '' without such a file."""
+    path = Path(path)
+    return digest_of_file(path, path.stat().st_mtime_ns) if path.is_file() else ''
+
+
+@functools.cache
+def digest_of_file(path, changed):
+    """digest_of() a file that was last changed at `changed`, ns: once in a run."""
+    if is_published(path):
+        return files.digest(path.read_bytes())
+    saved = files.load_checkpoint(path)
+    return ' '.join(files.digest_of_weights(tensors(state)) for state in (
+        unwrapped(saved), files.entry(saved, 'head')))
 
 
 # ---------------------------------------------------------------------------- embeddings

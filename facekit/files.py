@@ -20,13 +20,12 @@ import torch
 
 from facekit import run
 from facekit.config import as_dict
-from facekit.errors import InputError, quoted
+from facekit.errors import InputError
 
 # What our checkpoints hold, and of which type
-KINDS = {'format': int, 'config': dict, 'premises': dict, 'step': int, 'steps': int,
+KINDS = {'config': dict, 'made_from': dict, 'step': int, 'steps': int,
          'logged': int, 'net': dict, 'head': dict, 'model': dict, 'optimizer': dict,
          'scaler': dict, 'std': float, 'mean': torch.Tensor, 'sums': torch.Tensor}
-FORMAT = 2         # of checkpoints and release.json; grows when older ones cannot be continued
 
 
 # ---------------------------------------------------------------------- writing and reading
@@ -298,39 +297,7 @@ def load_finished(path, made_by, needs=()):
     return state
 
 
-# -------------------------------------------------------------------------------- premises
-
-# Keys that change how a thing is made but not what it is
-HARMLESS = {'mae.micro_batch', 'mae.preview_epochs', 'reconstruct.batch', 'reconstruct.photos',
-            'reconstruct.key', 'reconstruct.check', 'fr.shard_classes'}
-LATER = {'fr.sample_rate': 1.0}        # keys that older files lack, and how those were made
-
-
-def check_premises(state, cfg, keys, path, premises):
-    """Refuse to continue or reuse what was made from something else.
-
-    `state` is a checkpoint or a release.json; `keys` are the sections or keys of the config that
-    must agree; `premises` {what: digest} is what else it is made from: images, nets, secret.
-    """
-    if state.get('format') != FORMAT:
-        raise InputError(f'{path} was made by an earlier version of this kit, whose random '
-                         'numbers were others: use another run.folder, or that version')
-    then, now = entry(state, 'config'), as_dict(cfg)
-    differ = [f'another {what}' for what, value in premises.items()
-              if entry(state, 'premises').get(what) != value]
-    for key, value in settings(now, keys).items():
-        section, name = key.split('.')
-        # As text, because a file from elsewhere can hold a tensor here
-        before = entry(then, section).get(name, LATER.get(key))
-        if repr(before) != repr(value):
-            differ.append(f'another {key} ({quoted(before)} then, {quoted(value)} now)')
-    if differ:
-        more = [f'; to train on from finished weights: {key.partition(".")[0]}.init={path} in '
-                'another run.folder' for key in ('mae.epochs', 'fr.epochs')
-                if any(key in text for text in differ)]
-        raise InputError(f'{path} was made with {", ".join(differ)}: change it back, or use '
-                         f'another run.folder or mae.name{"".join(more)}')
-
+# ----------------------------------------------------------------------------------- parts
 
 def public_dict(cfg):
     """as_dict() for files that are shared: who asked to be left out is nobody's business, so that
@@ -338,16 +305,6 @@ def public_dict(cfg):
     config = as_dict(cfg)
     config['data']['exclude'] = len(cfg.data.exclude)
     return config
-
-
-def settings(config, keys):
-    """{key: value} of what sections or keys of a config dict say, without what is HARMLESS."""
-    found = {}
-    for key in keys:
-        section, _, name = key.partition('.')
-        names = [name] if name else sorted(config[section])
-        found |= {f'{section}.{n}': config[section][n] for n in names}
-    return {key: value for key, value in found.items() if key not in HARMLESS}
 
 
 def entry(mapping, key):

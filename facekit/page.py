@@ -25,7 +25,6 @@ re-identify; for which attackers, and how much harder, is what these tables say,
 them. The pictures below show originals: keep this page where the originals are kept."""
 PICTURES = {'release.png': 'Originals, what the mask leaves, what is released',
             'tradeoff.png': 'Privacy against utility', 'roc.png': 'Verification',
-            'scores.png': 'Scores of the verification pairs',
             'release_most_linked.png': 'Released images that are linked to their originals first'}
 
 

@@ -1,13 +1,16 @@
-"""Pictures of a run: faces, ROC, score histograms, privacy against utility."""
+"""Pictures of a run: faces, surest links, ROC, privacy against utility."""
+import errno
+import os
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from facekit import files, run
+from facekit.errors import optional
 from facekit.images import to_uint8
-from facekit.report import strongest_attack
+from facekit.report import QUESTIONS, comparable
 
-TRUE, OTHERS = '#1b6ca8', '#d1495b'            # of score histograms
 MARGIN, GAP, TEXT = 96, 3, 13                  # of face grids: left margin, gap, font size, pixels
 
 
@@ -35,123 +38,103 @@ def save_grid(rows, path, title=''):
 
 
 def save_most_linked(attack, rank1, cosines, released, originals, path):
-    """The ten probes whose original an attack scores highest, original above.
+    """Write a picture of the ten released images whose originals an attacker is surest of.
 
-    cosines (n,) of probes with their originals; released, originals uint8 (n, H, W, 3).
+    cosines (n,): how alike it sees the n images of `released` and `originals`, ImageRows; rank1:
+    of how many it finds the original.
     """
     best = cosines.argsort()[::-1][:10]
-    rows = {label: torch.as_tensor(x[best].copy()).permute(0, 3, 1, 2) / 255
-            for label, x in (('original', originals), ('released', released))}
-    save_grid(rows, path, f'surest links of the attacker "{attack}" (finds {100 * rank1:.0f} %): '
-              f'cosine {cosines[best[0]]:.2f} to {cosines[best[-1]]:.2f}')
+    rows = {label: torch.as_tensor(images.take(best).pixels()).permute(0, 3, 1, 2) / 255
+            for label, images in (('original', originals), ('released', released))}
+    save_grid(rows, path, f'the {len(best)} surest links of "{attack}", which finds '
+              f'{100 * rank1:.0f} % of all: cosine {cosines[best[0]]:.2f} to '
+              f'{cosines[best[-1]]:.2f}')
 
 
 # ------------------------------------------------------------------------------- plots
 
-def plotting():
-    """matplotlib.pyplot, or None and a line that says what is missing."""
+def attempt(draw, *arguments):
+    """draw(*arguments) on rank 0, or a sentence why not: what only shows costs nothing that was
+    computed. The last of the arguments is the path of the picture."""
+    if run.rank():
+        return
     try:
-        import matplotlib
-    except ImportError:
-        run.say('matplotlib is not installed (pip install matplotlib): '
-                'no ROC, histogram and privacy plots')
-        return None
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    return pyplot
+        draw(*arguments)
+    except Exception as error:             # of matplotlib, a font, a folder, ...
+        if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise                          # no results would find room either
+        run.say(f'warning: a picture is missing, all figures are there ({arguments[-1]}: {error})')
+
+
+def new_figure(**how):
+    """A figure of matplotlib, for files alone: no backend or display is asked for."""
+    os.environ['MPLBACKEND'] = 'Agg'       # another, of a notebook, can end its import
+    return optional('matplotlib.figure', 'matplotlib').Figure(**how)
 
 
 def colours_of(names):
     """{name: colour}, no two alike."""
     from matplotlib import colormaps
-    palettes = {name: list(colormaps[name].colors) for name in ('tab10', 'tab20', 'tab20b')}
-    palette = palettes['tab10']
-    if len(names) > 10:
-        palette = palettes['tab20'] + palettes['tab20b'] + list(
-            colormaps['turbo'](np.linspace(0, 1, max(0, len(names) - 40))))
-    return dict(zip(names, palette))
+    for palette in (colormaps['tab10'].colors, colormaps['tab20'].colors):
+        if len(names) <= len(palette):
+            return dict(zip(names, palette))
+    return dict(zip(names, colormaps['turbo'](np.linspace(0, 1, len(names)))))
 
 
 def save_plot(figure, path):
-    """Write a figure as PNG, without the upper and right lines of its axes."""
+    """Write a figure as PNG: no upper and right lines of axes, and the legend of the last axes
+    beside them, where it covers nothing."""
     for axes in figure.axes:
         axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize=8)
     with files.replacing(path) as file:
         figure.savefig(file, format='png', dpi=120, bbox_inches='tight')
-    plotting().close(figure)
 
 
-def legend_beside(axes):
-    """The legend to the right of the axes, where it covers no curve."""
-    axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize=8)
-
-
-def histogram(cosines, path):
-    """Score histograms side by side; cosines = {name: (of true pairs (n,), of others (m,))}."""
-    if not (plt := plotting()):
+def save_roc(rows, path):
+    """ROC of the first seed of Rows, on the first set that was tested."""
+    tested = {row.name: next(iter(row.scores.values())) for row in rows if row.scores}
+    first = next((name for scores in tested.values() for name in scores), None)
+    if first is None:
         return
-    high, wide = -(-len(cosines) // 6), min(len(cosines), 6)
-    figure, panels = plt.subplots(high, wide, figsize=(3.2 * wide, 3 * high), sharey=True,
-                                  squeeze=False)
-    for panel in panels.flat[len(cosines):]:
-        panel.remove()
-    for panel, (name, both) in zip(panels.flat, cosines.items()):
-        for values, colour, label in zip(both, (TRUE, OTHERS), ('true pairs', 'others')):
-            panel.hist(values, 40, (-1, 1), density=True, alpha=0.6, color=colour, label=label)
-        panel.set(title=name, xlabel='cosine')
-    panels[0, 0].set_ylabel('density')
-    legend_beside(panels.flat[min(wide, len(cosines)) - 1])
+    figure = new_figure(figsize=(5, 4))
+    axes = figure.subplots()
+    for name, colour in colours_of(tested).items():
+        if first in tested[name]:
+            scores = tested[name][first]
+            same = scores.same[scores.distance.argsort()]
+            axes.plot((~same).cumsum() / (~same).sum(), same.cumsum() / same.sum(), label=name,
+                      color=colour)
+    axes.set(xscale='log', xlim=(1e-3, 1), xlabel='false accept rate', ylabel='true accept rate')
     save_plot(figure, path)
 
 
-def verification_plots(scores, prefix):
-    """ROC and score histograms of recognisers, {name: PairScores}, as <prefix>roc.png and
-    <prefix>scores.png; the prefix begins with a folder."""
-    if not (plt := plotting()):
-        return
-    figure, axes = plt.subplots(figsize=(5, 4))
-    for name, colour in colours_of(scores).items():
-        s = scores[name]
-        order = s.distance.argsort()
-        tar = s.same[order].cumsum() / s.same.sum()
-        far = (~s.same[order]).cumsum() / (~s.same).sum()
-        axes.plot(far, tar, label=name, color=colour)
-    axes.set(xscale='log', xlim=(1e-3, 1), xlabel='false accept rate', ylabel='true accept rate')
-    legend_beside(axes)
-    save_plot(figure, f'{prefix}roc.png')
-    cosines = {name: 1 - s.distance / 2 for name, s in scores.items()}
-    histogram({name: (c[scores[name].same], c[~scores[name].same]) for name, c in cosines.items()},
-              f'{prefix}scores.png')
-
-
-def tradeoff_plot(measured, folder):
-    """Leakage against utility, a panel a question; measured = {row: [results of each seed]}.
+def save_tradeoff(rows, path):
+    """Leakage of Rows against utility, a panel a question.
 
     Each row has a colour: its square is the strongest attack, its dot the judge alone.
     """
-    rows = {row: results for row, results in measured.items()
-            if results[0]['privacy'] and results[0]['verification']}
-    if not rows or not (plt := plotting()):
+    rows = [row for row in rows
+            if any(row.figures('privacy')) and row.results[0]['verification']]
+    if not rows:
         return
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
-    for panel, (kind, asked) in zip(panels, (('same_person', 'another photo of the person'),
-                                             ('same_image', 'the very original'))):
-        for row, colour in colours_of(rows).items():
-            accuracy = 100 * np.mean([s['accuracy'] for r in rows[row]
-                                      for s in r['verification'].values()])
-            strongest, judge = (100 * np.mean([figure_of(r['privacy']) for r in rows[row]])
-                                for figure_of in (
-                lambda privacy: strongest_attack(privacy, kind),
-                lambda privacy: privacy.get(f'judge_{kind}', {}).get('rank1', np.nan)))
+    figure = new_figure(figsize=(10, 4.2))
+    panels = figure.subplots(1, 2, sharey=True)
+    attackers, colours = comparable(rows), colours_of([row.name for row in rows])
+    sets = rows[0].results[0]['verification']
+    for panel, (word, question) in zip(panels, QUESTIONS.items()):
+        for row in rows:
+            accuracy, colour = 100 * row.accuracy(sets), colours[row.name]
+            strongest, judge = (100 * row.strongest(question, who)[0]
+                                for who in (attackers, ['judge']))
             panel.plot([judge, strongest], [accuracy] * 2, '-', color=colour, lw=1)
             panel.plot(judge, accuracy, 'o', color=colour, ms=5)
-            panel.plot(strongest, accuracy, 's', color=colour, ms=6, label=row)
-        chances = [figures['chance'] for r in next(iter(rows.values()))
-                   for name, figures in r['privacy'].items() if name.endswith(kind)]
+            panel.plot(strongest, accuracy, 's', color=colour, ms=6, label=row.name)
+        chances = [figures['chance'] for name, figures in rows[0].results[0]['privacy'].items()
+                   if name.endswith(question)]
         if chances:
             panel.axvline(100 * chances[0], color='grey', ls=':', lw=1, label='chance')
-        panel.set(xlabel=f'{asked} is found first, %')
+        panel.set(xlabel=f'{word} is found first, %')
     panels[0].set_ylabel('verification accuracy, mean of sets, %')
     panels[0].set_title('square: strongest attack, dot: judge', loc='left', fontsize=8)
-    legend_beside(panels[1])
-    save_plot(figure, folder / 'tradeoff.png')
+    save_plot(figure, path)

@@ -21,6 +21,7 @@ from facekit.embed import is_sound, load_weights
 from facekit.errors import InputError, quoted
 from facekit.images import decode, encode, to_float, to_uint8
 from facekit.keys import keyed, which_secret
+from facekit.made_from import check_made_from, settings
 from facekit.split import private_digest
 
 # The keys of section mae that decide a MAE's shapes
@@ -292,31 +293,28 @@ def plan_release(folds, secret, cfg):
     return ReleasePlan(fold, image, label, seeds)
 
 
-def release_premises(folds, maes, secret):
-    """What a release is made from beside its config, {what: digest}; maes: see load_maes()."""
+def release_made_from(cfg, folds, maes, secret):
+    """What a release is made from, {what: text} (see made_from.py); maes: see load_maes()."""
     private = folds[0].private
     names = private.people[np.unique(private.labels[np.concatenate([f.released for f in folds])])]
-    premises = {'set of images': private_digest(folds),
-                'set of names': files.digest('\0'.join(names).encode(errors='surrogateescape')),
-                'secret': which_secret(secret)}
-    if maes[0]:
-        premises['mae'] = files.digest(''.join(mae.digest() for mae in maes).encode())
-    return premises
-
-
-def release_keys(cfg):
-    """Sections and keys of a config on which its release depends."""
     keys = ['reconstruct', 'data.size', 'data.folds', 'data.release_folds', 'run.seed']
-    return [*keys, 'mae.patch'] if method_of(cfg).draws_mask else keys
+    if method_of(cfg).draws_mask:
+        keys.append('mae.patch')
+    made_from = settings(cfg, keys) | {
+        'set of images': private_digest(folds),
+        'set of names': files.digest('\0'.join(names).encode(errors='surrogateescape')),
+        'secret': which_secret(secret)}
+    if maes[0]:
+        made_from['mae'] = files.digest(''.join(mae.digest() for mae in maes).encode())
+    return made_from
 
 
-def check_release(variant, premises):
+def check_release(variant, made_from):
     """Refuse a finished release that was made with another config, secret, model, images or names.
 
     Its images could not be matched with their originals any more, and would look private.
     """
     saved = files.read_json(variant.folder / 'release.json')
-    known = files.entry(saved, 'premises')
-    premises = {what: value for what, value in premises.items()
-                if what in known or what != 'set of names'}            # which older files lack
-    files.check_premises(saved, variant.cfg, release_keys(variant.cfg), variant.release, premises)
+    check_made_from(variant.release, files.entry(saved, 'made_from'), made_from,
+                    'give the other settings a row of their own (compare), or use another '
+                    'run.folder')

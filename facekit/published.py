@@ -51,10 +51,13 @@ def dlib_weights():
     return Path(package.origin).parent / 'models' / 'dlib_face_recognition_resnet_model_v1.dat'
 
 
-def versions(cfg):
-    """{module: version} of what runs the published recognisers that a config names; InputError if
-    one is not installed."""
-    paths = [cfg.judge.checkpoint, cfg.evaluate.model, *cfg.evaluate.attacks]
+def check_installed(cfg):
+    """InputError if what runs a published recogniser that a config names is not installed."""
+    versions([cfg.judge.checkpoint, cfg.evaluate.model, *cfg.evaluate.attacks])
+
+
+def versions(paths):
+    """{module: version} of what runs the published recognisers among `paths`."""
     modules = {runtime(path) for path in paths if is_published(path)}
     return dict(sorted((module.__name__, module.__version__) for module in modules))
 

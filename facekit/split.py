@@ -24,7 +24,7 @@ class Fold:
     def check_learnt(self, saved, path, made_by):
         """Refuse a checkpoint, which `made_by` is the command to make, that learnt from other
         images than the public ones: it may have seen who is private here."""
-        learnt = files.entry(saved, 'premises').get('set of images')
+        learnt = files.entry(saved, 'made_from').get('set of images')
         if not any(self.public.digest(rows) == learnt for rows in (self.train, self.mae)):
             raise InputError(f'{path} learnt from other images, or label numbers, than are public '
                              f'in this config: change it back (people are taken out by '

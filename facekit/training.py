@@ -8,7 +8,7 @@
         if training.log_due():
             training.write_log()
         if training.save_due():
-            training.save(premises=premises)
+            training.save(made_from=made_from)
     training.end()
 
 The loop itself stays in the script.
@@ -20,6 +20,7 @@ import torch
 from facekit import embed, files, run
 from facekit.classes import DividedHead
 from facekit.errors import InputError
+from facekit.made_from import check_made_from
 from facekit.progress import StageLog
 
 
@@ -127,7 +128,6 @@ class Training:
             'logged': self.logged,
             'sums': self.sums,
             'config': files.public_dict(self.cfg),
-            'format': files.FORMAT,
             **more,
         }
         for head in self.divided_heads:
@@ -148,17 +148,20 @@ class Training:
         self.stop.end()
 
 
-def load_unfinished(path, cfg, keys, premises, needs):
+def load_unfinished(path, made_from, needs):
     """The checkpoint at `path` to continue from, or None; InputError if it is damaged or was made
     from something else.
 
-    keys and premises: see files.check_premises(); needs: its keys.
+    made_from: see made_from.py; needs: the keys of the checkpoint.
     """
     if not run.broadcast(path.exists()):
         return None
     saved = files.load_checkpoint(path, needs=('step', 'steps', 'logged', 'sums', 'optimizer',
                                                'scaler', 'config', *needs))
-    files.check_premises(saved, cfg, keys, path, premises)
+    section = 'mae' if 'model' in needs else 'fr'
+    check_made_from(path, files.entry(saved, 'made_from'), made_from,
+                    'use another run.folder or mae.name; to train on from finished weights: '
+                    f'{section}.init={path} in another run.folder')
     if not 0 <= saved['logged'] <= saved['step']:
         raise InputError(f'{path} has made {saved["step"]} steps and logged {saved["logged"]}: '
                          'delete it and make it again')

@@ -1,4 +1,4 @@
-"""What a recogniser is worth: insightface's ten-fold verification, ROC figures, and floors."""
+"""What a recogniser is worth: insightface's ten-fold verification, and its floor."""
 import glob
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import models
 from facekit import embed, files, images, run
 from facekit.bins import read_bin
 from facekit.errors import InputError, counted
@@ -18,49 +17,7 @@ FOLDS = 10
 CENTRED = ' centred'      # ends the name of a set that was centred on its mean
 
 
-@dataclass
-class PairSet:
-    """Pairs of images, of one person or of two, that a recogniser is tested on."""
-    name: str                 # in results and tables
-    images: np.ndarray        # uint8 (M, S, S, 3), distinct
-    pairs: np.ndarray         # int64 (P, 2): which images
-    same: np.ndarray          # bool (P,): of one person
-    sha256: str | None        # of the file, as there are several of one name; None = made here
-
-
-@dataclass
-class PairScores:
-    """How a recogniser sees the pairs of a set."""
-    distance: np.ndarray      # float64 (P,), squared L2 of unit embeddings, 0..4
-    same: np.ndarray          # bool (P,): of one person
-
-
-def fold_decisions(distance, same):
-    """Which pairs insightface's ten-fold protocol gets right, bool (P,), and their folds (P,).
-
-    distance (P,): squared L2 distances of unit embeddings, 0..4; same (P,) bool. Thresholds 0..4
-    by 0.01, 'same' when distance < threshold, first best threshold of the other nine contiguous
-    folds. All thresholds and folds come from one histogram.
-    """
-    thresholds = np.arange(0, 4, 0.01)
-    first = np.searchsorted(thresholds, distance, side='right')     # threshold that accepts it
-    sizes = np.full(FOLDS, len(same) // FOLDS)
-    sizes[:len(same) % FOLDS] += 1
-    fold = np.repeat(np.arange(FOLDS), sizes)
-    # +1 for a same pair that becomes right, -1 for a different pair that becomes wrong
-    change = np.zeros((FOLDS, len(thresholds) + 1), np.int64)
-    np.add.at(change, (fold, first), np.where(same, 1, -1))
-    different = np.bincount(fold[~same], minlength=FOLDS)
-    right = change[:, :-1].cumsum(1) + different[:, None]            # (fold, threshold)
-    best = (right.sum(0) - right).argmax(1)
-    return (distance < thresholds[best[fold]]) == same, fold
-
-
-def fold_accuracies(distance, same):
-    """Ten-fold accuracies of insightface's protocol, float64 (10,)."""
-    right, fold = fold_decisions(distance, same)
-    return np.bincount(fold, right) / np.bincount(fold)
-
+# -------------------------------------------------------------------------------------- statistics
 
 def threshold_at_far(distance, same, far):
     """The loosest threshold that accepts at most floor(far * count) of the different pairs.
@@ -92,32 +49,16 @@ def interval(hits, person, draws=1000):
     return np.percentile(weights @ total / (weights @ count), [2.5, 97.5]).tolist()
 
 
-def paired_difference(ours, theirs, same, draws=1000):
-    """By how much one recogniser is better than another on the same pairs, over seeds.
+# ------------------------------------------------------------------------------------------- pairs
 
-    ours, theirs: {seed: distances (P,)}, of which the common seeds count (none: {} is returned).
-    {figure: [mean, low, high]} of accuracy and TAR at FAR 1 %, with 95 % intervals: pairs are
-    drawn (bootstrap), and seeds taken as normal, of which few tell the spread badly (Student's
-    t); thresholds stay as they are.
-    """
-    both = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-    if not both:
-        return {}
-    rng, result, count = np.random.default_rng(0), {}, len(both)
-
-    def accepted(distance):
-        return (distance < threshold_at_far(distance, same, 1e-2))[same]
-
-    for name, good in (('accuracy', lambda d: fold_decisions(d, same)[0]),
-                       ('tar@far=1e-2', accepted)):
-        gain = np.stack([good(a).astype(float) - good(b) for a, b in both])
-        pairs = gain.shape[1]
-        means = np.array([gain.mean(0) @ rng.multinomial(pairs, np.full(pairs, 1 / pairs))
-                          for _ in range(draws)]) / pairs
-        if count > 1:
-            means += rng.standard_t(count - 1, draws) * gain.mean(1).std(ddof=1) / count ** 0.5
-        result[name] = [gain.mean(), *np.percentile(means, [2.5, 97.5])]
-    return result
+@dataclass
+class PairSet:
+    """Pairs of images, of one person or of two, that a recogniser is tested on."""
+    name: str                 # in results and tables
+    images: np.ndarray        # uint8 (M, S, S, 3), distinct
+    pairs: np.ndarray         # int64 (P, 2): which images
+    same: np.ndarray          # bool (P,): of one person
+    sha256: str | None        # of the file, as there are several of one name; None = made here
 
 
 def find_set(name, cfg):
@@ -194,14 +135,18 @@ def load_pairs(path, size):
 
 
 def held_back(fold, count=3000):
-    """A PairSet of the public people of a fold who are in no training, 2 * count pairs."""
-    rng, labels = np.random.default_rng(0), fold.public.labels[fold.validation]
+    """A PairSet of the public people of a fold who are in no training, 2 * count pairs: each photo
+    with another one of its person, and with one of somebody else."""
     check_held_back(fold)
-    sizes = np.bincount(labels)[labels]              # images of each image's person
-    order = labels.argsort(kind='stable')
-    first = rng.choice(order[sizes[order] > 1], count)
-    same, other = of_same(labels, first, rng), of_others(labels, first, rng)
-    pairs = np.stack([np.stack([first, same], 1), np.stack([first, other], 1)], 1).reshape(-1, 2)
+    rng, labels = np.random.default_rng(0), fold.public.labels[fold.validation]
+    order = labels.argsort(kind='stable')                    # by person; places are in this order
+    begin, end = (np.searchsorted(labels[order], labels[order], side)
+                  for side in ('left', 'right'))             # of the person at each place
+    place = rng.choice(np.flatnonzero(end - begin > 1), count)
+    begin, size = begin[place], (end - begin)[place]
+    same = begin + (place - begin + rng.integers(1, size)) % size
+    other = (begin + size + rng.integers(0, len(order) - size)) % len(order)
+    pairs = order[np.stack([place, same, place, other], 1)].reshape(-1, 2)
     return PairSet('held back', fold.public.select(fold.validation).pixels(), pairs,
                    np.arange(2 * count) % 2 == 0, None)
 
@@ -214,28 +159,70 @@ def check_held_back(fold):
                          f'{len(counts)}: raise data.validation')
 
 
-def of_same(labels, rows, rng):
-    """For each of some rows of labels (N,), a random other row of the same person, or, where there
-    is none, itself: int64 (len(rows),)."""
-    order, place, first, size = by_person(labels, rows)
-    step = rng.integers(1, np.maximum(size, 2)) % size
-    return order[first + (place - first + step) % size]
+# ------------------------------------------------------------------------------------ verification
+
+@dataclass
+class PairScores:
+    """How a recogniser sees the pairs of a set."""
+    distance: np.ndarray      # float64 (P,), squared L2 of unit embeddings, 0..4
+    same: np.ndarray          # bool (P,): of one person
 
 
-def of_others(labels, rows, rng):
-    """For each of some rows of labels (N,), a random row of another person: int64 (len(rows),)."""
-    order, _, first, size = by_person(labels, rows)
-    return order[(first + size + rng.integers(0, len(order) - size)) % len(order)]
+def fold_decisions(distance, same):
+    """Which pairs insightface's ten-fold protocol gets right, bool (P,), and their folds (P,).
+
+    distance (P,): squared L2 distances of unit embeddings, 0..4; same (P,) bool. Thresholds 0..4
+    by 0.01, 'same' when distance < threshold, first best threshold of the other nine contiguous
+    folds. All thresholds and folds come from one histogram.
+    """
+    thresholds = np.arange(0, 4, 0.01)
+    first = np.searchsorted(thresholds, distance, side='right')     # threshold that accepts it
+    sizes = np.full(FOLDS, len(same) // FOLDS)
+    sizes[:len(same) % FOLDS] += 1
+    fold = np.repeat(np.arange(FOLDS), sizes)
+    # +1 for a same pair that becomes right, -1 for a different pair that becomes wrong
+    change = np.zeros((FOLDS, len(thresholds) + 1), np.int64)
+    np.add.at(change, (fold, first), np.where(same, 1, -1))
+    different = np.bincount(fold[~same], minlength=FOLDS)
+    right = change[:, :-1].cumsum(1) + different[:, None]            # (fold, threshold)
+    best = (right.sum(0) - right).argmax(1)
+    return (distance < thresholds[best[fold]]) == same, fold
 
 
-def by_person(labels, rows):
-    """The rows ordered by person (N,), and where in that order each of `rows` stands, its person
-    begins, and how many images that person has."""
-    order = labels.argsort(kind='stable')
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    first = np.searchsorted(labels[order], labels[rows])
-    return order, place[rows], first, np.searchsorted(labels[order], labels[rows], 'right') - first
+def fold_accuracies(distance, same):
+    """Ten-fold accuracies of insightface's protocol, float64 (10,)."""
+    right, fold = fold_decisions(distance, same)
+    return np.bincount(fold, right) / np.bincount(fold)
+
+
+def paired_difference(ours, theirs, same, draws=1000):
+    """By how much one recogniser is better than another on the same pairs, over seeds.
+
+    ours, theirs: {seed: distances (P,)}, of which the common seeds count (none: {} is returned).
+    {figure: [mean, low, high]} of accuracy and TAR at FAR 1 %, with 95 % intervals: pairs are
+    drawn (bootstrap), and seeds taken as normal, of which few tell the spread badly (Student's
+    t); thresholds stay as they are.
+    """
+    both = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+    if not both:
+        return {}
+    rng, result, count = np.random.default_rng(0), {}, len(both)
+
+    def accepted(distance):
+        return (distance < threshold_at_far(distance, same, 1e-2))[same]
+
+    def decided(distance):
+        return fold_decisions(distance, same)[0]
+
+    for name, good in (('accuracy', decided), ('tar@far=1e-2', accepted)):
+        gain = np.stack([good(a).astype(float) - good(b) for a, b in both])
+        pairs = gain.shape[1]
+        means = np.array([gain.mean(0) @ rng.multinomial(pairs, np.full(pairs, 1 / pairs))
+                          for _ in range(draws)]) / pairs
+        if count > 1:
+            means += rng.standard_t(count - 1, draws) * gain.mean(1).std(ddof=1) / count ** 0.5
+        result[name] = [gain.mean(), *np.percentile(means, [2.5, 97.5])]
+    return result
 
 
 def pair_distances(z, pairs):
@@ -254,12 +241,6 @@ def figures_of(scores, sha256):
             'sha256': sha256}
 
 
-def embed_set(net, pair_set, cfg, device):
-    """Unit embeddings float32 (M, d) of a PairSet's images."""
-    every = ImageRows(pair_set.images, np.arange(len(pair_set.images)))
-    return embed.unit_embeddings(net, every, cfg, device)
-
-
 def verify(net, sets, cfg, device):
     """Verification of a recogniser on PairSets: {name: figures} and {name: PairScores}.
 
@@ -268,21 +249,23 @@ def verify(net, sets, cfg, device):
     """
     results, scores = {}, {}
     for s in sets:
-        z = embed_set(net, s, cfg, device).double()
-        scores[s.name] = PairScores(pair_distances(z, s.pairs), s.same)
+        every = ImageRows(s.images, np.arange(len(s.images)))
+        embeddings = {s.name: embed.unit_embeddings(net, every, cfg, device).double()}
         if cfg.evaluate.centred:
-            z = F.normalize(z - z.mean(0))
-            scores[s.name + CENTRED] = PairScores(pair_distances(z, s.pairs), s.same)
-        results |= {name: figures_of(scores[name], s.sha256)
-                    for name in (s.name, s.name + CENTRED) if name in scores}
+            z = embeddings[s.name]
+            embeddings[s.name + CENTRED] = F.normalize(z - z.mean(0))
+        for name, z in embeddings.items():
+            scores[name] = PairScores(pair_distances(z, s.pairs), s.same)
+            results[name] = figures_of(scores[name], s.sha256)
     return results, scores
 
 
-def component_floor(faces, sets, components=100):
-    """Verification by whitened principal components of pixels, which know nothing of identity.
+def component_floor(faces, sets, centred, components=100):
+    """Verification by whitened principal components of pixels, which know nothing of identity:
+    {name: figures}.
 
-    faces (N, H, W, 3) uint8, on whose mean pixels are centred; for verify()'s centred figures on
-    that of the test set instead.
+    faces (N, H, W, 3) uint8, on whose mean pixels are centred; if `centred`, also on that of each
+    test set, as in verify().
     """
     def small(photos):
         x = torch.as_tensor(np.array(photos)).permute(0, 3, 1, 2).float()
@@ -296,21 +279,10 @@ def component_floor(faces, sets, components=100):
     results = {}
     for s in sets:
         tested = small(s.images)
-        for name, centre in ((s.name, mean), (s.name + CENTRED, tested.mean(0))):
+        centres = {s.name: mean}
+        if centred:
+            centres[s.name + CENTRED] = tested.mean(0)
+        for name, centre in centres.items():
             distance = pair_distances(F.normalize((tested - centre) @ whiten), s.pairs)
             results[name] = figures_of(PairScores(distance, s.same), s.sha256)
-    return [{'verification': results}]
-
-
-def untrained_floor(cfg, sets, device):
-    """What recognisers reach that learnt nothing: an untrained net of each seed.
-
-    Its BatchNorms take the statistics of test images.
-    """
-    results, some = [], torch.from_numpy(sets[0].images[:256]).to(device)
-    for seed in cfg.compare_seeds or [cfg.run.seed]:
-        torch.manual_seed(seed)
-        net = models.iresnet(cfg.fr.depth, cfg.fr.width, cfg.data.size, cfg.fr.dim).to(device)
-        embed.calibrate(net, some)
-        results.append({'verification': verify(net.eval(), sets, cfg, device)[0]})
     return results

@@ -364,16 +364,6 @@ def test_membership_tells_a_recogniser_that_memorised_from_one_that_did_not():
     assert figures('membership', group, owned) is None
 
 
-def test_other_people_are_others_even_where_two_are_left():
-    person = np.array([0] * 9 + [1])
-    rows = np.arange(10).repeat(50)
-    other = verification.of_others(person, rows, np.random.default_rng(0))
-    same = verification.of_same(person, rows, np.random.default_rng(0))
-    assert (person[other] != person[rows]).all() and (person[same] == person[rows]).all()
-    assert set(other[person[rows] == 1]) == set(range(9))
-    assert (same[rows < 9] != rows[rows < 9]).all()
-
-
 def test_a_recogniser_that_overflows_is_refused_and_finds_nobody_by_chance():
     cfg = SimpleNamespace(evaluate=SimpleNamespace(batch=8), run=SimpleNamespace(precision='fp32'))
     net = models.iresnet(10, 8, 32, 32).eval()
