@@ -18,7 +18,7 @@ released image (same image), or another photo of its person (same person), comes
 private originals of its fold, for the attackers of evaluate.attacks; the table says what each of
 them has. What an attacker found is kept as long as it was found from the same.
 """
-import facekit.start  # noqa: F401 (first: says what is not installed)
+import facekit.base.start  # noqa: F401 (first: says what is not installed)
 
 import contextlib
 import io
@@ -29,18 +29,29 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from facekit import attacks, batches, embed, faces, files, keys, plots, protect, report, run
-from facekit import verification
-from facekit.attack_data import Owned, Recognisers, foreign_groups, own_groups
-from facekit.check import check_experiment, check_release_images
-from facekit.config import variants
-from facekit.errors import InputError
-from facekit.faces import ImageRows
-from facekit.images import psnr_and_ssim
-from facekit.page import write_page
-from facekit.progress import StageLog, stage_seconds
-from facekit.published import check_installed
-from facekit.split import count_release, not_excluded, split
+from facekit.base import files, process
+from facekit.base.errors import InputError
+from facekit.base.config import variants
+from facekit.base.made_from import public_dict
+from facekit.base.launch import command, launch, provenance
+from facekit.base.log import StageLog, stage_seconds
+from facekit.data import batches, faces
+from facekit.data.images import psnr_and_ssim
+from facekit.data.pairs import held_back, load_pair_sets
+from facekit.data.faces import ImageRows
+from facekit.data.people import count_release, not_excluded, split
+from facekit.nets import embed
+from facekit.nets.published import check_installed
+from facekit.nets.weights import load_finished, recogniser, recogniser_from
+from facekit.measure import verification
+from facekit.privacy import attacks, protect
+from facekit.privacy.release import (
+    check_release, check_release_images, plan_release, release_made_from, release_secret)
+from facekit.privacy.groups import Owned, Recognisers, foreign_groups, own_groups
+from facekit.report import pictures
+from facekit.report.tables import Row, leads, tables
+from facekit.report.page import write_page
+from facekit.check import check_experiment
 
 
 @dataclass
@@ -61,26 +72,26 @@ def main(cfg, device, compare):
     size = cfg.data.size
     if cfg.evaluate.model:                   # a foreign recogniser sees the pairs at its own size
         size = foreign_recogniser(cfg, device).size
-    sets = verification.load_pair_sets(cfg, size)
+    sets = load_pair_sets(cfg, size)
     folds = [] if external(cfg) else split(cfg)
     if len(folds) == 1 and len(folds[0].validation):
-        sets.append(verification.held_back(folds[0]))
+        sets.append(held_back(folds[0]))
     shared = Shared(folds, sets, Recognisers(cfg, folds, device), device)
     ready = ready_variants(cfg, compare)
     scores = [evaluate(variant, shared) for variant in ready]
     if compare:
-        run.on_rank_0(lambda: write_comparison(cfg, shared, ready, scores))
+        process.on_rank_0(lambda: write_comparison(cfg, shared, ready, scores))
     else:
-        run.on_rank_0(lambda: show_row(ready[0], scores[0]))
+        process.on_rank_0(lambda: show_row(ready[0], scores[0]))
 
 
 def ready_variants(cfg, compare):
     """The Variants whose student is there, or all if none is; names those that are to come."""
     every = variants(cfg, compare)
-    exist = run.on_rank_0(lambda: [v.student.exists() for v in every])
+    exist = process.on_rank_0(lambda: [v.student.exists() for v in every])
     ready = [v for v, exists in zip(every, exist) if exists] or every
     if later := [f'{v.name} (seed {v.seed})' for v in every if v not in ready]:
-        run.say(f'without a student yet, left out: {", ".join(later)}')
+        process.say(f'without a student yet, left out: {", ".join(later)}')
     return ready
 
 
@@ -89,11 +100,11 @@ def ready_variants(cfg, compare):
 def evaluate(variant, shared):
     """Everything about one row, written to its results.json; returns its {set: PairScores}."""
     cfg, path, scores = variant.cfg, path_of_results(variant), {}
-    with files.only_writer(path):
+    with process.only_writer(path):
         release = faces.load_release(variant) if cfg.release or shared.folds else None
         student = load_student(variant, release, shared.device)
         results = {'row': variant.name, 'seed': variant.seed, 'verification': {},
-                   'made_with': run.provenance(shared.device), 'config': files.public_dict(cfg)}
+                   'made_with': provenance(shared.device), 'config': public_dict(cfg)}
         if shared.folds:
             first = shared.folds[0]
             results['people'] = asdict(count_release(shared.folds, cfg))
@@ -105,7 +116,7 @@ def evaluate(variant, shared):
         if release:
             attack_release(variant, shared, release, student, results)
         results['seconds'] = stage_seconds(variant.run)
-        files.write_json(path, results)
+        process.write_json(path, results)
     return scores
 
 
@@ -127,25 +138,25 @@ def picture(variant, name):
 
 def foreign_recogniser(cfg, device):
     """The recogniser of evaluate.model."""
-    return embed.recogniser(cfg.evaluate.model, device, onnx_pixels=cfg.evaluate.onnx_pixels)
+    return recogniser(cfg.evaluate.model, device, onnx_pixels=cfg.evaluate.onnx_pixels)
 
 
 def load_student(variant, release, device):
     """The recogniser that is evaluated: that of evaluate.model, or one that learnt from the
     FaceSet `release`. None where nobody has trained one on a release made elsewhere."""
-    cfg, path, made_by = variant.cfg, variant.student, run.command('train_fr.py')
+    cfg, path, made_by = variant.cfg, variant.student, command('train_fr.py')
     if cfg.evaluate.model:
         return foreign_recogniser(cfg, device)
-    if not cfg.release or run.on_rank_0(path.exists):
-        saved = files.load_finished(path, made_by)
+    if not cfg.release or process.on_rank_0(path.exists):
+        saved = load_finished(path, made_by)
         learnt_from = files.entry(saved, 'made_from').get('set of images')
         if learnt_from == release.digest(slice(None)):
-            return embed.recogniser_from(saved, path, device)
+            return recogniser_from(saved, path, device)
         if not cfg.release:
             raise InputError(f'{path} was trained on another release: delete it and run '
                              f'`{made_by}`')
-    run.say(f'no recogniser of {cfg.release} in {path}: no utility and no insider (first run '
-            f'`{made_by}` with another run.folder)')
+    process.say(f'no recogniser of {cfg.release} in {path}: no utility and no insider (first run '
+                f'`{made_by}` with another run.folder)')
     return None
 
 
@@ -157,12 +168,12 @@ def attack_release(variant, shared, release, student, results):
     results |= {'attacked': {}, 'privacy': {}}
     made_from = ''                                  # of others' releases nothing is kept
     if not cfg.release:
-        maes, secret = protect.load_maes(variant, folds, device), keys.release_secret(cfg)
-        release_from = protect.release_made_from(cfg, folds, maes, secret)
-        protect.check_release(variant, release_from)
-        made_from = run.on_rank_0(lambda: attacks.digest_of_row(variant, folds, release,
-                                                                release_from, device))
-        results |= run.on_rank_0(lambda: kept_attacks(variant.results, made_from))
+        maes, secret = protect.load_maes(variant, folds, device), release_secret(cfg)
+        release_from = release_made_from(cfg, folds, maes, secret)
+        check_release(variant, release_from)
+        made_from = process.on_rank_0(lambda: attacks.digest_of_row(variant, folds, release,
+                                                                    release_from, device))
+        results |= process.on_rank_0(lambda: kept_attacks(variant.results, made_from))
     missing = {entry: name for entry, name in names.items()
                if results['attacked'].get(name, {}).get('entry') != entry}
     if not missing and 'reconstruction' in results:
@@ -170,7 +181,7 @@ def attack_release(variant, shared, release, student, results):
     if cfg.release:
         groups = foreign_groups(cfg, release, device)
     else:
-        plan = protect.plan_release(folds, secret, cfg)
+        plan = plan_release(folds, secret, cfg)
         check_release_images(variant.release, plan, folds[0].private,
                              [protect.Protection(cfg, mae) for mae in maes], device)
         groups = own_groups(cfg, folds, maes, release, plan, device)
@@ -198,16 +209,16 @@ def attack_all(variant, shared, groups, student, missing, made_from, results):
         result = attacks.attack(entry, groups, owners, cfg) or attacks.AttackResult({})
         results['privacy'] |= {f'{name}_{question}': figures
                                for question, figures in result.figures.items()}
-        files.write_json(path, results)
+        process.write_json(path, results)
         record = {'entry': entry, 'made_from': attacks.digest_of_attack(made_from, entry),
                   'questions': list(result.figures), 'linked': 0.0}
         if result.cosines is not None:
             record['linked'] = result.figures['same_image']['rank1']
         if record['linked'] > max((r['linked'] for r in results['attacked'].values()), default=0):
-            plots.attempt(plots.save_most_linked, f'{name}, {result.way}', record['linked'],
-                          result.cosines, released, originals, picture(variant, 'most_linked'))
+            pictures.attempt(pictures.save_most_linked, f'{name}, {result.way}', record['linked'],
+                             result.cosines, released, originals, picture(variant, 'most_linked'))
         results['attacked'][name] = record          # now that its picture is there, too
-        files.write_json(path, results)
+        process.write_json(path, results)
         log(kept + number, number * len(released), attack=name)
 
 
@@ -219,18 +230,18 @@ def joined(parts):
 def show_row(variant, scores):
     """Tables and ROC of one row, by rank 0 alone; scores: {set: PairScores}."""
     path, cfg = path_of_results(variant), variant.cfg
-    with files.only_writer(path):
+    with process.only_writer(path):
         name = Path(external(cfg)).name or variant.name
-        row = report.Row(name, [files.read_json(path)], {variant.seed: scores})
-        plots.attempt(plots.save_roc, [row], picture(variant, 'roc'))
-    for sheet in report.tables([row], {}, '', cfg.reference):
+        row = Row(name, [files.read_json(path)], {variant.seed: scores})
+        pictures.attempt(pictures.save_roc, [row], picture(variant, 'roc'))
+    for sheet in tables([row], {}, '', cfg.reference):
         sheet.print(Console())
-    run.say(f'results   {path}')
+    process.say(f'results   {path}')
     for drawn in (picture(variant, name) for name in ('roc', 'most_linked')):
         if drawn.exists():
-            run.say(f'picture   {drawn}')
+            process.say(f'picture   {drawn}')
     if path == variant.results:
-        run.say(f'release   {variant.release}')
+        process.say(f'release   {variant.release}')
 
 
 # ------------------------------------------------------------------- what is kept of attacks
@@ -245,7 +256,7 @@ def kept_attacks(path, made_from):
         keys = [f'{name}_{question}' for name, record in attacked.items()
                 for question in record['questions']]
         if attacked:
-            run.say(f'{path}: the attacks {", ".join(attacked)} are kept')
+            process.say(f'{path}: the attacks {", ".join(attacked)} are kept')
             return {'attacked': attacked, 'reconstruction': before['reconstruction'],
                     'privacy': {key: before['privacy'][key] for key in keys}}
     return {}
@@ -261,29 +272,29 @@ def write_comparison(cfg, shared, ready, scores):
     """
     folder, method, rows = Path(cfg.run.folder), cfg.reconstruct.method, {}
     path, figures = folder / 'comparison.json', folder / 'figures'
-    with files.only_writer(path):
+    with process.only_writer(path):
         for variant, row_scores in zip(ready, scores):
-            row = rows.setdefault(variant.name, report.Row(variant.name))
+            row = rows.setdefault(variant.name, Row(variant.name))
             row.results.append(files.read_json(variant.results))
             row.scores[variant.seed] = row_scores
         own, rows = rows.get(method), [*floors(cfg, shared), *rows.values()]
-        ahead = report.leads(rows, method)
+        ahead = leads(rows, method)
         files.write_json(path, {'rows': {row.name: row.results for row in rows}, 'ahead': ahead})
-        sheets = report.tables(rows, ahead, method, cfg.reference)
+        sheets = tables(rows, ahead, method, cfg.reference)
         with files.replacing(folder / 'table.txt') as file:
             text = io.StringIO()
             for sheet in sheets:
                 sheet.print(Console(file=text, width=80))
             file.write(text.getvalue().encode())
-        plots.attempt(plots.save_roc, rows, figures / 'roc.png')
-        plots.attempt(plots.save_tradeoff, rows, figures / 'tradeoff.png')
+        pictures.attempt(pictures.save_roc, rows, figures / 'roc.png')
+        pictures.attempt(pictures.save_tradeoff, rows, figures / 'tradeoff.png')
         write_page(folder, sheets, own.results[0] if own else {})
     for sheet in sheets:
         sheet.print(Console())
-    run.say(f'tables    {folder / "table.txt"}, {path}')
-    run.say(f'pictures  {figures}')
-    run.say(f'releases  {", ".join(str(variant.release) for variant in ready)}')
-    run.say(f'all of it on one page: open {folder / "report.html"}')
+    process.say(f'tables    {folder / "table.txt"}, {path}')
+    process.say(f'pictures  {figures}')
+    process.say(f'releases  {", ".join(str(variant.release) for variant in ready)}')
+    process.say(f'all of it on one page: open {folder / "report.html"}')
 
 
 def floors(cfg, shared):
@@ -292,8 +303,8 @@ def floors(cfg, shared):
     used = np.flatnonzero(not_excluded(private, cfg))
     some = private.select(used[::len(used) // 5000 + 1]).pixels()
     figures = verification.component_floor(some, shared.sets, cfg.evaluate.centred)
-    return [report.Row('pixel components', [{'verification': figures}])] if figures else []
+    return [Row('pixel components', [{'verification': figures}])] if figures else []
 
 
 if __name__ == '__main__':
-    run.launch(main, check_experiment)
+    launch(main, check_experiment)

@@ -16,7 +16,7 @@ masks come from it, too. Every image of fold k is made by the model that never s
 A release appears once it is whole and checked; one that was interrupted is made anew. It is the
 same for any number of processes.
 """
-import facekit.start  # noqa: F401 (first: says what is not installed)
+import facekit.base.start  # noqa: F401 (first: says what is not installed)
 
 import json
 import math
@@ -30,16 +30,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from facekit import batches, faces, files, images, keys, plots, protect, run
-from facekit.check import check_experiment, check_release_files, check_release_images
-from facekit.config import as_dict, variants
-from facekit.errors import InputError
-from facekit.images import to_float
-from facekit.progress import StageLog
-from facekit.protect import Protection
-from facekit.records import write_records
-from facekit.sources import FolderSource
-from facekit.split import count_release, split
+from facekit.base import files, process
+from facekit.base.errors import InputError
+from facekit.base.config import as_dict, variants
+from facekit.base.launch import Stop, command, commit, launch
+from facekit.base.log import StageLog
+from facekit.data import batches, faces, images
+from facekit.data.images import to_float
+from facekit.data.records import write_records
+from facekit.data.sources import FolderSource
+from facekit.data.people import count_release, split
+from facekit.privacy import protect
+from facekit.privacy.protect import Protection
+from facekit.privacy.release import (
+    check_release, check_release_files, check_release_images, plan_release, release_made_from, release_secret)
+from facekit.report import pictures
+from facekit.check import check_experiment
 
 PART = 2048     # images that a process makes between two times that all send theirs to process 0
 
@@ -71,24 +77,24 @@ def release(variant, folds, device):
     """Write one released data set."""
     cfg, private = variant.cfg, folds[0].private
     maes = protect.load_maes(variant, folds, device)
-    secret = keys.release_secret(cfg)
-    made_from = protect.release_made_from(cfg, folds, maes, secret)
-    plan = protect.plan_release(folds, secret, cfg)
+    secret = release_secret(cfg)
+    made_from = release_made_from(cfg, folds, maes, secret)
+    plan = plan_release(folds, secret, cfg)
     protections = [Protection(cfg, mae) for mae in maes]
-    if run.broadcast((variant.release / 'manifest.json').exists()):
-        protect.check_release(variant, made_from)
+    if process.broadcast((variant.release / 'manifest.json').exists()):
+        check_release(variant, made_from)
         if cfg.reconstruct.check:
             check_release_files(variant.release, plan, secret, data_card)
         # It may be of a Protection whose code was changed since
         check_release_images(variant.release, plan, private, protections, device)
         sound = ' and sound' if cfg.reconstruct.check else ''
-        return run.say(f'{variant.release} is finished{sound}: nothing to do')
+        return process.say(f'{variant.release} is finished{sound}: nothing to do')
     refuse_foreign(variant.release)
     counts = count_release(folds, cfg)
     say_what_is_released(variant, counts)
     draft = variant.release.with_name(f'{variant.release.name}.tmp')
     encoded = encoded_images(variant, plan, private, protections, device)
-    if run.rank() == 0:
+    if process.rank() == 0:
         # release.json names the source: it is not released
         files.write_json(variant.folder / 'release.json', {
             'config': as_dict(cfg), 'made_from': made_from})
@@ -105,8 +111,8 @@ def release(variant, folds, device):
         check_release_images(draft, plan, private, protections, device)
         publish(draft, variant.release)
 
-    run.on_rank_0(finish)
-    run.say(f'released {len(plan.image)} images of {plan.people} people: {variant.release}')
+    process.on_rank_0(finish)
+    process.say(f'released {len(plan.image)} images of {plan.people} people: {variant.release}')
 
 
 def refuse_foreign(folder):
@@ -121,16 +127,16 @@ def say_what_is_released(variant, counts):
     """Say what will be released, of whom, before it is made."""
     c = variant.cfg.reconstruct
     if c.method == 'none':
-        run.say(f'warning: {variant.release} will hold the photos themselves, to compare with: '
-                'never publish it')
+        process.say(f'warning: {variant.release} will hold the photos themselves, to compare with: '
+                    'never publish it')
     if protect.method_of(variant.cfg).draws_mask:
         visible, patches = protect.visible_count(variant.cfg.data.size, variant.cfg.mae.patch,
                                                  c.mask_ratio)
         copied = ''
         if c.method == 'mask' or c.paste_visible:
             copied = ', and are copied into the release'
-        run.say(f'{visible} of {patches} patches of each photo are visible{copied}')
-    run.say(counts.sentence(variant.cfg.data.exclude))
+        process.say(f'{visible} of {patches} patches of each photo are visible{copied}')
+    process.say(counts.sentence(variant.cfg.data.exclude))
 
 
 def encoded_images(variant, plan, private, protections, device):
@@ -140,12 +146,12 @@ def encoded_images(variant, plan, private, protections, device):
     encode = partial(images.encode, form=cfg.reconstruct.format, quality=cfg.reconstruct.quality)
     store = batches.Store(private.select(np.arange(len(private))), device, once=True)
     log = StageLog(cfg.run.folder, f'reconstruct/{variant.label}'.rstrip('/'), count)
-    with ThreadPoolExecutor(run.cores()) as pool:
-        for first in range(0, count, run.world()):
-            pixels = make_part(first + run.rank(), plan, store, protections, cfg)
-            for part in run.collect(list(pool.map(encode, pixels))) or []:
+    with ThreadPoolExecutor(process.cores()) as pool:
+        for first in range(0, count, process.world()):
+            pixels = make_part(first + process.rank(), plan, store, protections, cfg)
+            for part in process.collect(list(pool.map(encode, pixels))) or []:
                 yield from part
-            done = min(first + run.world(), count)
+            done = min(first + process.world(), count)
             log(done, min(done * PART, len(plan.image)))
 
 
@@ -172,7 +178,7 @@ def write_facts(draft, plan, counts, cfg):
              'paste_visible': c.paste_visible and c.method == 'facemae',
              'images': len(plan.image), 'people': plan.people, 'size': cfg.data.size,
              'format': c.format, 'quality': c.quality, **counts.left_out(),
-             'made_by': f'FaceMAE kit {run.commit()}'}
+             'made_by': f'FaceMAE kit {commit()}'}
     (draft / 'manifest.json').write_text(json.dumps(facts, indent=1) + '\n')
     (draft / 'README.md').write_text(data_card(facts))
 
@@ -210,7 +216,7 @@ def show(originals, seeds, protection, path):
         ratio = cfg.reconstruct.mask_ratio
         hidden = protect.hidden_patches(seeds, ratio, cfg)
         rows[f'visible {100 - 100 * ratio:.0f} %'] = protect.greyed(rows['original'], hidden)
-    plots.save_grid(rows | {'released': to_float(protection(originals, seeds))}, path)
+    pictures.save_grid(rows | {'released': to_float(protection(originals, seeds))}, path)
 
 
 def picture_of_photos(variant, device):
@@ -222,7 +228,7 @@ def picture_of_photos(variant, device):
         raise InputError(f'reconstruct.photos = {folder} {wrong}: name a folder with photos '
                          f'({", ".join(FolderSource.endings)})')
     fold = 0 if cfg.data.public else (cfg.data.release_folds or [0])[0]
-    mae = protect.load_mae(variant.mae(fold), cfg, device, run.command('train_mae.py'))
+    mae = protect.load_mae(variant.mae(fold), cfg, device, command('train_mae.py'))
     photos = torch.stack([torch.from_numpy(np.array(images.fitted(
         images.decode(files.open_bytes(f), f, FolderSource.formats), f, cfg.data.size, 'resize')))
         for f in paths[:64]]).to(device)
@@ -230,20 +236,20 @@ def picture_of_photos(variant, device):
     seeds = batches.image_seeds(batches.stream(cfg.run.seed, 'photos'),
                                 torch.arange(len(photos), device=device))
     path = variant.run / 'figures' / 'photos.png'
-    if run.rank() == 0:
+    if process.rank() == 0:
         show(photos, seeds, Protection(cfg, mae), path)
-    run.say(f'{len(photos)} photos, masked, reconstructed: {path}')
+    process.say(f'{len(photos)} photos, masked, reconstructed: {path}')
 
 
 def main(cfg, device, compare):
-    signal.signal(signal.SIGTERM, run.Stop.interrupt)      # there is nothing to save
+    signal.signal(signal.SIGTERM, Stop.interrupt)      # there is nothing to save
     if cfg.reconstruct.photos:
         return picture_of_photos(variants(cfg, False)[0], device)
     folds = split(cfg)
     for variant in variants(cfg, compare):
-        with files.only_writer(variant.release):
+        with process.only_writer(variant.release):
             release(variant, folds, device)
 
 
 if __name__ == '__main__':
-    run.launch(main, check_experiment)
+    launch(main, check_experiment)

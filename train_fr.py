@@ -24,7 +24,7 @@ BatchNorm sees fr.norm_batch images at a time and its running statistics take on
 mean of all of them, so that a run does not depend on the number of processes. The same command
 continues an interrupted run exactly.
 """
-import facekit.start  # noqa: F401 (first: says what is not installed)
+import facekit.base.start  # noqa: F401 (first: says what is not installed)
 
 import math
 from dataclasses import dataclass
@@ -35,15 +35,19 @@ import torch
 import torch.nn.functional as F
 
 import models
-from facekit import batches, embed, faces, files, run
+from facekit.base import process
+from facekit.base.errors import InputError
+from facekit.base.config import variants
+from facekit.base.made_from import settings
+from facekit.base.launch import launch
+from facekit.data import batches, faces
+from facekit.data.faces import FaceSet
+from facekit.data.people import split
+from facekit.nets import embed
+from facekit.nets.weights import load_checkpoint, load_weights
+from facekit.nets.classes import DividedHead
+from facekit.nets.training import Training, load_unfinished
 from facekit.check import check_experiment
-from facekit.classes import DividedHead
-from facekit.config import variants
-from facekit.errors import InputError
-from facekit.faces import FaceSet
-from facekit.split import split
-from facekit.made_from import settings
-from facekit.training import Training, load_unfinished
 
 DIVIDE_FROM = 100_000     # people; with fewer the class layer is small beside the net
 FIXED = ['data.size', 'run.precision']     # refuse to resume if one changed; roles add their own
@@ -132,7 +136,7 @@ class NormStatistics:
 
     def finish(self, parts):
         """Set the mean over the parts of all processes."""
-        flat = run.mean(torch.cat([s.flatten() for s in self.sums]) / parts)
+        flat = process.mean(torch.cat([s.flatten() for s in self.sums]) / parts)
         torch._foreach_copy_(self.buffers, flat.split([b.numel() for b in self.buffers]))
 
 
@@ -150,14 +154,14 @@ def class_layer(classes, c):
     are divided over the processes."""
     wanted = (c.shard_classes == 'true'
               or c.shard_classes == 'auto' and classes >= DIVIDE_FROM)
-    divided = wanted and run.world() > 1
-    if divided and classes < run.world():
+    divided = wanted and process.world() > 1
+    if divided and classes < process.world():
         raise InputError(f'fr.shard_classes = true cannot divide {classes} people over '
-                         f'{run.world()} processes: use fr.shard_classes=auto')
+                         f'{process.world()} processes: use fr.shard_classes=auto')
     settings = c.dim, classes, c.loss, c.scale, c.margin_gradient
     if not divided and c.sample_rate == 1:
         return models.MarginHead(*settings), False
-    share = (run.rank(), run.world()) if divided else (0, 1)
+    share = (process.rank(), process.world()) if divided else (0, 1)
     return DividedHead(*settings, c.sample_rate, share), divided
 
 
@@ -178,7 +182,7 @@ def make_net(cfg, task, resumed):
     except ValueError as error:
         raise InputError(f'{task.key}.depth: {error}') from None
     if task.init and not resumed:
-        embed.load_weights(net, files.load_checkpoint(task.init), task.init)
+        load_weights(net, load_checkpoint(task.init), task.init)
     return net
 
 
@@ -206,7 +210,7 @@ def random_numbers(task, epoch, rows):
 def train(cfg, task, device):
     """Train a Recogniser, or continue where an interrupted run stopped."""
     c, path = cfg.fr, task.path
-    own = run.own_share(c.batch, 'fr.batch')           # this process's slice of a global batch
+    own = process.own_share(c.batch, 'fr.batch')           # this process's slice of a global batch
     size = norm_batch(own, c)
     order = batches.Order(len(task.rows), c.batch, task.seed, 'fr.batch')
     steps = max(1, round(task.epochs * order.steps_per_epoch))
@@ -214,9 +218,9 @@ def train(cfg, task, device):
         'set of images': task.faces.digest(task.rows)}
     saved = load_unfinished(path, made_from, ['net', 'head'])
     if saved and saved['step'] >= steps:
-        return run.say(f'{path} is finished ({steps} steps): nothing to do')
+        return process.say(f'{path} is finished ({steps} steps): nothing to do')
     people, labels = np.unique(task.faces.labels[task.rows], return_inverse=True)
-    run.say(f'training {path} on {len(task.rows)} images of {len(people)} people, {steps} steps')
+    process.say(f'training {path} on {len(task.rows)} images of {len(people)} people, {steps} steps')
 
     torch.manual_seed(batches.stream(task.seed, f'{task.key} weights'))
     net = make_net(cfg, task, resumed=saved is not None)
@@ -230,8 +234,8 @@ def train(cfg, task, device):
         net.compile()
     statistics = NormStatistics(net)
     targets = torch.as_tensor(labels, device=device)
-    parallel_net = run.parallel(net)
-    parallel_head = head if divided else run.parallel(head)
+    parallel_net = process.parallel(net)
+    parallel_head = head if divided else process.parallel(head)
 
     remaining = range(training.step, steps)
     for step, epoch, batch, images in batches.in_order(order, store, remaining, own):
@@ -247,11 +251,11 @@ def train(cfg, task, device):
         statistics.begin()
         for number, (x, y, u) in enumerate(parts):
             # Gradients are averaged over processes with the last part, when they are complete
-            run.average_next(number == len(parts) - 1, parallel_net, parallel_head)
+            process.average_next(number == len(parts) - 1, parallel_net, parallel_head)
             x = embed.for_recogniser(x, net)
             if c.augment:
                 x = augmented(x, u, c.augment)
-            with run.autocast(device, cfg.run.precision):
+            with process.autocast(device, cfg.run.precision):
                 z = parallel_net(x)
             loss, accuracy = classify(parallel_head, z, y, current_margin)
             training.backward(loss / len(parts))
@@ -271,7 +275,7 @@ def train_public(cfg, role, device):
     """The teacher or judge of every fold, on public identities."""
     c = getattr(cfg, role)
     if c.checkpoint:
-        return run.say(f'{role}.checkpoint = {c.checkpoint} is used: nothing to train')
+        return process.say(f'{role}.checkpoint = {c.checkpoint} is used: nothing to train')
     # What fr sets for all recognisers; init is the student's alone
     shared = [key for key in vars(cfg.fr) if not hasattr(c, key) and key != 'init']
     fixed = [role, *(f'fr.{key}' for key in shared)]
@@ -293,7 +297,7 @@ def train_student(variant, device):
 
 def run_training(cfg, task, device):
     """All steps of a Recogniser, while no other run writes its checkpoint."""
-    with files.only_writer(task.path):
+    with process.only_writer(task.path):
         train(cfg, task, device)
 
 
@@ -305,4 +309,4 @@ def main(cfg, device, compare):
 
 
 if __name__ == '__main__':
-    run.launch(main, check_experiment)
+    launch(main, check_experiment)

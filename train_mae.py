@@ -23,23 +23,29 @@ The loss is mae.mse_weight * (squared error, see mae.mse_on) + irm.weight * IRM,
 that the frozen teacher sees the same relations among the reconstructions of a batch as among its
 originals (FaceMAE, arXiv 2205.11090). The same command continues an interrupted run exactly.
 """
-import facekit.start  # noqa: F401 (first: says what is not installed)
+import facekit.base.start  # noqa: F401 (first: says what is not installed)
 
 import math
 
 import torch
 
 import models
-from facekit import batches, embed, files, plots, protect, run
+from facekit.base import process
+from facekit.base.config import variants
+from facekit.base.made_from import settings
+from facekit.base.launch import command, launch
+from facekit.data import batches
+from facekit.data.images import to_float
+from facekit.data.people import split
+from facekit.nets import embed
+from facekit.nets.published import refuse_published
+from facekit.nets.weights import digest_of_weights, load_checkpoint, load_weights, recogniser
+from facekit.nets.training import Training, load_unfinished
+from facekit.privacy import protect
+from facekit.privacy.protect import FaceMAE
+from facekit.privacy.validation import ValidationBatch
+from facekit.report import pictures
 from facekit.check import check_experiment
-from facekit.config import variants
-from facekit.images import to_float
-from facekit.protect import FaceMAE
-from facekit.published import refuse_published
-from facekit.split import split
-from facekit.made_from import settings
-from facekit.training import Training, load_unfinished
-from facekit.validation import ValidationBatch
 from irm import gather_rows, irm_loss, relation_correlation
 
 # Refuse to resume if one of these changed
@@ -74,7 +80,7 @@ class Objective:
         """mae: FaceMAE; teacher: frozen recogniser, or None where nothing asks for it; store: of
         the images that will come."""
         self.cfg, self.mae, self.teacher = cfg, mae, teacher
-        self.model = run.parallel(mae.model)
+        self.model = process.parallel(mae.model)
         self.cached_originals = embed_originals(cfg, teacher, store)
         if cfg.run.compile and store.device.type == 'cuda':   # slower than without on a CPU
             mae.model.compile()
@@ -94,7 +100,7 @@ class Objective:
         embeddings of the reconstructions (B, d)."""
         c, patchify = self.cfg.mae, self.mae.model.patchify
         x = self.mae.normalise(to_float(images))
-        with run.autocast(x.device, self.cfg.run.precision):
+        with process.autocast(x.device, self.cfg.run.precision):
             pred, mask = self.model(x, noise, c.mask_ratio)
             counted = mask if c.mse_on == 'hidden' else torch.ones_like(mask)
             mse = models.masked_mse(pred, patchify(x), counted)
@@ -135,7 +141,7 @@ class Objective:
 
         for number, (x, n) in enumerate(parts):
             # Gradients are averaged over processes with the last part, when they are complete
-            run.average_next(number == len(parts) - 1, self.model)
+            process.average_next(number == len(parts) - 1, self.model)
             part_mse, part_z = self.forward(x, n, relate)
             share = len(x) / len(images)
             loss = c.mae.mse_weight * part_mse * share
@@ -160,9 +166,9 @@ def load_teacher(cfg, fold, device):
         return None, None
     path = cfg.teacher.checkpoint or f'{cfg.run.folder}/fold{fold.k}/teacher.pt'
     refuse_published(path, 'the teacher shapes the MAE')
-    net = embed.recogniser(path, device, run.command('train_fr.py', 'stage=teacher'),
-                           fold=None if cfg.teacher.checkpoint else fold)
-    return models.folded(net), files.digest_of_weights(net.state_dict())
+    net = recogniser(path, device, command('train_fr.py', 'stage=teacher'),
+                     fold=None if cfg.teacher.checkpoint else fold)
+    return models.folded(net), digest_of_weights(net.state_dict())
 
 
 def embed_originals(cfg, teacher, store):
@@ -174,7 +180,7 @@ def embed_originals(cfg, teacher, store):
     if not cfg.irm.weight or cfg.mae.epochs - cfg.irm.warmup_epochs <= 2:
         return None
     needed = 2 * len(store) * teacher.fc.out_features * 4
-    if run.broadcast(needed > run.free_memory(store.device) / 4):
+    if process.broadcast(needed > process.free_memory(store.device) / 4):
         return None
     return embed.embed_all(teacher, store, cfg.mae.micro_batch, cfg.run.precision)
 
@@ -184,7 +190,7 @@ def make_mae(cfg, store, device, resumed):
     torch.manual_seed(cfg.run.seed)
     model = protect.build_mae(cfg.mae, cfg.data.size)
     if cfg.mae.init and not resumed:
-        embed.load_weights(model, files.load_checkpoint(cfg.mae.init), cfg.mae.init)
+        load_weights(model, load_checkpoint(cfg.mae.init), cfg.mae.init)
     mean = mean_face(store) if cfg.mae.mean_face else torch.full((3, 1, 1), 0.5)
     return FaceMAE(model.to(device), mean.to(device), protect.STD)
 
@@ -208,13 +214,13 @@ def save_preview(mae, images, noise, cfg, path):
     with torch.no_grad():
         rebuilt = mae.reconstruct(x, noise, ratio, cfg)
     visible = protect.greyed(x, models.random_masking(noise, ratio)[2])
-    plots.save_grid({'original': x, 'visible': visible, 'rebuilt': rebuilt}, path)
+    pictures.save_grid({'original': x, 'visible': visible, 'rebuilt': rebuilt}, path)
 
 
 def train(variant, fold, device):
     """Train the masked autoencoder of a fold, or continue where an interrupted run stopped."""
     cfg, c, path = variant.cfg, variant.cfg.mae, variant.mae(fold.k)
-    own = run.own_share(c.batch, 'mae.batch')          # this process's slice of a global batch
+    own = process.own_share(c.batch, 'mae.batch')          # this process's slice of a global batch
     protect.visible_count(cfg.data.size, c.patch, c.mask_ratio)       # refuses a wrong ratio
     order = batches.Order(len(fold.mae), c.batch, cfg.run.seed, 'mae.batch',
                           fold.public.labels[fold.mae], cfg.irm.images_per_identity)
@@ -225,8 +231,8 @@ def train(variant, fold, device):
         made_from['teacher'] = teacher_digest
     saved = load_unfinished(path, made_from, ['model', 'mean', 'std'])
     if saved and saved['step'] >= steps:
-        return run.say(f'{path} is finished ({steps} steps): nothing to do')
-    run.say(f'training {path} on {len(fold.mae)} public images, {steps} steps')
+        return process.say(f'{path} is finished ({steps} steps): nothing to do')
+    process.say(f'training {path} on {len(fold.mae)} public images, {steps} steps')
 
     store = batches.Store(fold.public.select(fold.mae), device)
     mae = make_mae(cfg, store, device, resumed=saved is not None)
@@ -251,7 +257,7 @@ def train(variant, fold, device):
         losses, z = objective.backward(training, images, noise, originals)
         training.update(losses, learning_rate(step, steps, c))
 
-        if c.preview_epochs and training.step % preview_every == 0 and run.rank() == 0:
+        if c.preview_epochs and training.step % preview_every == 0 and process.rank() == 0:
             save_preview(mae, images[:8], noise[:8], cfg,
                          variant.run / 'figures' / f'{path.stem}_fold{fold.k}.png')
         if training.log_due():
@@ -278,9 +284,9 @@ def main(cfg, device, compare):
         if variant.cfg.reconstruct.method != 'facemae':
             continue                                   # other protections need no model
         for fold in folds:
-            with files.only_writer(variant.mae(fold.k)):
+            with process.only_writer(variant.mae(fold.k)):
                 train(variant, fold, device)
 
 
 if __name__ == '__main__':
-    run.launch(main, check_experiment)
+    launch(main, check_experiment)

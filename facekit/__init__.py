@@ -1,7 +1,10 @@
-"""What the four stages of the kit share, in the order in which it is built.
+"""What the four stages of the kit share, in six rooms; imports run one way, from first to last.
 
-start, errors, config, made_from, run, progress, files, images, records, bins, toy, sources, faces,
-split, batches, classes, published, embed, training, keys, protect, validation, verification,
-attack_data, retrieval, mask_attacks, attacks, report, plots, page, check: a module imports only
-from those before it.
+base      config, processes, launch, files, log: nothing about faces
+data      from a file to a batch; who is public and who is private
+nets      checkpoints, recognisers, embeddings, training
+measure   what a recogniser is worth, who is found
+privacy   protections, releases, attackers
+report    tables, pictures, the page of a run
+check     before the first stage
 """

@@ -1,22 +1,22 @@
 """Checks before the first stage and behind a release: what cannot end well is said, and nothing is
 published that is not what it should be."""
-import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import models
-from facekit import attacks, files, images, keys, protect, run, verification
-from facekit.config import SPECS, variants
-from facekit.errors import InputError, counted, optional
-from facekit.faces import FaceSet
-from facekit.published import DLIB, check_installed, refuse_published
-from facekit.records import Records
-from facekit.sources import open_source
-from facekit.split import count_release, make_folds
+from facekit.base import process
+from facekit.base.config import variants
+from facekit.base.errors import InputError, counted, optional
+from facekit.data.faces import FaceSet
+from facekit.data.pairs import check_held_back, find_set, read_pairs
+from facekit.data.people import count_release, make_folds
+from facekit.data.sources import open_source
+from facekit.nets.published import DLIB, check_installed, refuse_published
+from facekit.privacy import attacks, protect
+from facekit.privacy.release import read_secret
 
-SAMPLE = 16       # images of a release that are made once more
 FEW_PEOPLE = 200  # from fewer no recogniser learns what strangers look like
 
 
@@ -35,18 +35,18 @@ def check_experiment(cfg, compare):
     if cfg.run.tensorboard:
         optional('tensorboard', 'tensorboard')
     if cfg.reconstruct.key:
-        keys.read_secret(Path(cfg.reconstruct.key))
+        read_secret(Path(cfg.reconstruct.key))
     drawn = cfg.data.root == cfg.toy.root and not Path(cfg.data.root).exists()
     if drawn:
-        run.say(f'toy faces will be drawn into {cfg.data.root}')
+        process.say(f'toy faces will be drawn into {cfg.data.root}')
     else:
         check_people(cfg, rows)
-    for path in (verification.find_set(name, cfg) for name in cfg.evaluate.sets):
+    for path in (find_set(name, cfg) for name in cfg.evaluate.sets):
         if not (drawn and path.name == 'toy.bin'):
-            verification.read_pairs(path)
+            read_pairs(path)
     names = ', '.join(f'{v.name} (seed {v.seed})' for v in rows)
-    run.say(f'checked: {counted(len(rows), "row")}, {names}; each is released below '
-            f'{cfg.run.folder}, where results will be, too')
+    process.say(f'checked: {counted(len(rows), "row")}, {names}; each is released below '
+                f'{cfg.run.folder}, where results will be, too')
 
 
 def check_models(cfg):
@@ -86,10 +86,10 @@ def check_people(cfg, rows):
     private = undecoded(cfg.data.root)
     public = undecoded(cfg.data.public, len(private)) if cfg.data.public else private
     folds = make_folds(private, public, cfg)
-    run.say(count_release(folds, cfg).sentence(cfg.data.exclude))
+    process.say(count_release(folds, cfg).sentence(cfg.data.exclude))
     warn_of_people(folds)
     if len(folds) == 1 and cfg.data.validation:
-        verification.check_held_back(folds[0])
+        check_held_back(folds[0])
     for variant in rows:
         c, released = variant.cfg, count_release(folds, variant.cfg).images
         for key, batch, count in (
@@ -106,13 +106,13 @@ def warn_of_people(folds):
     both = sorted(name for name in set(public.people) & set(private.people)
                   if not name.isdecimal())                      # 1, 2, ... are no names
     if public is not private and both:
-        run.say(f'warning: {public.path} has {counted(len(both), "name")} of {private.path}, too '
-                f'({both[0]}): if they are the same people, the models learn from whom they shall '
-                'protect; take them out of one')
+        process.say(f'warning: {public.path} has {counted(len(both), "name")} of {private.path}, too '
+                    f'({both[0]}): if they are the same people, the models learn from whom they shall '
+                    'protect; take them out of one')
     fewest = min(len(np.unique(public.labels[fold.train])) for fold in folds)
     if fewest < FEW_PEOPLE:
-        run.say(f'warning: attackers learn from {fewest} people: others may find far more than '
-                'they do')
+        process.say(f'warning: attackers learn from {fewest} people: others may find far more than '
+                    'they do')
 
 
 def undecoded(path, first=0):
@@ -123,82 +123,3 @@ def undecoded(path, first=0):
                    np.arange(first, first + count, dtype=np.uint64), [], source)
 
 
-# --------------------------------------------------------------------------- one release
-
-def check_release_files(folder, plan, secret, card):
-    """Refuse a release whose files are not exactly what it may hold.
-
-    folder: of the release; plan: its ReleasePlan; card: a function that makes README.md from
-    manifest.json. What is written is compared with what may be written, so that no path, name or
-    label of the source needs to be searched for.
-    """
-    names = sorted(path.name for path in folder.iterdir())
-    expected = ['README.md', 'manifest.json', 'property', 'train.idx', 'train.rec']
-    refuse(names != expected, folder, f'holds {names}, not {expected}')
-    facts = files.read_json(folder / 'manifest.json')
-    words = [word for key in ('reconstruct.method', 'reconstruct.format')
-             for word in SPECS[key].split(' | ')]
-    for key, value in facts.items():
-        known = isinstance(value, (int, float)) or value in words or key == 'made_by' and (
-            re.fullmatch(r'FaceMAE kit [\w. -]+', str(value)))
-        refuse(not known, folder, f'has {key} = {value!r} in its manifest')
-    refuse((folder / 'README.md').read_text() != card(facts), folder, 'has another README.md')
-    released = Records(folder)
-    refuse(not np.array_equal(released.labels, plan.label), folder,
-           f'has {len(released)} images whose labels are not the {len(plan.label)} of its plan')
-    refuse(facts['images'] != len(plan.label) or facts['people'] != plan.people, folder,
-           'has other counts in its manifest')
-    secrets = secret, keys.key_of(secret)
-    for path in folder.iterdir():
-        content = files.open_bytes(path)
-        refuse(any(content.find(form) >= 0 for form in (
-            key for secret in secrets for key in (
-                secret, secret.hex().encode(), secret.hex().upper().encode()))), path,
-            'holds the secret')
-
-
-def check_release_images(folder, plan, private, protections, device):
-    """Refuse a release whose images are not those of its plan, or that read a hidden pixel.
-
-    A sample of originals is protected once more and compared with what stands in the release,
-    which shows, too, that nobody else's image is there; then with their hidden patches changed,
-    which must not change a bit.
-    """
-    released, c = Records(folder), protections[0].cfg.reconstruct
-    refuse(len(released) != len(plan.image), folder,
-           f'has {len(released)} images, not the {len(plan.image)} of its plan')
-    sample = np.unique(np.linspace(0, len(plan.image) - 1, SAMPLE).astype(int))
-    for k in np.unique(plan.fold[sample]):
-        chosen = sample[plan.fold[sample] == k]
-        originals = torch.from_numpy(private.select(plan.image[chosen]).pixels()).to(device)
-        seeds = plan.seeds[chosen].to(device)
-        expected = protections[k](originals, seeds)
-        for i, image in zip(chosen, expected.cpu()):
-            encoded = images.encode(image.permute(2, 0, 1), c.format, c.quality)
-            # Other hardware rounds otherwise; another image differs by more than ten times as much
-            error = (images.decode(released[i], f'{folder} image {i}').float()
-                     - images.decode(encoded, 'image made for comparison')).abs().mean().item()
-            refuse(error > 2, folder, f'has another image at {i} than its plan ({error:.1f})')
-        if protect.method_of(protections[k].cfg).draws_mask:
-            check_hidden(folder, protections[k], originals, seeds, expected)
-
-
-def check_hidden(folder, protection, originals, seeds, expected):
-    """Refuse a protection that is not `expected` any more once hidden pixels are changed, or that
-    hides another share of them; originals, expected uint8 (B, H, W, 3)."""
-    cfg, ratio = protection.cfg, protection.cfg.reconstruct.mask_ratio
-    hidden = protect.hidden_patches(seeds, ratio, cfg)
-    visible, patches = protect.visible_count(cfg.data.size, cfg.mae.patch, ratio)
-    refuse(bool((hidden.sum(1) != patches - visible).any()), folder,
-           f'shows another number of patches than {visible} of {patches}')
-    pixels = protect.drawn(hidden, cfg.mae.patch).permute(0, 2, 3, 1)               # (B, H, W, 1)
-    changed = torch.where(pixels > 0, 255 - originals, originals)
-    refuse(not torch.equal(protection(changed, seeds), expected), folder,
-           'would tell hidden pixels')
-
-
-def refuse(wrong, path, text):
-    """InputError about a release, if something is wrong."""
-    if wrong:
-        raise InputError(f'{path} {text}: it must not be published; delete it, make it again, and '
-                         'report this if it stays')

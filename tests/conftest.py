@@ -135,7 +135,7 @@ def copied(finished, tmp_path):
 
 def tensors(state):
     """Every tensor of a nested checkpoint by its path."""
-    import torch                                   # late: the forks' parent reads this file, too
+    import torch  # late: the forks' parent reads this file, too
     if torch.is_tensor(state):
         return {'': state}
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(

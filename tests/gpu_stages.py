@@ -18,8 +18,11 @@ import torch.distributed as dist
 
 import simcuda
 from conftest import FORKS, ROOT, TINY
-from facekit import plots, run, training
-from facekit.config import namespace, resolve
+from facekit.base import process
+from facekit.base.config import namespace, resolve
+from facekit.base.launch import Stop, leave
+from facekit.nets import training
+from facekit.report import pictures
 
 STAGES = [['train_fr', 'stage=teacher'], ['train_fr', 'stage=judge'], ['train_mae', '--compare'],
           ['reconstruct', '--compare'], ['train_fr', '--compare'], ['evaluate', '--compare']]
@@ -45,7 +48,7 @@ def stage(folder, script, *words):
     cfg = namespace(resolve(TINY, [*SMALL, *paths, *assignments]))
     torch.use_deterministic_algorithms(False)         # which an earlier one may have asked for
     simcuda.watch.phase = script
-    importlib.import_module(script).main(cfg, run.start_processes(cfg), '--compare' in words)
+    importlib.import_module(script).main(cfg, process.start_processes(cfg), '--compare' in words)
 
 
 @contextlib.contextmanager
@@ -55,12 +58,12 @@ def stages(patch):
     patch: pytest's MonkeyPatch.
     """
     tell_steps(patch)
-    patch.setattr(plots, 'plotting', lambda: None)          # curves are drawn on the host alone
+    patch.setattr(pictures, 'plotting', lambda: None)          # curves are drawn on the host alone
     patch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     threads, cuda, cudnn = torch.get_num_threads(), torch.backends.cuda, torch.backends.cudnn
     before = cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     yield
-    run.Stop.end()
+    Stop.end()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
@@ -89,12 +92,12 @@ def tell_steps(patch):
     followed('save', lambda _: 'step')
     followed('end', lambda _: 'end')
 
-    def save_grid(*args, real=plots.save_grid, **kwargs):
+    def save_grid(*args, real=pictures.save_grid, **kwargs):
         before, simcuda.watch.phase = simcuda.watch.phase, 'picture'
         real(*args, **kwargs)
         simcuda.watch.phase = before
 
-    patch.setattr(plots, 'save_grid', save_grid)
+    patch.setattr(pictures, 'save_grid', save_grid)
 
 
 # ------------------------------------------------------------------------- two processes
@@ -139,7 +142,7 @@ def simulate_nccl(patch):
     for op in OTHERS:
         patch.setattr(dist, op, unknown)
     patch.setattr(dist, 'init_process_group', begin)
-    patch.setattr(run, 'DistributedDataParallel', Averaged)
+    patch.setattr(process, 'DistributedDataParallel', Averaged)
     return calls
 
 
@@ -175,7 +178,7 @@ class Averaged(torch.nn.Module):
             p.grad.div_(dist.get_world_size())
 
 
-def process(rank, port, folder, notes, plan):
+def one_process(rank, port, folder, notes, plan):
     """One of two processes, which makes the stages of a plan and writes what it noted."""
     faulthandler.dump_traceback_later(300, exit=True)
     os.environ |= {'RANK': f'{rank}', 'LOCAL_RANK': f'{rank}', 'WORLD_SIZE': '2',
@@ -189,14 +192,14 @@ def process(rank, port, folder, notes, plan):
             calls = simulate_nccl(patch)
             for words in plan:
                 stage(folder, *words)
-            run.barrier()
+            process.barrier()
         waits = {f'{phase}: {what}': count for (phase, what), count in watch.waits.items()}
         (notes / f'{rank}.json').write_text(json.dumps(
             {'faults': watch.faults, 'calls': calls, 'waits': waits}))
-        run.leave(0)
+        leave(0)
     except Exception:
         traceback.print_exc()
-        run.leave(1)                       # at once: to wait for the other one would be for ever
+        leave(1)                       # at once: to wait for the other one would be for ever
 
 
 def two_processes(folder, notes, plan):
@@ -205,7 +208,7 @@ def two_processes(folder, notes, plan):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    both = [FORKS.Process(target=process, args=(rank, port, folder, notes, plan))
+    both = [FORKS.Process(target=one_process, args=(rank, port, folder, notes, plan))
             for rank in range(2)]
     for one in both:
         one.start()

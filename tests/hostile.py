@@ -20,8 +20,10 @@ import torch
 from PIL import Image
 
 import models
-from facekit import bins, config, embed, images, records, toy
-from facekit import faces as facesets
+from facekit.base import config
+from facekit.data import bins, images, records, toy
+from facekit.data.faces import load
+from facekit.nets.weights import recogniser
 
 ROOT = Path(__file__).parent.parent
 MANY = 10 ** 5
@@ -266,7 +268,7 @@ def checkpoint_files(folder, evil):
     return ([(path, saved(state), None), (path, entries['archive/data.pkl'], with_pickle)],
             [(path, x) for x in (*map(with_pickle, pickles), *pickles, *map(saved, parts), *SPECIAL,
                                  *bombs().values(), bomb)],
-            lambda: embed.recogniser(path, torch.device('cpu')))
+            lambda: recogniser(path, torch.device('cpu')))
 
 
 def folder_files(folder, evil):
@@ -280,4 +282,4 @@ def folder_files(folder, evil):
     return ([(photo, photo.read_bytes(), None)],
             [(path, x) for path in (photo, root / '0' / 'new\n.png', root / 'new.jpg',
                                     root / 'train.rec', root / 'train.idx') for x in SPECIAL],
-            lambda: facesets.load(root, cfg))
+            lambda: load(root, cfg))

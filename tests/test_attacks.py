@@ -8,13 +8,16 @@ import torch.nn.functional as F
 
 import models
 from conftest import TINY
-from facekit import attack_data, attacks, mask_attacks, protect, toy, verification
-from facekit.attack_data import AttackGroup, Owned
-from facekit.config import namespace, resolve
-from facekit.embed import Embedder
-from facekit.errors import InputError
-from facekit.faces import ImageRows
-from facekit.retrieval import Search, rank
+from facekit.base.config import namespace, resolve
+from facekit.base.errors import InputError
+from facekit.data import toy
+from facekit.data.faces import ImageRows
+from facekit.measure.retrieval import Search, rank
+from facekit.measure.statistics import auc, interval
+from facekit.nets.embed import Embedder
+from facekit.privacy import attacks, protect
+from facekit.privacy.groups import AttackGroup, Owned, attacker_seeds, searched
+from facekit.privacy.masks import Patches, cells, guess_masks
 
 CPU = torch.device('cpu')
 
@@ -87,12 +90,12 @@ def test_equal_embeddings_tie_whatever_the_shapes_of_the_products():
 def test_a_gallery_is_cut_among_people_without_a_probe():
     labels = np.arange(100) // 5
     rows, cfg = np.arange(10, 90), SimpleNamespace(evaluate=SimpleNamespace(gallery=12))
-    chosen = attack_data.searched(rows, labels, labels[[13, 51]], cfg)
+    chosen = searched(rows, labels, labels[[13, 51]], cfg)
     assert len(chosen) == 22 and (np.diff(chosen) > 0).all() and np.isin(chosen, rows).all()
     assert {10, 11, 12, 13, 14, 50, 51, 52, 53, 54} <= set(chosen.tolist())
-    assert np.array_equal(chosen, attack_data.searched(rows, labels, labels[[13, 51]], cfg))
+    assert np.array_equal(chosen, searched(rows, labels, labels[[13, 51]], cfg))
     cfg.evaluate.gallery = 0
-    assert np.array_equal(rows, attack_data.searched(rows, labels, labels[[13, 51]], cfg))
+    assert np.array_equal(rows, searched(rows, labels, labels[[13, 51]], cfg))
 
 
 # ------------------------------------------------------------- attackers, on embeddings
@@ -263,7 +266,7 @@ def test_attackers_pairs_are_encoded_like_the_release():
     rows, protection = ImageRows(drawn(np.arange(8)), np.arange(8)), protect.Protection(cfg, None)
     group = AttackGroup(rows, rows, np.arange(8), np.arange(8), rows, -1 - np.arange(8),
                         protection=protection)
-    raw = protection(torch.from_numpy(rows.pixels()), attack_data.attacker_seeds(rows, 3)).numpy()
+    raw = protection(torch.from_numpy(rows.pixels()), attacker_seeds(rows, 3)).numpy()
     made, _ = group.training_pairs(np.arange(8), 3)
     colour = [np.diff(x.astype(float), axis=-1).std() for x in (made, raw)]
     assert made.shape == raw.shape and abs(made.mean() - raw.mean()) < 2
@@ -281,7 +284,7 @@ def test_who_knows_or_sees_the_mask_sees_through_it():
                         ImageRows(images, n), n + 100, hidden=hidden)
     found = figures('masked', group)['same_image']
     assert found['rank1'] == found['ceiling'] == 1
-    for search in mask_attacks.Patches(group).by_look().values():
+    for search in Patches(group).by_look().values():
         assert rank(search, 'same_image').first.mean() > 0.9   # a grey patch gives itself away
     owned = Same(Embedder('pixels', None, None, CPU))
     seen = figures('pixels', group, owned)['same_image']
@@ -329,9 +332,9 @@ def test_masks_are_read_off_a_release_better_by_a_net_than_by_detail(monkeypatch
                         ImageRows(faces, np.arange(100, 400)), np.arange(100, 400) // 2,
                         protection=protection, hidden=hidden)
     visible = hidden.flatten().numpy() == 0
-    detail = mask_attacks.cells(group.released, 4, CPU)[1].flatten().numpy()
-    learnt = mask_attacks.guess_masks(group, cfg).flatten().numpy()
-    by_detail, by_net = (verification.auc(-x, visible) for x in (detail, learnt))
+    detail = cells(group.released, 4, CPU)[1].flatten().numpy()
+    learnt = guess_masks(group, cfg).flatten().numpy()
+    by_detail, by_net = (auc(-x, visible) for x in (detail, learnt))
     assert by_net > 0.95 and by_net > by_detail + 0.1
 
 
@@ -342,7 +345,7 @@ def test_the_interval_draws_people_not_images():
     person = np.arange(50).repeat(20)
     alike = rng.random(50)[person] < 0.5           # all images of a person fall together
     apart = rng.random(1000) < 0.5
-    wide, narrow = (np.diff(verification.interval(x, person))[0] for x in (alike, apart))
+    wide, narrow = (np.diff(interval(x, person))[0] for x in (alike, apart))
     assert wide == pytest.approx(4 * 0.5 / 50 ** 0.5, rel=0.15)
     assert narrow == pytest.approx(4 * 0.5 / 1000 ** 0.5, rel=0.25)
 

@@ -12,8 +12,8 @@ import torch
 
 import bench
 from conftest import ENVIRONMENT, ROOT, TINY
-from facekit import run
-from facekit.config import namespace, resolve
+from facekit.base import process
+from facekit.base.config import namespace, resolve
 
 
 def test_what_came_before_the_first_line_of_a_log_does_not_count():
@@ -34,7 +34,7 @@ def test_every_stage_is_measured_and_missing_peers_are_named(tmp_path, monkeypat
     threads = torch.get_num_threads()
     cfg = namespace(resolve(TINY, ['run.device=cpu']))
     own = SimpleNamespace(peers=str(tmp_path / 'nothing'), steps=8, command='as told')
-    bench.main(own, cfg, run.start_processes(cfg), False)
+    bench.main(own, cfg, process.start_processes(cfg), False)
     torch.set_num_threads(threads)
 
     [path] = tmp_path.glob('results/speed/cpu-*-tiny.json')

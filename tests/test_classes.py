@@ -11,8 +11,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import models
 from conftest import ROOT
-from facekit import batches, run
-from facekit.classes import DividedHead
+from facekit.base import process
+from facekit.data import batches
+from facekit.nets.classes import DividedHead
 
 CLASSES, DIM, ROWS = 17, 16, 12           # 17 divides by neither 2 nor 3
 SETTINGS = [('arcface', 'exact', 0.5), ('arcface', 'straight_through', 0.5),
@@ -129,9 +130,9 @@ class LiveBytes(TorchDispatchMode):
 
 def memory(monkeypatch, classes, dim, rows, ranks, rate=1.0):
     """GB that stay with a process, and that a step's class layer takes at most beside them."""
-    monkeypatch.setattr(run, 'world', lambda: ranks)
-    monkeypatch.setattr(run, 'rank', lambda: ranks - 1)
-    monkeypatch.setattr(run, 'gathered', lambda x: torch.cat([x] * ranks))
+    monkeypatch.setattr(process, 'world', lambda: ranks)
+    monkeypatch.setattr(process, 'rank', lambda: ranks - 1)
+    monkeypatch.setattr(process, 'gathered', lambda x: torch.cat([x] * ranks))
     monkeypatch.setattr(dist, 'all_reduce', lambda *_: None)
     monkeypatch.setattr(torch, 'autocast', lambda *_, **__: contextlib.nullcontext())
     with torch.device('meta'):

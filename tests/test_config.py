@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from facekit import config
-from facekit.errors import InputError
+from facekit.base import config
+from facekit.base.errors import InputError
 
 TOY = config.CONFIGS / 'toy.yaml'
 

@@ -1,5 +1,7 @@
+
 """How a set is looked at and decoded, splits, order and random numbers."""
 import json
+import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from facekit import attack_data, batches, config, faces, images, keys, protect, records, run
-from facekit import sources, split, toy
-from facekit.errors import InputError
+from facekit.base import config, process
+from facekit.base.errors import InputError
+from facekit.data import batches, faces, images, records, toy
+from facekit.data.people import split
+from facekit.data.sources import RecordSource
+from facekit.privacy.groups import own_groups
+from facekit.privacy.release import plan_release, release_secret
 
 TINY = Path(__file__).parent / 'tiny.yaml'
 
@@ -55,21 +61,21 @@ def test_a_damaged_look_is_taken_again(tmp_path, damage):
 
 
 def test_runs_that_start_together_look_at_a_set_once_and_share_one_secret(tmp_path, monkeypatch,
-                                                                           capsys):
+                                                                          capsys):
     cfg = make_config(tmp_path)
     write_faces(tmp_path / 'faces')
-    looked_at, read, draw = [], sources.RecordSource.read, keys.secrets.token_hex
+    looked_at, read, draw = [], RecordSource.read, secrets.token_hex
 
     def slow(source, i):
         time.sleep(0.02)
         looked_at.append(i)
         return read(source, i)
 
-    monkeypatch.setattr(sources.RecordSource, 'read', slow)
-    monkeypatch.setattr(keys.secrets, 'token_hex', lambda n: (time.sleep(0.1), draw(n))[1])
+    monkeypatch.setattr(RecordSource, 'read', slow)
+    monkeypatch.setattr(secrets, 'token_hex', lambda n: (time.sleep(0.1), draw(n))[1])
     with ThreadPoolExecutor(3) as pool:
         found = set(pool.map(lambda _: (faces.load(tmp_path / 'faces', cfg).hashes.tobytes(),
-                                        keys.release_secret(cfg)), range(3)))
+                                        release_secret(cfg)), range(3)))
     assert len(found) == 1 and len(found.pop()[1]) == 32
     assert sorted(looked_at) == list(range(24))
     assert 'waiting for it' in capsys.readouterr().out
@@ -86,7 +92,7 @@ def test_what_fits_into_memory_is_decoded_once(tmp_path, monkeypatch, capsys, fr
     found = faces.load(tmp_path / 'faces', make_config(tmp_path))
     calls, decode, rows = [], images.decode, np.array([7, 2, 9, 2, 23])
     monkeypatch.setattr(images, 'decode', lambda *x: (calls.append(x), decode(*x))[1])
-    monkeypatch.setattr(run, 'free_memory', lambda device: free * 32 * 32 * 3)
+    monkeypatch.setattr(process, 'free_memory', lambda device: free * 32 * 32 * 3)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
     capsys.readouterr()
     for turn in range(2):                            # the second says nothing new
@@ -124,9 +130,9 @@ def test_a_containers_limit_counts(tmp_path):
     (tmp_path / 'memory.stat').write_text('anon 400\ninactive_file 300\n')
     for limit, left in (('1000\n', 600), ('max\n', float('inf'))):
         (tmp_path / 'memory.max').write_text(limit)
-        assert run.left_in(tmp_path, *files_of) == left
-    assert run.left_in(tmp_path / 'none', *files_of) == float('inf')
-    assert 0 < run.free_memory(torch.device('cpu')) < 1 << 50
+        assert process.left_in(tmp_path, *files_of) == left
+    assert process.left_in(tmp_path / 'none', *files_of) == float('inf')
+    assert 0 < process.free_memory(torch.device('cpu')) < 1 << 50
 
 
 def test_damaged_images_are_named_and_left_out_where_the_config_says_so(tmp_path, capsys):
@@ -164,13 +170,13 @@ def test_folds_release_everybody_once_and_share_nobody(tmp_path):
     def folds_of(*assignments):
         cfg = make_config(tmp_path, 'data.folds=3', 'data.release_folds=[]', 'data.exclude=[5]',
                           'data.min_images=3', 'reconstruct.method=none', *assignments)
-        return cfg, split.split(cfg)
+        return cfg, split(cfg)
 
     cfg, folds = folds_of('data.validation=0.2')
     assert sorted(np.concatenate([f.released for f in folds])) == [
         i for i in range(36) if people[i] != 5]
-    plan = protect.plan_release(folds, b'secret', cfg)
-    groups = attack_data.own_groups(cfg, folds, [None] * 3, folds[0].private, plan, 'cpu')
+    plan = plan_release(folds, b'secret', cfg)
+    groups = own_groups(cfg, folds, [None] * 3, folds[0].private, plan, 'cpu')
     for f, group in zip(folds, groups):
         parts = [set(people[rows]) for rows in (f.released, f.train, f.validation)]
         assert set.union(*parts) == set(range(12)) - {5}
@@ -189,9 +195,9 @@ def test_a_picture_that_is_public_and_private_stops_the_run(tmp_path):
     both = (r'record 2 \(public, of 0\) is the same picture as \S+train.rec record 23 '
             r'\(private, of 7\), 3 such')
     with pytest.raises(InputError, match=both):
-        split.split(cfg)
-    fold = split.split(make_config(tmp_path, f'data.public={tmp_path}/other', 'toy.identities=0',
-                                  'data.exclude=[7]'))[0]
+        split(cfg)
+    fold = split(make_config(tmp_path, f'data.public={tmp_path}/other', 'toy.identities=0',
+                             'data.exclude=[7]'))[0]
     assert len(fold.released) == 21 and len(fold.train) == 24
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, run
-from facekit import images, records
+from facekit.data import images, records
 
 PAGE = ROOT / 'docs' / 'develop.md'
 SOURCES = '*.py', 'facekit', 'configs'                # what a copy of the kit needs

@@ -10,7 +10,8 @@ import torch
 
 import models
 from conftest import ROOT, run
-from facekit import bins, config
+from facekit.base import config
+from facekit.data import bins
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 

@@ -12,10 +12,15 @@ import torch
 
 import hostile
 import models
-from facekit import bins, embed, files, images, progress, toy, verification
-from facekit.errors import InputError, printable
-from facekit.faces import FaceSet, ImageRows
-from facekit.verification import PairSet
+from facekit.base.errors import InputError, printable
+from facekit.base.log import StageLog, read_log, stage_seconds
+from facekit.data import bins, images, toy
+from facekit.data.faces import FaceSet, ImageRows
+from facekit.data.pairs import PairSet, held_back, load_pairs
+from facekit.measure import verification
+from facekit.measure.statistics import auc, tar_at_far
+from facekit.nets import embed
+from facekit.nets.weights import load_checkpoint
 
 GOLDEN = json.loads((Path(__file__).parent / 'fixtures' / 'verification.json').read_text())
 
@@ -78,11 +83,11 @@ def test_tar_and_auc_follow_their_definitions():
     same = rng.random(3000) < 0.5
     distance = np.where(same, rng.normal(1, 0.4, 3000), rng.normal(1.8, 0.4, 3000)).round(2)
     for far in (0.1, 0.01, 0.001):
-        tar = verification.tar_at_far(distance, same, far)
+        tar = tar_at_far(distance, same, far)
         allowed = [t for t in np.unique(distance) if (distance[~same] < t).mean() <= far]
         assert tar == pytest.approx(max((distance[same] < t).mean() for t in allowed))
     pairs = distance[same][:, None] - distance[~same]
-    assert verification.auc(distance, same) == pytest.approx(
+    assert auc(distance, same) == pytest.approx(
         ((pairs < 0) + 0.5 * (pairs == 0)).mean())
 
 
@@ -121,7 +126,7 @@ def test_the_interval_of_a_paired_difference_covers_where_seeds_differ():
 def test_pairs_of_held_back_people_are_what_they_say(labels):
     people = FaceSet('', np.arange(len(labels)), labels, None, None, [])
     fold = SimpleNamespace(public=people, validation=np.flatnonzero(labels % 2 == 1))
-    held = verification.held_back(fold, 500)
+    held = held_back(fold, 500)
     a, b = labels[held.images[held.pairs]].T
     assert (labels[held.images] % 2 == 1).all() and held.same.mean() == 0.5
     assert len(held.same) == 1000
@@ -182,7 +187,7 @@ def test_an_external_checkpoint_may_hold_an_argparse_namespace_but_no_code(tmp_p
     # facebookresearch/mae saves its arguments; anything else that is not plain data is refused
     published = {'model': {'a': torch.ones(2)}, 'args': argparse.Namespace(lr=1)}
     torch.save(published, tmp_path / 'a.pth')
-    assert files.load_checkpoint(tmp_path / 'a.pth')['args'].lr == 1
+    assert load_checkpoint(tmp_path / 'a.pth')['args'].lr == 1
 
     class Hostile:
         def __reduce__(self):
@@ -192,7 +197,7 @@ def test_an_external_checkpoint_may_hold_an_argparse_namespace_but_no_code(tmp_p
     (tmp_path / 'c.pth').write_bytes((tmp_path / 'a.pth').read_bytes()[:300])
     for name in ('b.pth', 'c.pth'):
         with pytest.raises(InputError, match='safely'):
-            files.load_checkpoint(tmp_path / name)
+            load_checkpoint(tmp_path / name)
     assert not (tmp_path / 'executed').exists()
 
 
@@ -202,7 +207,7 @@ def test_a_checkpoint_that_promises_more_than_it_holds_is_refused_unread(tmp_pat
     (tmp_path / 'a.pt').write_bytes(hostile.bombs()[what])
     monkeypatch.setattr(torch, 'load', lambda *_, **__: pytest.fail('it is loaded'))
     with pytest.raises(InputError, match='far more memory|safely|no zip file'):
-        files.load_checkpoint(tmp_path / 'a.pt')
+        load_checkpoint(tmp_path / 'a.pt')
 
 
 def test_a_sound_checkpoint_holds_what_was_saved(tmp_path):
@@ -217,7 +222,7 @@ def test_a_sound_checkpoint_holds_what_was_saved(tmp_path):
              'args': argparse.Namespace(lr=1.5, sets=['a', None]), 'size': whole.shape,
              'people': {1, 2}}
     torch.save({**state, **plain}, tmp_path / 'a.pt')
-    loaded = files.load_checkpoint(tmp_path / 'a.pt')
+    loaded = load_checkpoint(tmp_path / 'a.pt')
     assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
     assert all(torch.equal(loaded['net'][key], tensor) for key, tensor in plain['net'].items())
     assert all(loaded[key] == plain[key] for key in ('milestones', 'args', 'size', 'people'))
@@ -225,8 +230,8 @@ def test_a_sound_checkpoint_holds_what_was_saved(tmp_path):
 
 def test_a_checkpoint_that_was_loaded_can_be_saved_and_loaded_again(tmp_path):
     torch.save({'net': {'a': torch.ones(2)}, 'step': 3}, tmp_path / 'a.pt')
-    torch.save(files.load_checkpoint(tmp_path / 'a.pt'), tmp_path / 'b.pt')
-    assert files.load_checkpoint(tmp_path / 'b.pt')['step'] == 3
+    torch.save(load_checkpoint(tmp_path / 'a.pt'), tmp_path / 'b.pt')
+    assert load_checkpoint(tmp_path / 'b.pt')['step'] == 3
 
 
 def test_pairs_that_are_not_square_are_cut_with_a_warning_not_stretched(tmp_path, capsys):
@@ -234,7 +239,7 @@ def test_pairs_that_are_not_square_are_cut_with_a_warning_not_stretched(tmp_path
     picture[:, 8:104] = 200                                          # the middle, 96 x 96
     encoded = [images.encode(picture, 'png'), images.encode(picture[:, :96], 'png')] * 10
     bins.write_bin(tmp_path / 'a.bin', encoded, [True, False] * 5)
-    loaded = verification.load_pairs(tmp_path / 'a.bin', 96)
+    loaded = load_pairs(tmp_path / 'a.bin', 96)
     assert (loaded.images[0] == 200).all() and len(loaded.images) == 2
     assert 'not square' in capsys.readouterr().out
 
@@ -256,21 +261,21 @@ def test_a_damaged_log_harms_nothing(tmp_path):
     path = tmp_path / 'log' / 'student.jsonl'
     path.parent.mkdir()
     path.write_bytes(b'\xff\xfe\n{"stage": [1]}\n[3]\n{"step": 4, "seconds": 2.5}\n{"step": 9')
-    progress.StageLog(tmp_path, 'student', 10, 5)(6, 1, loss=1.0)
-    assert progress.stage_seconds(tmp_path) == {'student': 2.5}
-    assert [entry['step'] for _, entry in progress.read_log(path)] == [4, 6]
+    StageLog(tmp_path, 'student', 10, 5)(6, 1, loss=1.0)
+    assert stage_seconds(tmp_path) == {'student': 2.5}
+    assert [entry['step'] for _, entry in read_log(path)] == [4, 6]
 
 
 def test_tensorboard_shows_the_log_of_an_interrupted_training_once(tmp_path):
     from tensorboard.backend.event_processing import event_accumulator as events
-    log = progress.StageLog(tmp_path, 'train_mae/mae', 4, tensorboard=True)
+    log = StageLog(tmp_path, 'train_mae/mae', 4, tensorboard=True)
     for step, loss in ((1, 0.9), (2, 0.8), (3, 0.7)):
         log(step, step, mse=loss, irm=None)
-    log = progress.StageLog(tmp_path, 'train_mae/mae', 4, step=2, tensorboard=True)
+    log = StageLog(tmp_path, 'train_mae/mae', 4, step=2, tensorboard=True)
     for step, loss in ((3, 0.65), (4, 0.6)):
         log(step, step, mse=loss, irm=0.1)
     shown = events.EventAccumulator(str(tmp_path / 'tensorboard' / 'train_mae' / 'mae')).Reload()
-    lines = [entry for _, entry in progress.read_log(log.path)]
+    lines = [entry for _, entry in read_log(log.path)]
     for name in ('mse', 'irm'):
         expected = [(e['step'], e[name]) for e in lines if e[name] is not None]
         assert [(s.step, pytest.approx(s.value)) for s in shown.Scalars(name)] == expected
@@ -296,8 +301,8 @@ def test_pairs_come_from_a_bin_from_lfws_form_and_from_a_list_alike(tmp_path):
              for (a, b), s in zip(chosen, same)]
     (tmp_path / 'lfw' / 'pairs.txt').write_text('10\t300\n' + '\n'.join(lines))
     (tmp_path / 'list.txt').write_text('\n'.join(f'{a}.png {b}.png {int(s)}'
-                                                for (a, b), s in zip(chosen, same)))
-    first, *others = (verification.load_pairs(tmp_path / name, 32)
+                                                 for (a, b), s in zip(chosen, same)))
+    first, *others = (load_pairs(tmp_path / name, 32)
                       for name in ('lfw.bin', 'lfw', 'list.txt'))
     for other in others:
         assert np.array_equal(first.images, other.images) and len(first.images) == 7
@@ -305,5 +310,5 @@ def test_pairs_come_from_a_bin_from_lfws_form_and_from_a_list_alike(tmp_path):
     for name, text in (('lfw/pairs.txt', 'Nobody\t1\t2\n'), ('list.txt', '0.png 1.png maybe\n')):
         (tmp_path / name).write_text(text * 12)
         with pytest.raises(InputError, match='line 1 is no pair'):
-            verification.load_pairs((tmp_path / name).parent if 'lfw' in name else tmp_path / name,
-                                    32)
+            load_pairs((tmp_path / name).parent if 'lfw' in name else tmp_path / name,
+                       32)

@@ -18,10 +18,11 @@ import models
 import simcuda
 import train_mae
 from conftest import log_lines
-from facekit import batches, embed
-from facekit.attacks import ATTACKERS
-from facekit.protect import PROTECTIONS
-from facekit.training import Training
+from facekit.data import batches
+from facekit.nets import embed
+from facekit.nets.training import Training
+from facekit.privacy.attacks import ATTACKERS
+from facekit.privacy.protect import PROTECTIONS
 from gpu_stages import STAGES, check_collective, stage, two_processes
 
 ATTACKS = [name for name in ATTACKERS if name != 'dlib']      # which is a program of the host

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from facekit import images
-from facekit.errors import InputError
+from facekit.base.errors import InputError
+from facekit.data import images
 
 ALL = 'JPEG', 'PNG', 'WEBP', 'BMP'
 

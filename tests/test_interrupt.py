@@ -307,7 +307,7 @@ def test_processes_may_be_more_or_less_after_an_interruption(copied, arguments, 
 
 IN_PARTS = """
 import os, signal, reconstruct
-from facekit import run
+from facekit.base.launch import launch
 reconstruct.PART, real = 8, reconstruct.make_part
 
 def make_part(number, *others):
@@ -316,7 +316,7 @@ def make_part(number, *others):
     return real(number, *others)
 
 reconstruct.make_part = make_part
-run.launch(reconstruct.main, None)
+launch(reconstruct.main, None)
 """
 
 

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from facekit import batches, embed
-from facekit.errors import InputError
-from facekit.faces import ImageRows
+from facekit.base.errors import InputError
+from facekit.data import batches
+from facekit.data.faces import ImageRows
+from facekit.nets import embed
+from facekit.nets.weights import load_weights, recogniser
 
 GOLDEN = json.loads((Path(__file__).parent / 'fixtures' / 'interchange.json').read_text())
 
@@ -346,10 +348,10 @@ def test_a_shortcut_is_the_strided_convolution():
 def test_checkpoints_of_arcface_torch_and_of_an_encoder_alone(tmp_path):
     net = models.iresnet(10, 8, 32, 16)
     torch.save({'epoch': 3, 'state_dict_backbone': net.state_dict()}, tmp_path / 'gpu_0.pt')
-    read = embed.recogniser(tmp_path / 'gpu_0.pt', torch.device('cpu'))
+    read = recogniser(tmp_path / 'gpu_0.pt', torch.device('cpu'))
     assert all(torch.equal(v, read.state_dict()[k]) for k, v in net.state_dict().items())
     mae = small_mae()
     encoder = {k: v for k, v in mae.state_dict().items()
                if 'decoder' not in k and k != 'mask_token'}
     with pytest.raises(InputError, match='encoder only'):
-        embed.load_weights(mae, {'model': encoder}, 'mae_pretrain.pth')
+        load_weights(mae, {'model': encoder}, 'mae_pretrain.pth')

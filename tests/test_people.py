@@ -8,14 +8,19 @@ import stat
 import numpy as np
 import pytest
 import torch
-
-from conftest import TINY, run
-import train_mae
-from facekit import attack_data, batches, check, config, faces, images, keys, protect
-from facekit import records, split, toy
-from facekit.errors import InputError
-from facekit.protect import FaceMAE, Protection
 from test_data import make_config, write_faces
+
+import train_mae
+from conftest import TINY, run
+from facekit import check
+from facekit.base import config
+from facekit.base.errors import InputError
+from facekit.data import batches, faces, images, records, toy
+from facekit.data.people import count_release, split
+from facekit.privacy import protect
+from facekit.privacy.groups import Recognisers, foreign_groups, own_groups
+from facekit.privacy.protect import FaceMAE, Protection
+from facekit.privacy.release import check_release_images, plan_release, read_secret, release_secret
 
 
 def folder_of_people(root, people=12, each=3):
@@ -30,7 +35,7 @@ def folder_of_people(root, people=12, each=3):
 
 def released_people(cfg):
     """{name of a released person: number of the fold} of a config."""
-    return {str(name): fold.k for fold in split.split(cfg)
+    return {str(name): fold.k for fold in split(cfg)
             for name in fold.private.people[np.unique(fold.private.labels[fold.released])]}
 
 
@@ -39,8 +44,8 @@ def test_adding_a_person_changes_nobody_elses_group_order_or_exclusion(tmp_path)
     root = folder_of_people(tmp_path / 'faces')
     cfg = make_config(tmp_path, 'data.exclude=[id_005]', 'data.release_folds=[]')
     before = released_people(cfg)
-    folds = split.split(cfg)
-    plan = protect.plan_release(folds, b'secret', cfg)
+    folds = split(cfg)
+    plan = plan_release(folds, b'secret', cfg)
     order = [str(folds[0].private.people[folds[0].private.labels[i]]) for i in plan.image]
     for name in ('.ipynb_checkpoints', 'aaa', 'zzz'):
         shutil.copytree(root / 'id_003', root / name)
@@ -51,8 +56,8 @@ def test_adding_a_person_changes_nobody_elses_group_order_or_exclusion(tmp_path)
     assert 'id_005' not in before | after and len(before) == 11
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() == {'aaa', 'zzz'}             # the hidden one is nobody
-    folds = split.split(cfg)
-    later = protect.plan_release(folds, b'secret', cfg)
+    folds = split(cfg)
+    later = plan_release(folds, b'secret', cfg)
     names = [str(folds[0].private.people[folds[0].private.labels[i]]) for i in later.image]
     assert [name for name in names if name in before] == order
     seeds = dict(zip(zip(folds[0].private.hashes[later.image].tolist()), later.seeds.tolist()))
@@ -65,14 +70,14 @@ def test_adding_a_person_changes_nobody_elses_group_order_or_exclusion(tmp_path)
 def test_an_exclusion_that_matches_nobody_is_refused(tmp_path, exclude, words):
     folder_of_people(tmp_path / 'faces')
     with pytest.raises(InputError) as error:
-        split.split(make_config(tmp_path, f'data.exclude={exclude}'))
+        split(make_config(tmp_path, f'data.exclude={exclude}'))
     assert all(word in str(error.value) for word in words), error.value
 
 
 def test_an_unknown_label_is_refused_and_a_known_one_taken_out(tmp_path):
     write_faces(tmp_path / 'faces')
     with pytest.raises(InputError, match='999'):
-        split.split(make_config(tmp_path, 'data.exclude=[999]'))
+        split(make_config(tmp_path, 'data.exclude=[999]'))
     assert '5' not in released_people(make_config(tmp_path, 'data.exclude=[5]',
                                                   'data.release_folds=[]'))
 
@@ -81,8 +86,8 @@ def test_what_will_be_released_is_said_with_everybody_who_is_not(tmp_path):
     root = folder_of_people(tmp_path / 'faces')
     (root / 'id_001' / '2.png').unlink()
     cfg = make_config(tmp_path, 'data.exclude=[id_005]', 'data.min_images=3')
-    folds = split.split(cfg)
-    counts = split.count_release(folds, cfg)
+    folds = split(cfg)
+    counts = count_release(folds, cfg)
     released = len(released_people(cfg))
     said = counts.sentence(cfg.data.exclude)
     assert said.startswith(f'releases {released} of 12 people, {3 * released} images; excluded: '
@@ -178,14 +183,14 @@ def test_photos_that_are_not_square_lose_their_edges_and_a_warning_says_so(tmp_p
 def test_a_secret_that_can_be_guessed_is_refused(tmp_path, text):
     (tmp_path / 'my.key').write_bytes(text)
     with pytest.raises(InputError, match='64 hex digits'):
-        keys.read_secret(tmp_path / 'my.key')
+        read_secret(tmp_path / 'my.key')
 
 
 def test_a_secret_that_cannot_be_read_is_not_called_missing(tmp_path):
     """Who followed that would delete it, and with it all that matches releases and originals."""
     (tmp_path / 'my.key').mkdir()
     with pytest.raises(InputError, match='cannot be read') as error:
-        keys.read_secret(tmp_path / 'my.key')
+        read_secret(tmp_path / 'my.key')
     assert 'delete' not in str(error.value)
 
 
@@ -200,35 +205,35 @@ def test_the_public_secret_is_known_in_every_spelling_and_one_that_others_read_i
                  hashlib.sha256(public).hexdigest().encode(), public + b'00ff' * 4):
         (tmp_path / 'my.key').write_bytes(text)
         with pytest.raises(InputError, match='known to everybody'):
-            keys.release_secret(make_config(tmp_path, f'reconstruct.key={tmp_path}/my.key'))
+            release_secret(make_config(tmp_path, f'reconstruct.key={tmp_path}/my.key'))
     cfg = make_config(tmp_path)
-    assert len(keys.release_secret(cfg)) == 32
+    assert len(release_secret(cfg)) == 32
     path = tmp_path / 'run' / 'release.key'
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and not capsys.readouterr().out
     path.chmod(0o644)
-    keys.release_secret(cfg)
+    release_secret(cfg)
     assert 'others can read' in capsys.readouterr().out
     shutil.rmtree(tmp_path / 'faces')
     toy.draw_set(tmp_path / 'faces', 2, 2, 2, 10, size=16, seed=0)
-    assert len(keys.release_secret(make_config(tmp_path, f'reconstruct.key={tmp_path}/my.key')))
+    assert len(release_secret(make_config(tmp_path, f'reconstruct.key={tmp_path}/my.key')))
 
 
 def test_release_order_is_secret_and_complete(tmp_path):
     write_faces(tmp_path / 'faces')
     cfg = make_config(tmp_path, 'data.release_folds=[]', 'toy.identities=0')
-    folds = split.split(cfg)
+    folds = split(cfg)
     source = folds[0].public.labels
-    plan = protect.plan_release(folds, b'secret', cfg)
+    plan = plan_release(folds, b'secret', cfg)
     assert sorted(plan.image) == list(range(24)) and (np.diff(plan.label) >= 0).all()
     # One new label a person
     assert len({(a, b) for a, b in zip(source[plan.image], plan.label)}) == plan.people == 8
     assert (source[plan.image] != np.sort(source)).any()
     assert all(i in folds[k].released for k, i in zip(plan.fold, plan.image))
-    other = protect.plan_release(folds, b'another', cfg)
+    other = plan_release(folds, b'another', cfg)
     assert (other.image != plan.image).any()
     cfg.reconstruct.images_per_person = 2
-    assert split.count_release(folds, cfg).images == 2 * plan.people
-    capped = protect.plan_release(folds, b'secret', cfg)
+    assert count_release(folds, cfg).images == 2 * plan.people
+    capped = plan_release(folds, b'secret', cfg)
     assert np.bincount(capped.label).tolist() == [2] * 8
 
 
@@ -238,7 +243,7 @@ def test_releases_share_no_mask_order_or_label_and_one_seed_tells_no_other(tmp_p
     for words in ((), ('run.seed=1',), ('reconstruct.method=mask',), ('run.row=a',
                   'compare={a: []}'), ('reconstruct.method=mask', 'mae.mask_ratio=0.5')):
         cfg = make_config(tmp_path, 'data.release_folds=[]', *words)
-        plans.append(protect.plan_release(split.split(cfg), b'secret', cfg))
+        plans.append(plan_release(split(cfg), b'secret', cfg))
     seeds = torch.cat([plan.seeds for plan in plans])
     assert len(seeds.unique()) == len(seeds) == 5 * 120
     for a, b in zip(plans, plans[1:]):
@@ -304,10 +309,10 @@ def test_nets_that_learnt_from_who_is_private_now_are_refused(finished):
     device = torch.device('cpu')
 
     def load():
-        variant, folds = config.variants(cfg, compare=False)[0], split.split(cfg)
+        variant, folds = config.variants(cfg, compare=False)[0], split(cfg)
         yield lambda: protect.load_maes(variant, folds, device)
         yield lambda: train_mae.load_teacher(cfg, folds[0], device)
-        yield lambda: attack_data.Recognisers(cfg, folds, device).public('judge', 0)
+        yield lambda: Recognisers(cfg, folds, device).public('judge', 0)
 
     assert all(net() for net in load())
     cfg.data.split_seed = 5
@@ -325,24 +330,25 @@ def test_who_asked_to_be_left_out_is_not_named_in_a_checkpoint(copied):
 def test_a_method_that_reads_hidden_pixels_is_not_released(tmp_path, monkeypatch):
     write_faces(tmp_path / 'faces')
     cfg = make_config(tmp_path, 'reconstruct.method=mask', 'data.release_folds=[]')
-    folds = split.split(cfg)
-    plan = protect.plan_release(folds, b'secret', cfg)
+    folds = split(cfg)
+    plan = plan_release(folds, b'secret', cfg)
     protections = [protect.Protection(cfg, None)] * len(folds)
     released = protections[0].of_rows(folds[0].private.select(plan.image), plan.seeds,
                                       torch.device('cpu'))
     encoded = [images.encode(torch.from_numpy(x).permute(2, 0, 1), 'png') for x in released]
     records.write_records(tmp_path / 'out', encoded, plan.label, 32)
     arguments = tmp_path / 'out', plan, folds[0].private, protections, torch.device('cpu')
-    check.check_release_images(*arguments)
+    check_release_images(*arguments)
     monkeypatch.setitem(protect.PROTECTIONS, 'mask', protect.Method(
         lambda x, *rest: protect.masked(x, *rest) + x.mean() / 100, 'mask_ratio', draws_mask=True))
     with pytest.raises(InputError, match='hidden pixels'):
-        check.check_release_images(*arguments)
+        check_release_images(*arguments)
 
 
 def test_a_kit_inside_another_repository_does_not_name_that(finished, tmp_path):
     import subprocess
     import sys
+
     from conftest import ROOT
     shutil.copytree(ROOT, tmp_path / 'outer' / 'kit', ignore=shutil.ignore_patterns(
         '.git', '.venv', 'results', 'runs', 'datasets', '__pycache__'))
@@ -357,8 +363,9 @@ def test_a_kit_inside_another_repository_does_not_name_that(finished, tmp_path):
 
 
 def test_a_photo_that_is_too_large_is_told_the_limit():
-    from PIL import Image
     import io
+
+    from PIL import Image
     file = io.BytesIO()
     Image.new('L', (6000, 4000)).save(file, 'PNG')
     with pytest.raises(InputError, match='6000 x 4000 pixels, not 1 to 16777216: shrink'):
@@ -378,9 +385,9 @@ def test_attackers_learn_first_from_people_whom_no_recogniser_saw(tmp_path):
         for name in ('1.png', '2.png'):
             (root / f'id_{person:03}' / name).unlink()
     cfg = make_config(tmp_path, 'data.min_images=2', 'reconstruct.method=noise')
-    folds = split.split(cfg)
-    plan = protect.plan_release(folds, b'secret', cfg)
-    groups = attack_data.own_groups(cfg, folds, [None] * len(folds), folds[0].private, plan, 'cpu')
+    folds = split(cfg)
+    plan = plan_release(folds, b'secret', cfg)
+    groups = own_groups(cfg, folds, [None] * len(folds), folds[0].private, plan, 'cpu')
     for group, fold in zip(groups, folds):
         known = group.pair_originals.rows
         seen = np.isin(known, fold.train)
@@ -393,10 +400,10 @@ def test_a_foreign_release_in_another_order_is_refused(tmp_path):
     cfg = make_config(tmp_path, f'release={tmp_path}/theirs', f'originals={tmp_path}/faces')
     write_faces(tmp_path / 'faces', people=8, each=3)
     write_faces(tmp_path / 'theirs', people=8, each=3)
-    assert attack_data.foreign_groups(cfg, faces.load(tmp_path / 'theirs', cfg), 'cpu')
+    assert foreign_groups(cfg, faces.load(tmp_path / 'theirs', cfg), 'cpu')
     write_faces(tmp_path / 'theirs', people=12, each=2)
     with pytest.raises(InputError, match='same order'):
-        attack_data.foreign_groups(cfg, faces.load(tmp_path / 'theirs', cfg), 'cpu')
+        foreign_groups(cfg, faces.load(tmp_path / 'theirs', cfg), 'cpu')
 
 
 def test_who_is_excluded_stays_excluded_whatever_is_typed(tmp_path):
@@ -413,21 +420,21 @@ def test_who_is_excluded_stays_excluded_whatever_is_typed(tmp_path):
     assert released_people(cfg).keys() == {f'id_{i:03}' for i in (2, *range(4, 12))}
     cfg = config.namespace(config.resolve(tmp_path / 'my.yaml', ['data.exclude=[10]']))
     with pytest.raises(InputError, match="'10'.* did you mean 010"):
-        split.split(cfg)
+        split(cfg)
 
 
 def test_a_picture_of_an_excluded_person_is_not_released_under_another_name(tmp_path):
     root = folder_of_people(tmp_path / 'faces')
     cfg = make_config(tmp_path, 'data.exclude=[id_005]', 'data.release_folds=[]')
     shutil.copy(root / 'id_005' / '0.png', root / 'id_003' / 'copy.png')
-    folds = split.split(cfg)
+    folds = split(cfg)
     copies = np.flatnonzero(folds[0].private.hashes == folds[0].private.hashes[
         folds[0].private.labels == 5][0])
     assert len(copies) == 2
     for fold in folds:
         for rows in (fold.released, fold.train, fold.mae):
             assert not np.isin(copies, rows).any()
-    counts = split.count_release(folds, cfg)
+    counts = count_release(folds, cfg)
     assert counts.excluded_copies == 1 and counts.images == 33
     assert '1 image of others' in counts.sentence(cfg.data.exclude)
 

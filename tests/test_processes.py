@@ -14,23 +14,24 @@ from conftest import ENVIRONMENT, ROOT, TINY, run
 TOGETHER = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from facekit import files, run
+from facekit.base import process
+from facekit.base.launch import launch
 
 
 def main(cfg, device, compare):
     def alone():
-        with files.only_writer('alone'):        # each of these would wait for the other process
-            run.barrier()
-            return run.broadcast(run.world()) + len(run.everywhere(0))
+        with process.only_writer('alone'):        # each of these would wait for the other process
+            process.barrier()
+            return process.broadcast(process.world()) + len(process.everywhere(0))
 
-    assert run.on_rank_0(alone) == 2 and run.world() == 2
+    assert process.on_rank_0(alone) == 2 and process.world() == 2
     print('done alone', flush=True)
-    if run.rank() == 1:
+    if process.rank() == 1:
         raise KeyError('planted fault')
-    run.barrier()
+    process.barrier()
 
 
-run.launch(main, None)
+launch(main, None)
 """
 
 

@@ -14,9 +14,15 @@ import torch.nn.functional as F
 import conftest
 import evaluate
 import models
-from facekit import attacks, check, embed, errors, published, toy, verification
-from facekit.config import as_dict, namespace, resolve
-from facekit.errors import InputError
+from facekit import check
+from facekit.base.config import as_dict, namespace, resolve
+from facekit.base.errors import InputError, optional
+from facekit.data import toy
+from facekit.data.pairs import load_pairs
+from facekit.measure import verification
+from facekit.nets import embed, published
+from facekit.nets.weights import recogniser
+from facekit.privacy import attacks
 
 CPU = torch.device('cpu')
 
@@ -55,11 +61,11 @@ def export(net, path, images=None, **more):
     ('bytes', Bytes, {'input': {0: 'batch'}}),
     ('signed', lambda net: net, {})])                        # one image at a time
 def test_an_onnx_file_sees_what_the_net_sees_that_it_was_exported_from(net, tmp_path, pixels,
-                                                                      wrap, axes):
+                                                                       wrap, axes):
     path = export(wrap(net).eval(), tmp_path / 'net.ONNX', dynamic_axes=axes)
     faces = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8)     # resized alike, too
     ours, theirs = (F.normalize(embed.embed_batch(n, faces, 'fp32'))
-                    for n in (net, embed.recogniser(path, CPU, onnx_pixels=pixels)))
+                    for n in (net, recogniser(path, CPU, onnx_pixels=pixels)))
     assert (ours - theirs).abs().max() < 1e-3
     assert (ours @ ours.T).fill_diagonal_(0).max() < 0.99         # or any net would do
 
@@ -70,17 +76,17 @@ def test_what_is_no_onnx_recogniser_is_refused_in_a_sentence(net, tmp_path):
     export(torch.nn.Conv2d(1, 4, 3), tmp_path / 'grey.onnx', torch.zeros(1, 1, 48, 48))
     for name in ('text.onnx', 'grey.onnx'):
         with pytest.raises(InputError, match='is no ONNX recogniser'):
-            embed.recogniser(tmp_path / name, CPU)
-    detector = embed.recogniser(export(torch.nn.Conv2d(3, 4, 3), tmp_path / 'map.onnx'), CPU)
+            recogniser(tmp_path / name, CPU)
+    detector = recogniser(export(torch.nn.Conv2d(3, 4, 3), tmp_path / 'map.onnx'), CPU)
     with pytest.raises(InputError, match='not one embedding an image'):
         embed.embed_batch(detector, torch.zeros(1, 48, 48, 3, dtype=torch.uint8), 'fp32')
     with pytest.raises(InputError, match='cannot be read'):
-        embed.recogniser(tmp_path / 'none.onnx', CPU)
+        recogniser(tmp_path / 'none.onnx', CPU)
 
 
 def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it():
     with pytest.raises(InputError, match='no_such_package is not installed: run `pip install it`'):
-        errors.optional('no_such_package', 'it')
+        optional('no_such_package', 'it')
 
 
 def test_a_missing_tensorboard_is_told_before_the_first_stage(folder, monkeypatch):
@@ -135,7 +141,7 @@ def test_a_recogniser_is_evaluated_at_its_own_size_whatever_the_patches_are(fold
     torch.save({'net': net.state_dict(), 'config': as_dict(config(f'data.size={size}'))}, 'net.pt')
     evaluate.main(config('evaluate.model=net.pt'), CPU, compare=False)
     results = json.loads((folder / 'run' / 'external.json').read_text())
-    pairs = verification.load_pairs(Path('faces/toy.bin'), size)
+    pairs = load_pairs(Path('faces/toy.bin'), size)
     expected = verification.verify(net.eval(), [pairs], config(), CPU)[0]
     assert results['verification']['toy']['auc'] == expected['toy']['auc']
     assert results['config']['data']['size'] == 32

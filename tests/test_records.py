@@ -21,11 +21,11 @@ import pytest
 import torch
 from PIL import Image
 
-from facekit import records
-from facekit.bins import read_bin, write_bin
-from facekit.errors import InputError
-from facekit.images import decode, encode
-from facekit.records import EXACT, RecordHeads, Records, pack, payload, write_records
+from facekit.base.errors import InputError
+from facekit.data import records
+from facekit.data.bins import read_bin, write_bin
+from facekit.data.images import decode, encode
+from facekit.data.records import EXACT, RecordHeads, Records, pack, payload, write_records
 
 FIXTURE = Path(__file__).parent / 'fixtures' / 'mxnet_records'
 MAGIC = b'\x0a\x23\xd7\xce'

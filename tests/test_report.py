@@ -10,9 +10,11 @@ import torch
 from rich.console import Console
 
 from conftest import ROOT
-from facekit import config, plots, report, retrieval
-from facekit.errors import InputError
-from facekit.report import Row
+from facekit.base import config
+from facekit.base.errors import InputError
+from facekit.measure import retrieval
+from facekit.report import pictures
+from facekit.report.tables import Row, comparable, tables
 
 
 def result(method, accuracy, person, photo, spread=0, **more):
@@ -34,7 +36,7 @@ def result(method, accuracy, person, photo, spread=0, **more):
 def sheet(rows, title, references=None):
     """Lines of the table whose title begins so, of {row: [results of each seed]}."""
     rows = [Row(name, results) for name, results in rows.items()]
-    found = [s for s in report.tables(rows, {}, 'facemae', references or {})
+    found = [s for s in tables(rows, {}, 'facemae', references or {})
              if s.title.startswith(title)]
     return found[0].rows if found else None
 
@@ -82,10 +84,10 @@ def test_the_headline_is_of_who_has_the_release_alone_and_attacked_every_row():
                                  masked_same_image=figures, class_label=figures,
                                  guess_same_image=guess, backbone_same_person=figures)])
     mask = Row('mask', [result('mask', 0.9, 0.1, 0.3, guess_same_image=guess)])
-    assert report.comparable([row]) == ['judge', 'pixels', 'guess', 'backbone']
-    assert report.comparable([row, mask]) == ['judge', 'pixels', 'guess']
+    assert comparable([row]) == ['judge', 'pixels', 'guess', 'backbone']
+    assert comparable([row, mask]) == ['judge', 'pixels', 'guess']
     row.results.append(result('facemae', 0.9, 0.3, 0.25, guess_same_image=figures))
-    shared = report.comparable([row, mask])
+    shared = comparable([row, mask])
     assert row.strongest('same_person', shared)[0] == pytest.approx(0.2)      # of two seeds
     assert row.strongest('same_image', shared) == pytest.approx([0.675, 0.65, 0.7])
     assert np.isnan(row.strongest('same_image', ['nobody'])[0])
@@ -123,7 +125,7 @@ def test_tables_are_not_broken_at_80_columns():
     rows = [Row(name, [result('facemae', 0.9, 0.1, 0.3)] * 3)
             for name in ('facemae', 'originals', 'a_row_of_a_long_name')]
     text = io.StringIO()
-    for s in report.tables(rows, {}, 'facemae', {}):
+    for s in tables(rows, {}, 'facemae', {}):
         s.print(Console(file=text, width=80))
     lines = text.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and '…' not in text.getvalue()
@@ -133,7 +135,7 @@ def test_tables_are_not_broken_at_80_columns():
 def test_a_picture_that_fails_is_a_sentence(tmp_path, capsys):
     rows = [Row('facemae', [result('facemae', 0.9, 0.1, 0.3)])]
     for path in (tmp_path / 'a.png', '/dev/null/b.png'):           # which is no folder
-        plots.attempt(plots.save_tradeoff, rows, path)
+        pictures.attempt(pictures.save_tradeoff, rows, path)
     assert (tmp_path / 'a.png').stat().st_size > 1000
     told, = capsys.readouterr().out.splitlines()
     assert 'warning: a picture is missing' in told and '/dev/null/b.png' in told
@@ -142,9 +144,8 @@ def test_a_picture_that_fails_is_a_sentence(tmp_path, capsys):
 def test_pictures_need_no_backend_of_matplotlib(tmp_path):
     code = """
 import numpy as np
-from facekit import plots, report, verification
 scores = verification.PairScores(np.arange(20) / 10, np.arange(20) < 12)
-plots.save_roc([report.Row('row', scores={0: {'lfw': scores}})], 'roc.png')
+pictures.save_roc([Row('row', scores={0: {'lfw': scores}})], 'roc.png')
 """
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=100,
                    env=os.environ | {'MPLBACKEND': 'inline', 'PYTHONPATH': str(ROOT)})

@@ -17,10 +17,11 @@ from PIL import Image
 
 import train_mae
 from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run, tensors
-from facekit import attacks, images, protect, records, toy
-from facekit import run as process
-from facekit.config import namespace, resolve, variants
-from facekit.errors import InputError
+from facekit.base import process
+from facekit.base.config import namespace, resolve, variants
+from facekit.base.errors import InputError
+from facekit.data import images, records, toy
+from facekit.privacy import attacks, protect
 
 
 def test_the_pipeline_writes_what_it_promises(finished):

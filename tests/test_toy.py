@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from facekit import bins, images, records, toy
+from facekit.data import bins, images, records, toy
 
 
 def test_an_image_does_not_depend_on_its_batch_or_on_threads():

@@ -35,11 +35,12 @@ import peers  # noqa: E402
 import reconstruct  # noqa: E402
 import train_fr  # noqa: E402
 import train_mae  # noqa: E402
-from facekit import run  # noqa: E402
-from facekit.config import as_dict, variants  # noqa: E402
-from facekit.errors import InputError  # noqa: E402
-from facekit.progress import read_log  # noqa: E402
-from facekit.split import split  # noqa: E402
+from facekit.base import process  # noqa: E402
+from facekit.base.config import as_dict, variants  # noqa: E402
+from facekit.base.errors import InputError  # noqa: E402
+from facekit.base.launch import launch, provenance  # noqa: E402
+from facekit.base.log import read_log  # noqa: E402
+from facekit.data.people import split  # noqa: E402
 
 EPOCH = 3       # batches that the public and that the private images make, about
 
@@ -147,7 +148,7 @@ class Bench:
     def add(self, stage, what, speed):
         """Keep and say a Speed."""
         self.rows.append({'stage': stage, 'what': what} | asdict(speed))
-        run.say(f'{stage}: {what}: {speed.images_per_second:,.1f} images/s')
+        process.say(f'{stage}: {what}: {speed.images_per_second:,.1f} images/s')
 
     def add_turns(self, stage, what, speeds, kits):
         """Keep the speeds of several turns; kits: the kit's own in the same ones."""
@@ -168,12 +169,12 @@ def measure(b):
 
 def main(own, cfg, device, compare):
     """Measure, write the JSON and show the table; `own`: this script's arguments."""
-    if run.world() > 1:
+    if process.world() > 1:
         raise InputError('bench.py measures one process: run it with python, not torchrun')
     if own.steps < 8:
         raise InputError(f'--steps {own.steps} is too few to measure: use 8 or more')
     found = {'command': own.command, 'threads': torch.get_num_threads(), 'config': as_dict(cfg),
-             **run.provenance(device)}
+             **provenance(device)}
     cfg = variants(cfg, False)[0].cfg               # with all values resolved
     if own.peers:                                   # which know no micro-batches
         cfg.mae.batch = min(cfg.mae.batch, cfg.mae.micro_batch)
@@ -190,7 +191,7 @@ def main(own, cfg, device, compare):
     for row in b.rows:
         table.add_row(*(f'{x:,.4g}' if isinstance(x, float) else x for x in row.values()))
     Console(width=120).print(table)
-    run.say(path)
+    process.say(path)
 
 
 def check(cfg, compare):
@@ -203,4 +204,4 @@ if __name__ == '__main__':
     parser.add_argument('--steps', type=int, default=40)
     parser.set_defaults(command=' '.join(['python', *sys.argv]))
     arguments, sys.argv[1:] = parser.parse_known_args()
-    run.launch(lambda *rest: main(arguments, *rest), check)
+    launch(lambda *rest: main(arguments, *rest), check)

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import models
-from facekit import embed, run
+from facekit.base import process
+from facekit.nets.weights import recogniser
 from irm import irm_loss
 
 TURNS = 3
@@ -59,8 +60,8 @@ def facebook(b, changed, batch, teacher=None):
     block, c, cuda = vit.Block, b.cfg.mae, b.device.type == 'cuda'
     np.float, sys.modules['torch._six'] = float, SimpleNamespace(inf=math.inf)   # of older days
     with mock.patch.object(vit, 'Block', lambda *a, qk_scale=None, **k: block(*a, **k)):
-        import models_mae
         import engine_pretrain
+        import models_mae
         from util.misc import NativeScalerWithGradNormCount
     model = changed(models_mae.MaskedAutoencoderViT(
         b.cfg.data.size, c.patch, 3, c.dim, c.depth, c.heads, c.decoder_dim, c.decoder_depth,
@@ -92,7 +93,7 @@ def hugging_face(b, changed, batch):
 
     def do(count):
         for _ in range(count):
-            with run.autocast(b.device, b.cfg.run.precision):
+            with process.autocast(b.device, b.cfg.run.precision):
                 loss = model(samples).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -112,7 +113,7 @@ def face_net(b, role):
 
 def facebook_and_insightface(b, changed, batch):
     teacher = face_net(b, b.cfg.teacher).eval().requires_grad_(False)
-    teacher.load_state_dict(embed.recogniser(b.cfg.teacher.checkpoint, b.device).state_dict())
+    teacher.load_state_dict(recogniser(b.cfg.teacher.checkpoint, b.device).state_dict())
     return facebook(b, changed, batch, changed(teacher))
 
 
@@ -170,7 +171,7 @@ def made(stage, b, makers, batch):
                     do(1)
                 peers[name + way] = do
             except (Exception, SystemExit) as e:           # theirs fail in many ways
-                run.say(f'{stage}: {name}{way} is left out: {(str(e) or repr(e))[:200]}')
+                process.say(f'{stage}: {name}{way} is left out: {(str(e) or repr(e))[:200]}')
     return peers
 
 

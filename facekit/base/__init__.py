@@ -1,0 +1,1 @@
+"""Foundations: config, processes, files, log. Nothing here knows about faces."""

@@ -1,0 +1,96 @@
+"""Files of a run: written whole or not at all, and read without running code."""
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import shutil
+from pathlib import Path
+
+from facekit.base.errors import InputError
+
+# ---------------------------------------------------------------------- writing and reading
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write that takes the place of `path` once it is whole.
+
+    Only one run may write a path at a time (see only_writer): the draft's name is fixed, so that
+    what a killed run left is overwritten by the next.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + '.tmp')
+    try:
+        with open(draft, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())     # a power cut shall not leave an empty file behind a name
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path):
+    """An empty folder to fill that takes the place of the folder `path` once it is whole.
+
+    A draft that was not finished stays until the next try, as after a kill.
+    """
+    draft = path.with_name(path.name + '.tmp')
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    yield draft
+    replace_folder(path, draft)
+
+
+def replace_folder(path, draft):
+    """Let a folder that is whole take the place of the folder `path`."""
+    shutil.rmtree(path, ignore_errors=True)
+    os.sync()                           # see replacing()
+    draft.rename(path)
+
+
+def write_json(path, content):
+    """Write numbers and plain values as JSON."""
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode() + b'\n')
+
+
+def open_bytes(path):
+    """The bytes of a file, mapped into memory; InputError if it cannot be read."""
+    try:
+        if not Path(path).is_file():    # to open a pipe would wait for ever
+            raise ValueError('no such file')
+        with open(path, 'rb') as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:          # ValueError: an empty file cannot be mapped
+        raise InputError(f'{str(path)!r} cannot be read ({error}): check the path, copy the file '
+                         'again; a .rec needs its .idx beside it') from None
+
+
+def read_json(path):
+    """The object in a JSON file of a run, or a sentence."""
+    try:
+        content = json.loads(Path(path).read_text())
+        if isinstance(content, dict):
+            return content
+    except (OSError, ValueError):
+        pass
+    raise InputError(f'{path} is missing or damaged: put it back, or delete what was made with it')
+
+
+# ----------------------------------------------------------------------------------- parts
+
+
+def entry(mapping, key):
+    """mapping[key] if it is a dict, else an empty one."""
+    value = mapping.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def digest(content):
+    """SHA-256 of bytes, 64 hex digits."""
+    return hashlib.sha256(content).hexdigest()
+
+

@@ -1,0 +1,182 @@
+"""How a stage begins and ends: command line, signals, errors as sentences.
+
+A stage ends with `launch(main, check_experiment)`.
+"""
+import argparse
+import contextlib
+import errno
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from facekit.base.config import CONFIGS, namespace, resolve
+from facekit.base.errors import InputError, printable
+from facekit.base.process import Group, barrier, say, start_processes, world
+
+VERSION = '2.0'
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask for a last checkpoint; Ctrl-C again ends the process at once."""
+    requested = False                # of the process, not of one training in it
+    interrupted = False              # whether Ctrl-C is ending the process
+
+    def __init__(self):
+        self.agreed = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.request)
+
+    @staticmethod
+    def request(number, frame):
+        """Signal handler."""
+        if Stop.requested and number == signal.SIGINT:     # Slurm and torchrun both send SIGTERM
+            Stop.interrupt(number, frame)
+        Stop.requested = True
+
+    @staticmethod
+    def interrupt(number, frame):
+        """Signal handler that ends the process at once."""
+        Stop.interrupted = True
+        raise KeyboardInterrupt
+
+    def checkpoint_due(self, wanted):
+        """True on all processes at the same step, once any wants to save or was asked to stop."""
+        flags = torch.tensor([int(wanted), int(self.requested)])
+        if world() > 1:        # over gloo, which keeps the device out of it
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=Group.host)
+        self.agreed = bool(flags[1])
+        return bool(flags.any())
+
+    def leave_if_requested(self):
+        """End the process if it was asked to, once the state is saved."""
+        if self.agreed:
+            barrier()          # torchrun ends them all with the first, and rank 0 still writes
+            say('stopped on request; the same command continues from here')
+            raise KeyboardInterrupt
+
+    @staticmethod
+    def end():
+        """After the loop a signal ends the process at once again."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, Stop.interrupt)
+        if Stop.requested:
+            raise KeyboardInterrupt
+
+
+def command(script, *extra):
+    """The command that runs another script with this one's arguments, for a sentence."""
+    arguments = [a for a in sys.argv[1:] if not a.startswith('stage=')]
+    return shlex.join(['python', script, *arguments, *extra])
+
+
+def git(*words):
+    """Output of a git command in the kit's folder, '' if git is missing or fails."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(['git', *words], cwd=CONFIGS, capture_output=True,
+                              text=True).stdout.strip()
+    return ''
+
+
+def commit():
+    """The kit's git commit, or its version where it is no clone."""
+    top = git('rev-parse', '--show-toplevel')
+    if top and Path(top).resolve() == CONFIGS.parent.resolve():   # else it is another repository's
+        return git('describe', '--always', '--dirty', '--abbrev=12')
+    return f'version {VERSION}'
+
+
+def provenance(device):
+    """What a result depends on beside the config: versions, hardware, commit."""
+    name = (torch.cuda.get_device_name(device) if device.type == 'cuda'
+            else f'CPU, {os.cpu_count()} cores')
+    return {'commit': commit(), 'device': name, 'processes': world(),
+            'python': sys.version.split()[0], 'torch': torch.__version__,
+            'numpy': np.__version__}
+
+
+def launch(main, check):
+    """Parse the command line and run `main(cfg, device, compare)`, or `check(cfg, compare)`.
+
+    cfg is the resolved config as nested namespaces (`cfg.mae.lr`). Wrong input becomes one
+    sentence. Exit code 0 = done, 2 = wrong input, 130 = stopped by the keyboard. base/start.py
+    answers --help.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument('--config')
+    parser.add_argument('--compare', action='store_true')
+    parser.add_argument('--check', action='store_true')
+    parser.add_argument('set', nargs='*')
+    args = parser.parse_intermixed_args()
+    folder = 'the run folder'
+    signal.signal(signal.SIGINT, Stop.interrupt)
+    try:
+        words = args.set
+        if not args.config and words and '=' not in words[0]:
+            args.config, *words = words
+        cfg = namespace(resolve(args.config or CONFIGS / 'toy.yaml', words))
+        folder = cfg.run.folder
+        if args.check:
+            check(cfg, args.compare)
+        else:
+            main(cfg, start_processes(cfg), args.compare)
+            barrier()                  # torch 2.6 hangs where a group ends before its last message
+    except KeyboardInterrupt:
+        leave(130)
+    except Exception as error:
+        if Stop.interrupted:               # a library's C code can make another exception of it
+            leave(130)
+        if sentence := explanation(error, folder):
+            print(f'error: {printable(sentence)}', file=sys.stderr)
+            leave(2)
+        traceback.print_exc()
+        leave(1)
+    leave(0)
+
+
+def leave(code):
+    """End the process with an exit code.
+
+    Where it failed, other processes wait for this one, and to take leave of them would be to wait
+    for them: it ends at once, and its launcher then ends the others.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)       # no traceback of a process that leaves
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and dist.is_initialized() and dist.get_world_size() > 1:
+        os._exit(code)
+    if dist.is_initialized():
+        Group.host = None                              # or its threads abort the process
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+def explanation(error, folder):
+    """The sentence that tells a user what an exception means, or '' for a fault of the code."""
+    text = ' '.join(str(error).split())[:150]
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = 'free space or choose another run.folder' if full else 'check path and rights'
+        return (f'{error.filename or folder}: {error.strerror}: {remedy}, then run the same '
+                'command again') if full or error.filename else ''
+    if isinstance(error, MemoryError) or re.search('out of memory|allocate memory', text):
+        return (f'memory is too small ({text}): choose a smaller net, mae.micro_batch, '
+                'fr.norm_batch or reconstruct.batch')
+    if re.search(r'No working C\+\+ compiler|Failed to find C compiler', text):
+        return ('run.compile = true finds no C++ compiler: install g++, or use '
+                'run.compile=false')
+    if (isinstance(error, RuntimeError) and world() > 1
+            and re.search('[Cc]onnection|NCCL|[Tt]imed out|[Tt]imeout', text)):
+        return (f'another process of this run died or hangs ({text}): see its message; the same '
+                'command continues from the last checkpoint')
+    return ''

@@ -1,0 +1,331 @@
+"""What several processes share: their number, the device, what they tell each other.
+
+What rank 0 does alone, it does in `with alone()` or `on_rank_0(do)`: there it counts as the only
+process, so that nothing inside can wait for another one.
+"""
+import contextlib
+import ctypes
+import datetime
+import errno
+import fcntl
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from facekit.base import files
+from facekit.base.errors import InputError, printable
+
+GROUP_FILES = {     # of a control group's memory: the limit, what is used, what of it caches files
+    '': ('memory.max', 'memory.current', 'inactive_file'),                          # version 2
+    'memory': ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')}
+TIMEOUT = datetime.timedelta(days=1)    # of who waits for rank 0, which may look at 42 M images
+
+
+class Group:
+    """The processes of this run."""
+    host = None              # all of them over gloo: to wait there keeps GPU and core idle
+    alone = False            # whether this process counts as the only one: see alone()
+
+
+def rank():
+    """Number of this process, 0 .. world() - 1."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def world():
+    """Number of processes of this run."""
+    return dist.get_world_size() if dist.is_initialized() and not Group.alone else 1
+
+
+@contextlib.contextmanager
+def alone():
+    """While inside, this process counts as the only one: world() is 1, and what otherwise waits
+    for the others (barrier, broadcast, only_writer, ...) does not."""
+    before, Group.alone = Group.alone, True
+    try:
+        yield
+    finally:
+        Group.alone = before
+
+
+def on_rank_0(do):
+    """What do() returns, on all processes; rank 0 calls it alone, while the others wait."""
+    value = None
+    if rank() == 0:
+        with alone():
+            value = do()
+    return broadcast(value)
+
+
+def barrier():
+    """Wait until all processes have come here."""
+    if world() > 1:
+        dist.barrier(group=Group.host)
+
+
+def broadcast(value):
+    """The value that rank 0 has, on all processes; any picklable object."""
+    values = [value]
+    if world() > 1:
+        dist.broadcast_object_list(values, 0, group=Group.host)
+    return values[0]
+
+
+def agree_on(net):
+    """Give all processes the weights of rank 0, as GPUs may have rounded differently."""
+    for value in net.state_dict().values() if world() > 1 else ():
+        dist.broadcast(value, 0)
+
+
+def collect(value):
+    """The values of all processes, any picklable objects, in rank order on rank 0; else None."""
+    if world() == 1:
+        return [value]
+    values = [None] * world() if rank() == 0 else None
+    dist.gather_object(value, values, group=Group.host)
+    return values
+
+
+def everywhere(value):
+    """The values of all processes, any picklable objects, in rank order, on all of them."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value, group=Group.host)
+    return values
+
+
+def say(text):
+    """Print on rank 0 only."""
+    if rank() == 0:
+        print('\n'.join(printable(line) for line in str(text).split('\n')), flush=True)
+
+
+def cores():
+    """Number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def on_this_node():
+    """Number of processes of this run that share this machine."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE') or os.environ.get('WORLD_SIZE') or 1)
+
+
+def start_processes(cfg):
+    """Join the other processes that torchrun started, if any; returns this one's device."""
+    wanted = int(os.environ.get('WORLD_SIZE', 1))
+    if wanted > 1 and not {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys():
+        raise InputError(f'WORLD_SIZE = {wanted} is set, but not RANK, MASTER_ADDR and '
+                         'MASTER_PORT: start the script with torchrun, or unset WORLD_SIZE')
+    device = choose_device(cfg)
+    if wanted > 1 and not dist.is_initialized():
+        if device.type == 'cuda':          # device_id: else NCCL guesses it, and warns at barriers
+            dist.init_process_group('nccl', timeout=TIMEOUT, device_id=device)
+        else:
+            dist.init_process_group('gloo', timeout=TIMEOUT)
+        Group.host = dist.new_group(backend='gloo', timeout=TIMEOUT)
+    torch.set_num_threads(cfg.run.threads or max(1, cores() // on_this_node()))
+    if cfg.run.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+    if device.type == 'cuda':
+        # Losses, cosines and rankings stay float32; the nets have autocast
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = cfg.run.precision != 'fp32'
+        torch.backends.cudnn.benchmark = not cfg.run.deterministic
+    else:
+        keep_freed_memory()
+    say_if_emulated(cfg.run.precision, device)
+    return device
+
+
+def choose_device(cfg):
+    """The device of this process by run.device: its own GPU, or the CPU."""
+    if cfg.run.device == 'cpu' or cfg.run.device == 'auto' and not torch.cuda.is_available():
+        return torch.device('cpu')
+    if not torch.cuda.is_available():
+        raise InputError('run.device = cuda, but torch sees no GPU: use run.device=auto, or '
+                         'install the torch build for your driver')
+    local, count = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+    if local >= count:
+        raise InputError(f'process {local} of this machine has no GPU of its own, as there are '
+                         f'{count}: start {count} processes at most, or use run.device=cpu')
+    torch.cuda.set_device(local)
+    return torch.device('cuda', local)
+
+
+def say_if_emulated(precision, device):
+    """Say so where the device has no instructions for half precision, which is slow without."""
+    if device.type == 'cuda':
+        if precision == 'bf16' and not torch.cuda.is_bf16_supported(including_emulation=False):
+            say('run.precision = bf16, which this GPU can only emulate: use run.precision=fp16')
+        return
+    check = f'_is_mkldnn_{precision}_supported'
+    with contextlib.suppress(AttributeError):            # builds of torch without oneDNN
+        if precision != 'fp32' and not getattr(torch.ops.mkldnn, check)():
+            say(f'run.precision = {precision}, which this CPU can only emulate: training is about '
+                'ten times slower than in float32: use run.precision=fp32')
+
+
+def free_memory(device):
+    """Bytes that are free on a device, those that torch keeps for later among them."""
+    if device.type == 'cuda':
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    # Not SC_AVPHYS_PAGES, which counts no page that only caches a file
+    lines = dict(line.split(':') for line in Path('/proc/meminfo').read_text().splitlines())
+    return min(1024 * int(lines['MemAvailable'].split()[0]), free_in_groups())
+
+
+def free_in_groups():
+    """Bytes that this process's control groups, a container's or a Slurm job's, leave it."""
+    free = [math.inf]
+    with contextlib.suppress(OSError):                    # a kernel without control groups
+        for line in Path('/proc/self/cgroup').read_text().splitlines():
+            _, kind, group = line.split(':', 2)
+            if kind in GROUP_FILES:
+                folder = Path('/sys/fs/cgroup', kind, group.strip('/'))
+                free += [left_in(place, *GROUP_FILES[kind]) for place in (folder, *folder.parents)]
+    return min(free)
+
+
+def left_in(folder, limit, used, cached):
+    """Bytes that the control group with these files leaves; infinity if it sets no limit, or
+    `folder` is none."""
+    try:
+        limit, used = (int((folder / name).read_text()) for name in (limit, used))
+        counts = dict(line.split() for line in (folder / 'memory.stat').read_text().splitlines())
+        return limit - used + int(counts[cached])
+    except (OSError, ValueError):                         # for example the limit "max"
+        return math.inf
+
+
+def keep_freed_memory():
+    """Let glibc keep large buffers instead of handing them back to the kernel at every step.
+
+    Each page would be faulted in again; keeping them doubles the speed of large CPU batches.
+    """
+    with contextlib.suppress(OSError, AttributeError):          # other C libraries
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def own_share(batch, key):
+    """This process's slice of a global batch; InputError, naming the config's key, if uneven."""
+    if batch % world():
+        raise InputError(f'{key} = {batch} does not divide by {world()} processes: '
+                         f'use {batch // world() * world() or world()}')
+    size = batch // world()
+    return slice(rank() * size, (rank() + 1) * size)
+
+
+def parallel(module):
+    """The module, whose gradients are averaged over all processes while its backward pass runs."""
+    if world() == 1:
+        return module
+    module = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    module.broadcast_buffers = False       # the argument warns from torch 2.14 on
+    return module
+
+
+def average_next(wanted, *modules):
+    """Whether the next backward pass averages the gradients of parallel() modules, or leaves them
+    to a later one: what no_sync() sets around a pass."""
+    for module in modules:
+        if isinstance(module, DistributedDataParallel):
+            module.require_backward_grad_sync = wanted
+
+
+def gathered(x):
+    """Rows (n, ...) of all processes in rank order, (N, ...), without a gradient."""
+    if world() == 1:
+        return x
+    everyone = x.new_empty(world(), *x.shape)
+    dist.all_gather(list(everyone), x.contiguous())
+    return everyone.flatten(0, 1)
+
+
+def mean(values):
+    """Mean of a tensor over all processes."""
+    if world() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values / world()
+
+
+def autocast(device, precision):
+    """Context of a forward pass in run.precision; fp32 leaves everything alone."""
+    dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': None}[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def dealt(count, do):
+    """[do(0), ..., do(count - 1)], each done by one of the processes; results can be pickled.
+
+    All processes call it, and do() takes a process's own numbers in rising order.
+    """
+    done = {number: do(number) for number in range(rank(), count, world())}
+    for some in everywhere(done):
+        done |= some
+    return [done[number] for number in range(count)]
+
+
+def write_json(path, content):
+    """files.write_json() on rank 0."""
+    if rank() == 0:
+        files.write_json(path, content)
+
+
+@contextlib.contextmanager
+def only_writer(path):
+    """While inside, this run alone writes `path`; another that wants to waits with a sentence.
+
+    The lock ends with its process, however that ends. A file system without locks, as on some
+    clusters, leaves it to the user to start nothing twice.
+    """
+    with contextlib.ExitStack() as stack:
+        if rank() == 0:
+            stack.enter_context(locked(Path(path)))
+        barrier()
+        yield
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock <path>.lock while inside; waits for another process that holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + '.lock'), 'ab') as file:
+        waiting = False
+        while is_taken(file):
+            if not waiting:
+                say(f'another run is making {path}: waiting for it')
+            waiting = True
+            time.sleep(0.2)
+        yield
+
+
+def is_taken(file):
+    """Whether another process holds the lock of an open file; else this one does from now on, or
+    the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    return False
+
+
+def make_once(path, ready, make):
+    """Unless ready(): make() what `path` shall be, on rank 0 of one of the runs that ask."""
+    def make_if_needed():
+        if not ready():
+            with only_writer(path):
+                if not ready():
+                    make()
+
+    on_rank_0(make_if_needed)

@@ -1,0 +1,279 @@
+"""A face data set: its images, which are decoded as they are read, and whose they are.
+
+Every image is looked at once, by one run while others wait: the hash of its file and whether it is
+damaged are kept in the run folder. Pixels are not; which of them are decoded once, into memory,
+batches.py decides.
+"""
+import hashlib
+import io
+import json
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+
+from facekit.base import files, process
+from facekit.base.errors import InputError, counted
+from facekit.base.launch import command
+from facekit.base.log import StageLog
+from facekit.data import images, toy
+from facekit.data.sources import fingerprint, is_drawn, open_source, passed_over
+
+MEMORY = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')    # bytes of this machine
+PART = 256        # images that a thread decodes at a time: a run that is stopped waits for them
+
+
+class StreamedImages:
+    """Images of a source that are decoded when they are asked for, or once: see keep().
+
+    Indexed like the array uint8 (N, size, size, 3) of their pixels, with int64 (B,) or a slice.
+    """
+
+    def __init__(self, source, numbers, cfg):
+        """source: RecordSource or FolderSource; numbers int64 (N,): which of its images."""
+        self.source, self.numbers, self.data = source, numbers, cfg.data
+        self.shape = len(numbers), cfg.data.size, cfg.data.size, 3
+        self.threads = max(1, process.cores() // process.on_this_node())
+        self.pool = ThreadPoolExecutor(self.threads)
+        self.kept = self.place = None      # see keep()
+        self.said = ''                     # what the user was told of how they are decoded
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, rows):
+        if self.has(rows):
+            return self.kept[self.place[rows]]
+        return self.decoded(self.numbers[rows])
+
+    def has(self, rows):
+        """Whether keep() has decoded all of these rows."""
+        return self.place is not None and bool((self.place[rows] >= 0).all())
+
+    def keep(self, rows):
+        """Decode some rows, int64 (M,), into memory, from where they come until drop()."""
+        self.kept = self.decoded(self.numbers[rows])       # uint8 (M, size, size, 3)
+        self.place = np.full(len(self), -1)                # int64 (N,): where in it each row is
+        self.place[rows] = np.arange(len(rows))
+
+    def drop(self):
+        """Free what keep() has decoded."""
+        self.kept = self.place = None
+
+    def decoded(self, numbers):
+        """uint8 (B, size, size, 3) of images of the source, int64 (B,), on all threads."""
+        out = np.empty((len(numbers), *self.shape[1:]), np.uint8)
+
+        def decode(places):
+            for place in places:
+                i, where = numbers[place], self.source.where(numbers[place])
+                image = images.decode(self.source.read(i), where, self.source.formats)
+                out[place] = images.fitted(image, where, self.data.size, self.data.on_size)
+
+        parts = max(4 * self.threads, len(numbers) // PART)
+        list(self.pool.map(decode, np.array_split(np.arange(len(numbers)), parts)))
+        return out
+
+    def expect_random_order(self):
+        """Tell the kernel not to read ahead in a file of which it can hold only a part."""
+        data = self.source.data
+        if data and len(data) > MEMORY / 2:
+            data.madvise(mmap.MADV_RANDOM)
+
+
+@dataclass
+class ImageRows:
+    """A choice of images, in an order, without a copy of them."""
+    images: np.ndarray        # uint8 (M, H, W, 3) RGB: an array, or StreamedImages
+    rows: np.ndarray          # int64 (N,): which of them
+
+    def __len__(self):
+        return len(self.rows)
+
+    def take(self, chosen):
+        """ImageRows of some of these, by their places."""
+        return ImageRows(self.images, self.rows[chosen])
+
+    def pixels(self):
+        """uint8 (N, H, W, 3), in memory."""
+        return np.asarray(self.images[self.rows])
+
+
+@dataclass
+class FaceSet:
+    """A face data set."""
+    path: Path                # where it was read from
+    images: StreamedImages    # uint8 (N, size, size, 3) RGB, or an array
+    labels: np.ndarray        # int64 (N,), 0 .. P - 1: whose image
+    people: np.ndarray        # str (P,): what the source calls them
+    hashes: np.ndarray        # uint64 (N,), of the image files
+    skipped: list             # numbers of the source's images that were left out as damaged
+    source: object = None     # RecordSource or FolderSource
+
+    def __len__(self):
+        return len(self.labels)
+
+    def where(self, row):
+        """Where image `row` stands on disk, for a sentence."""
+        numbers = np.delete(np.arange(len(self) + len(self.skipped)), self.skipped)
+        return self.source.where(numbers[row])
+
+    def left_out(self):
+        """{why: number} of what the source holds and this set does not, or holds twice."""
+        counts = {why: len(paths) for why, paths in self.source.passed_over.items()}
+        return counts | {'damaged images': len(self.skipped),
+                         'images equal to another one': len(self) - len(np.unique(self.hashes))}
+
+    def select(self, rows):
+        """ImageRows of some rows."""
+        return ImageRows(self.images, rows)
+
+    def digest(self, rows):
+        """16 hex digits that tell one choice of images and people from another."""
+        content = np.ascontiguousarray(self.hashes[rows]).tobytes() + self.labels[rows].tobytes()
+        return files.digest(content)[:16]
+
+
+# ------------------------------------------------------------------------------- loading
+
+def load(path, cfg, photos=True):
+    """The FaceSet at `path`, looked at on first use by one run while others wait.
+
+    `photos` are looked at for their alignment; releases, of which a comparison has many, need not
+    look like faces.
+    """
+    path = Path(path)
+    if path == Path(cfg.toy.root or '?'):
+        t = cfg.toy
+        process.make_once(path, path.exists, lambda: toy.draw_set(
+            path, t.identities, t.images, t.test_identities, t.test_pairs, cfg.data.size, t.seed))
+    source = open_source(path)
+    for sentence in passed_over(source):
+        process.say(sentence)
+    hashes, skipped = first_look(path, source, cfg, photos)
+    if skipped:
+        process.say(f'{path}: {counted(len(skipped), "damaged image")} left out '
+                    '(data.on_corrupt=skip)')
+    if copies := len(hashes) - len(np.unique(hashes)):
+        process.say(f'{path}: {counted(copies, "image")} equal to another one of the set')
+    numbers = np.delete(np.arange(len(source.labels)), skipped)
+    return FaceSet(path, StreamedImages(source, numbers, cfg), source.labels[numbers],
+                   source.people, hashes, skipped, source)
+
+
+def load_release(variant):
+    """The FaceSet of a variant's release, or of somebody else's (the key release)."""
+    path = Path(variant.cfg.release or variant.release)
+    if not path.exists():
+        raise InputError(f'{path} is missing: ' + (
+            'check the path' if variant.cfg.release else
+            f'first run `{command("reconstruct.py")}`'))
+    return load(path, variant.cfg, photos=False)
+
+
+# --------------------------------------------------------------------------- the first look
+
+def first_look(path, source, cfg, photos):
+    """The hashes, uint64 (N,), of the sound image files of a source, and the numbers of the
+    damaged ones, a list, as the run folder keeps them for as long as the source stays the same."""
+    settings = {key: getattr(cfg.data, key) for key in ('size', 'on_size', 'on_corrupt')}
+    mark = json.dumps(settings | {'source': fingerprint(source)})
+    name = files.digest(repr([str(path.resolve()), settings]).encode())[:10]
+    saved = Path(cfg.run.folder, 'looks', f'{path.name}-{name}.npz')
+    process.make_once(saved, lambda: is_current(saved, mark),
+                      lambda: look_at_all(saved, mark, source, cfg, photos))
+    with np.load(saved, allow_pickle=False) as look:
+        return look['hashes'], look['skipped'].tolist()
+
+
+def is_current(saved, mark):
+    """Whether a file of first_look() is whole and of this source and these settings."""
+    try:
+        with np.load(saved, allow_pickle=False) as look:
+            content = {name: look[name] for name in ('mark', 'hashes', 'skipped')}   # check sums
+        return bool(content['mark'] == mark)
+    except Exception:          # damage can make any of many kinds
+        return False
+
+
+def look_at_all(saved, mark, source, cfg, photos):
+    """Decode all images of a source once, on all cores, and write what first_look() keeps.
+
+    A damaged image ends it or is left out, as data.on_corrupt says. `photos`: see load().
+    """
+    count, damaged, cut = len(source.labels), [], []
+    hashes = np.zeros(count, np.uint64)
+    log = StageLog(cfg.run.folder, f'look/{saved.stem}', count)
+    parts = [range(first, min(first + PART, count)) for first in range(0, count, PART)]
+    with ThreadPoolExecutor(process.cores()) as pool:
+        looks = pool.map(lambda part: look_at(part, source, cfg, hashes), parts)
+        for some_damaged, some_cut in track(looks, f'looking at {source.path}', len(parts),
+                                            transient=True):
+            damaged += some_damaged
+            cut += some_cut
+    sound = np.delete(np.arange(count), damaged)
+    if not len(sound):
+        raise InputError(f'{source.path}: not one image can be read: copy the data set again')
+    if cut:
+        process.say(f'warning: {counted(len(cut), "image")} of {source.path} not square: the middle '
+                    f'was cut out, as of {source.where(cut[0])}')
+    if photos and not is_drawn(source.path):
+        warn_if_unaligned(StreamedImages(source, sound, cfg), source.path)
+    content = io.BytesIO()     # np.savez into a file hides from its error that the disk is full
+    np.savez(content, mark=mark, hashes=hashes[sound], skipped=np.array(damaged, np.int64))
+    with files.replacing(saved) as file:
+        file.write(content.getvalue())
+    log(count, count, skipped=len(damaged))
+
+
+def look_at(numbers, source, cfg, hashes):
+    """Decode the images `numbers` and put the hashes of their files into hashes (N,); returns
+    which of them are damaged, and may be left out, and which are not square."""
+    damaged, cut = [], []
+    for i in numbers:
+        try:
+            content = source.read(i)
+            image = images.decode(content, source.where(i), source.formats)
+        except InputError as error:
+            if cfg.data.on_corrupt == 'stop':
+                raise InputError(f'{error}, or set data.on_corrupt=skip') from None
+            process.say(f'left out: {error}')
+            damaged.append(i)
+            continue
+        if image.shape[1] != image.shape[2]:
+            cut.append(i)
+        if cfg.data.on_size == 'refuse':
+            images.fitted(image, source.where(i), cfg.data.size, 'refuse')
+        hashes[i] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+    return damaged, cut
+
+
+def warn_if_unaligned(photos, path):
+    """Say so if uint8 photos (N, H, W, 3) do not look aligned to ArcFace's 112-pixel template.
+
+    Where the template has the eyes, the mean of aligned faces is darker than between them and on
+    the cheeks. On 400 photos of LFW the difference is 1.1 standard deviations, on profiles of CFP
+    0.75, on LFW shifted by a tenth or shrunk to three quarters below 0.64. Single photos scatter
+    by 0.5, so that of a few only the place of the eyes is told.
+    """
+    template = 'the ArcFace template (eyes at 38,52 and 74,52 of 112 pixels)'
+    if len(photos) < 50:
+        return process.say(f'{path}: {counted(len(photos), "image")}, too few to tell whether they '
+                           f'are aligned to {template}: look at them')
+    some = torch.from_numpy(photos[np.arange(0, len(photos), max(1, len(photos) // 500))])
+    grey = F.interpolate(some.float().mean(3)[:, None], (112, 112), mode='bilinear')[:, 0]
+    grey = grey - grey.mean((1, 2), keepdim=True)
+    face = (grey / (grey.square().mean((1, 2), keepdim=True).sqrt() + 1e-6)).mean(0)
+    left, right, bridge, left_cheek, right_cheek = (
+        face[y - 4:y + 5, x - 5:x + 6].mean()
+        for x, y in ((38, 52), (74, 52), (56, 52), (38, 72), (74, 72)))
+    if (bridge + left_cheek + right_cheek) / 3 - (left + right) / 2 < 0.7:
+        process.say(f'warning: the faces in {path} do not look aligned to {template}: align them '
+                    'first, for example with insightface.utils.face_align.norm_crop, or results will '
+                    'be poor')

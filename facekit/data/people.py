@@ -1,0 +1,200 @@
+"""Who is public and who is private: the folds of a cross-fit; nobody is both."""
+import difflib
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from facekit.base import files
+from facekit.base.errors import InputError, counted
+from facekit.data import faces
+from facekit.data.faces import FaceSet
+
+
+@dataclass
+class Fold:
+    """A group of private people, and the public people whom its models learn from."""
+    k: int                    # number of the group
+    public: FaceSet           # set of the public people
+    private: FaceSet          # set of the private people; the same one without data.public
+    train: np.ndarray         # rows of `public` that train recognisers
+    mae: np.ndarray           # rows of `public` that train the MAE: also people with few images
+    validation: np.ndarray    # rows of `public` that are kept from all training
+    released: np.ndarray      # rows of `private` that are released
+
+    def check_learnt(self, saved, path, made_by):
+        """Refuse a checkpoint, which `made_by` is the command to make, that learnt from other
+        images than the public ones: it may have seen who is private here."""
+        learnt = files.entry(saved, 'made_from').get('set of images')
+        if not any(self.public.digest(rows) == learnt for rows in (self.train, self.mae)):
+            raise InputError(f'{path} learnt from other images, or label numbers, than are public '
+                             f'in this config: change it back (people are taken out by '
+                             f'data.exclude), or delete the file and run `{made_by}`')
+
+
+def not_excluded(faceset, cfg):
+    """Which images of a FaceSet are of nobody in data.exclude: bool (N,). InputError for a name
+    that nobody has."""
+    unknown = sorted(set(cfg.data.exclude) - set(faceset.people.tolist()))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], faceset.people.tolist(), 3)
+        advice = f'did you mean {" or ".join(near)}?' if near else (
+            f'people there have names such as {faceset.people[0]}')
+        raise InputError(f'data.exclude has {unknown[0]!r}, with what base configs exclude, but '
+                         f'nobody in {faceset.path} is called so: {advice}')
+    return ~np.isin(faceset.people, cfg.data.exclude)[faceset.labels]
+
+
+def split(cfg):
+    """The Folds of a config, those of data.release_folds.
+
+    With data.public there is one; otherwise the people of data.root fall into data.folds groups by
+    a seeded hash, and each group is private in its fold. InputError if a person or a picture would
+    be public and private.
+    """
+    private = faces.load(cfg.data.root, cfg)
+    return make_folds(private, faces.load(cfg.data.public, cfg) if cfg.data.public else private,
+                      cfg)
+
+
+def make_folds(private, public, cfg):
+    """split() of FaceSets; public is private where one set is both."""
+    allowed = not_excluded(private, cfg)
+    allowed &= ~is_copy(private, ~allowed)
+    counts = np.bincount(private.labels, minlength=len(private.people))
+    releasable = (counts >= cfg.data.min_images)[private.labels] & allowed
+    folds = []
+    for k, group in groups_of(private.people, cfg):
+        released = releasable & group[private.labels]
+        for_mae = np.ones(len(public), bool) if cfg.data.public else allowed & ~released
+        trainable = for_mae if cfg.data.public else releasable & ~released
+        validation = held_back_people(public, trainable, cfg)
+        fold = Fold(k, public, private, np.flatnonzero(trainable & ~validation),
+                    np.flatnonzero(for_mae & ~validation),
+                    np.flatnonzero(trainable & validation), np.flatnonzero(released))
+        check_disjoint(fold)
+        folds.append(fold)
+    return folds
+
+
+def is_copy(faceset, excluded):
+    """Which images are the same pictures as one that is excluded (bool (N,)), under other
+    people's names: bool (N,)."""
+    return np.isin(faceset.hashes, faceset.hashes[excluded]) & ~excluded
+
+
+def groups_of(people, cfg):
+    """Numbers of the groups to release, each with bool (P,): which people are in it."""
+    if cfg.data.public:
+        return [(0, np.ones(len(people), bool))]
+    if cfg.data.folds < 2:
+        raise InputError('data.folds = 1 leaves nobody public: set data.folds=2 or more, '
+                         'or data.public to another data set')
+    wanted = sorted(set(cfg.data.release_folds)) or range(cfg.data.folds)
+    if max(wanted) >= cfg.data.folds:
+        raise InputError(f'data.release_folds = {wanted} names a group that does not exist: '
+                         f'data.folds = {cfg.data.folds} makes 0..{cfg.data.folds - 1}')
+    group = np.array([int(share_of(name, cfg.data.split_seed) * cfg.data.folds)
+                      for name in people])
+    return [(k, group == k) for k in wanted]
+
+
+def held_back_people(public, trainable, cfg):
+    """Which images of `public` are of people kept from all training (data.validation): bool (N,).
+
+    trainable (N,) bool says whom recognisers could learn from.
+    """
+    held = np.array([share_of(name, f'validation {cfg.data.split_seed}') < cfg.data.validation
+                     for name in public.people])
+    return held[public.labels] & trainable
+
+
+def share_of(name, seed):
+    """A number in [0, 1) from a seeded hash of a person's name: whoever else is in a set, it stays
+    the same."""
+    start = hashlib.sha256(f'{seed} {name}'.encode(errors='surrogateescape')).digest()[:8]
+    return (int.from_bytes(start) >> 11) / (1 << 53)
+
+
+def check_disjoint(fold):
+    """Refuse a fold that shares a person or a picture between public and private."""
+    if not len(fold.released) or not len(fold.train):
+        raise InputError(f'fold {fold.k} has {len(fold.train)} public and {len(fold.released)} '
+                         'private images: change data.folds, data.min_images or data.validation')
+    public, private = fold.public, fold.private
+    rows = np.union1d(fold.mae, fold.validation)
+    shared = np.intersect1d(public.labels[rows], private.labels[fold.released])
+    if public is private and len(shared):
+        raise InputError(f'{public.people[shared[0]]} of {public.path} is public and private: '
+                         'this is an error of the split, please report it')
+    shared, a, b = np.intersect1d(public.hashes[rows], private.hashes[fold.released],
+                                  return_indices=True)
+    if len(shared):
+        people = np.unique(private.people[private.labels[fold.released[b]]]).tolist()
+        a, b = rows[a[0]], fold.released[b[0]]
+        raise InputError(
+            f'{public.where(a)} (public, of {public.people[public.labels[a]]}) is the same '
+            f'picture as {private.where(b)} (private, of {private.people[private.labels[b]]}), '
+            f'{len(shared)} such in all: remove the one that is wrong, or leave these private '
+            f'people out with data.exclude=[{", ".join(people)}]')
+
+
+@dataclass
+class ReleaseCounts:
+    """How many of the private set's people and images are released, and why others are not."""
+    people: int               # released
+    images: int               # released
+    of_people: int            # in the set
+    of_images: int
+    excluded_people: int      # by data.exclude
+    excluded_images: int
+    excluded_copies: int      # of these images, under other people's names
+    people_with_few: int      # with fewer images than data.min_images
+    people_in_other_folds: int    # that data.release_folds leaves out
+    damaged_images: int       # left out by data.on_corrupt=skip
+
+    def left_out(self):
+        """Counts of who and what is not released, for the manifest."""
+        return {name: getattr(self, name) for name in (
+            'of_people', 'of_images', 'excluded_people', 'people_with_few', 'damaged_images')}
+
+    def sentence(self, excluded):
+        """What will be released, in a line; `excluded`: the names in data.exclude."""
+        parts = [f'releases {self.people} of {self.of_people} people, '
+                 f'{counted(self.images, "image")}']
+        if excluded:
+            parts.append(f'excluded: {", ".join(excluded)} '
+                         f'({counted(self.excluded_images, "image")})')
+        if self.excluded_copies:
+            parts.append(f'excluded, too: {counted(self.excluded_copies, "image")} of others, the '
+                         'same picture as one of theirs')
+        if self.people_with_few:
+            parts.append(f'{self.people_with_few} with fewer than data.min_images')
+        if self.people_in_other_folds:
+            parts.append(f'{self.people_in_other_folds} are public: models learn from them '
+                         '(data.release_folds)')
+        if self.damaged_images:
+            parts.append(counted(self.damaged_images, 'damaged image'))
+        return '; '.join(parts)
+
+
+def count_release(folds, cfg):
+    """The ReleaseCounts of Folds."""
+    private = folds[0].private
+    images = np.bincount(private.labels, minlength=len(private.people))
+    excluded = np.isin(private.people, cfg.data.exclude)
+    few = ~excluded & (images < cfg.data.min_images)
+    rows = np.concatenate([f.released for f in folds])
+    released = np.bincount(private.labels[rows])
+    most = cfg.reconstruct.images_per_person or len(rows)
+    return ReleaseCounts(
+        int((released > 0).sum()), int(released.clip(max=most).sum()), len(images),
+        len(private), int(excluded.sum()), int(images[excluded].sum()),
+        int(is_copy(private, excluded[private.labels]).sum()), int(few.sum()),
+        len(images) - int(excluded.sum() + few.sum()) - int((released > 0).sum()),
+        len(private.skipped))
+
+
+def private_digest(folds):
+    """16 hex digits that tell these private images, in this split, from others."""
+    return folds[0].private.digest(np.concatenate([f.released for f in folds]))

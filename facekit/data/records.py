@@ -1,0 +1,252 @@
+"""insightface record sets, read and written without mxnet.
+
+    records = Records('casia')                        # a folder with train.rec, or a .rec file
+    image = decode(records[0], 'casia, image 0')      # see images.py
+    write_records('out', files, labels, size=112)     # insightface trains on it as it is
+
+The format is that of mxnet (dmlc recordio, IRHeader) and of insightface's recognition code.
+A record is `<II` magic and length (29 bits; above them 0 whole, 1 first, 2 middle, 3 last part),
+then the payload, padded to 4 bytes. A payload is `<IfQQ` flag, label, id, id2, then `flag` float32
+labels, then the image file.
+"""
+import itertools
+import os
+import re
+import struct
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from facekit.base.errors import InputError
+from facekit.base.files import open_bytes, replacing
+
+MAGIC = struct.pack('<I', 0xced7230a)
+LONGEST = (1 << 29) - 1  # bytes of one part of a record; also the mask of its length bits
+EXACT = 1 << 24  # above it float32, in which labels and the header are kept, skips integers
+
+
+def read_index(path):
+    """int64 keys, ascending, and byte offsets of an .idx file of lines `key<TAB>offset`."""
+    text = bytes(open_bytes(path)).rstrip() + b'\n'
+    lines = text.count(b'\n')
+    values = ()
+    # What is left without digits tells in one comparison whether every line has its two columns.
+    if text.translate(None, b'0123456789\r') == b'\t\n' * lines:
+        values = np.fromstring(text, np.int64, sep=' ')
+    if len(values) != 2 * lines:
+        wrong = (number for number, line in enumerate(text.split(b'\n'), 1)
+                 if not re.fullmatch(rb'\d+\t\d+\r?', line))
+        raise InputError(f'{path}: line {next(wrong)} is not `key<TAB>offset`: copy it again')
+    keys, offsets = values.reshape(-1, 2).T
+    order = np.argsort(keys, kind='stable')
+    return keys[order], offsets[order]
+
+
+@dataclass
+class RecordHeads:
+    """What stands before the image file in each of N records."""
+    keys: np.ndarray     # int64 (N,), ascending
+    begin: np.ndarray    # int64 (N,), byte at which the record begins
+    image: np.ndarray    # int64 (N,), byte at which its image file begins
+    end: np.ndarray      # int64 (N,), byte after the first part of the record
+    part: np.ndarray     # uint32 (N,), 0 = whole record, 1 = first of several parts
+    flag: np.ndarray     # int64 (N,), number of labels in the payload; 0 = one, in the head
+    labels: np.ndarray   # float32 (N,), the first label
+
+    def __getitem__(self, rows):
+        """The heads of some records."""
+        return RecordHeads(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @property
+    def empty(self):
+        """bool (N,): records without an image, as those of identities are."""
+        return (self.part == 0) & (self.image >= self.end)
+
+
+class Records:
+    """The images of an insightface or im2rec record set, in ascending order of their keys.
+
+    path: a folder that holds train.rec and train.idx, or a .rec file with its .idx beside it.
+    The .rec may not be shortened while it is open. Labels may have gaps.
+
+    .path    Path of the .rec file
+    .data    its memory map
+    .keys    int64 (N,), ascending
+    .labels  int64 (N,), 0 .. 2**24 - 1; where a record has several labels, the first
+    len(r)   N, at least 1
+    r[i]     the image file of image i, bytes-like (a view of the file unless it lies in parts)
+
+    Raises InputError, naming file and key, for what is missing, truncated, damaged or ambiguous.
+    All checks are made in bulk, because a set has millions of records.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path) / 'train.rec' if Path(path).is_dir() else Path(path)
+        self.data = open_bytes(self.path)
+        keys, offsets = read_index(self.path.with_suffix('.idx'))
+        heads = self._read_heads(keys, offsets)
+        self._check_overlap(heads)
+        if (heads.keys[0], heads.flag[0], heads.end[0] - heads.begin[0]) == (0, 2, 40):
+            heads = heads[1:self._end_of_images(heads)]      # what insightface's header counts
+        self._refuse(heads, heads.empty, 'has no image: pack the set anew without it')
+        labels = heads.labels
+        wrong = ~((labels >= 0) & (labels < EXACT) & (labels == np.floor(labels)))
+        self._refuse(heads, wrong, f'has the label {labels[wrong][:1]}, but labels are integers '
+                     f'from 0 to {EXACT - 1}: pack the set anew')
+        self._heads, self.keys, self.labels = heads, heads.keys, labels.astype(np.int64)
+
+    def _refuse(self, heads, wrong, text):
+        """InputError about the first record where wrong (N,) is true."""
+        if wrong.any():
+            i = wrong.argmax()
+            raise InputError(f'{self.path}: key {heads.keys[i]} at byte {heads.begin[i]} {text}')
+
+    def _read_heads(self, keys, begin):
+        """RecordHeads at the bytes `begin`; each check makes the next access safe."""
+        size, none = len(self.data), np.zeros(len(keys), np.int64)
+        at_bytes = RecordHeads(keys, begin, none, none, none, none, none)
+        self._refuse(at_bytes, (begin > size - 32) | (begin % 4 > 0),
+                     f'can be no record of these {size} bytes: copy the .rec and the .idx again')
+        words = np.frombuffer(self.data, '<u4', size // 4)
+        at = begin // 4
+        magic, flag = words[at], words[at + 2].astype(np.int64)
+        part, length = words[at + 1] >> 29, (words[at + 1] & LONGEST).astype(np.int64)
+        image, end = begin + 32 + 4 * flag, begin + 8 + length
+        self._refuse(at_bytes, (magic != int.from_bytes(MAGIC, 'little')) | (part > 1)
+                     | (end > size) | (length < np.where(flag > 0, 28, 24)),
+                     'is no whole record: copy the .rec and the .idx again')
+        labels = words.view('<f4')[np.where(flag > 0, at + 8, at + 3)]
+        return RecordHeads(keys, begin, image, end, part, flag, labels)
+
+    def _check_overlap(self, heads):
+        """Refuse two records of one key, and records that share bytes."""
+        self._refuse(heads, np.append(False, heads.keys[1:] == heads.keys[:-1]), 'shares its key '
+                     'with another record: pack the set anew with a key for each image')
+        order = np.argsort(heads.begin, kind='stable')
+        shared = np.zeros(len(order), bool)
+        shared[order[1:]] = heads.end[order[:-1]] > heads.begin[order[1:]]
+        self._refuse(heads, shared, 'shares its bytes with another record: copy the .idx again')
+
+    def _end_of_images(self, heads):
+        """The key after the last image by insightface's header: there its identities begin.
+
+        The header is a float32, which above 2**24 can be off by its spacing; then the first
+        record without an image is the end.
+        """
+        end = heads.labels[0]
+        if end >= EXACT and np.isfinite(end):
+            empty = np.flatnonzero(heads.empty[1:])
+            first = heads.keys[empty[0] + 1] if len(empty) else len(heads.keys)
+            end = first if abs(first - int(end)) <= np.spacing(end) else end
+        if not 2 <= end <= len(heads.keys) or heads.keys[int(end) - 1] != int(end) - 1:
+            raise InputError(f'{self.path}: the header (key 0) puts the images at keys 1 to '
+                             f'{end - 1:.0f}, but the index lacks some: copy both files again')
+        return int(end)
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, i):
+        begin, image = self._heads.begin[i], self._heads.image[i]
+        if self._heads.part[i] == 0:
+            return memoryview(self.data)[image:self._heads.end[i]]
+        parts, at, kind = [], int(begin), 1
+        while kind != 3:
+            magic, word = struct.unpack('<4sI', self.data[at:at + 8].ljust(8, b'\0'))
+            kind, end = word >> 29, at + 8 + (word & LONGEST)
+            expected = (2, 3) if parts else (1,)
+            if magic != MAGIC or kind not in expected or end > len(self.data):
+                raise InputError(f'{self.path}: key {self.keys[i]} lacks the part of its record '
+                                 f'at byte {at}: copy the file again')
+            parts.append(self.data[at + 8:end])
+            at = end + (-word & 3)
+        return MAGIC.join(parts)[image - begin - 8:]
+
+
+def payload(label, key, image):
+    """The bytes of one record: its label (or a list of labels), its key, its image file."""
+    many = label if isinstance(label, list) else []
+    head = struct.pack('<IfQQ', len(many), 0 if many else label, key, 0)
+    return head + struct.pack(f'<{len(many)}f', *many) + image
+
+
+def pack(data):
+    """Frames a payload (under 2**29 bytes) as dmlc recordio does: split at aligned magic words."""
+    parts, begin, at = [], 0, data.find(MAGIC)
+    while at >= 0:
+        if at % 4 == 0:
+            parts.append(data[begin:at])
+            begin = at + 4
+        at = data.find(MAGIC, at + 1)
+    parts.append(data[begin:])
+    kinds = [1] + [2] * (len(parts) - 2) + [3] if len(parts) > 1 else [0]
+    return b''.join(MAGIC + struct.pack('<I', kind << 29 | len(x)) + x + bytes(-len(x) % 4)
+                    for kind, x in zip(kinds, parts))
+
+
+def write_records(folder, images, labels, size):
+    """Write a set in insightface's layout, or nothing: train.rec, train.idx and property.
+
+    images: image files, an iterable of bytes, of which one is in memory at a time; labels: as many
+    integers, those of identity 0 first, then 1, and so on; size: width and height in pixels.
+    Returns the number of images; raises InputError for other labels, or no images.
+
+    Where labels has a length and shows that there are more images and identities than a float32
+    header can count (2**24), there is none: keys are 0, 1, ... as im2rec writes them, and
+    arcface_torch then reads all of them.
+    """
+    folder = Path(folder)
+    # The files appear when they are left, train.rec last
+    with (replacing(folder / 'train.rec') as rec, replacing(folder / 'train.idx') as index,
+          replacing(folder / 'property') as about):
+        count, identities = put_records(rec, index, images, labels, folder)
+        about.write(b'%d,%d,%d' % (identities, size, size))
+        for file in (rec, index, about):         # a full disk is said before the first appears
+            file.flush()
+            os.fsync(file.fileno())
+    return count
+
+
+def put_records(rec, index, images, labels, folder):
+    """Write the records of a set and their index; returns how many images and identities it has.
+    See write_records(); `folder` is named where something is wrong."""
+    first = 1 if has_header(labels) else 0     # key of the first image
+    count, starts = 0, []                      # images; key of each identity's first one
+
+    def put(label, key, image):
+        index.write(b'%d\t%d\n' % (key, rec.tell()))
+        rec.write(pack(payload(label, key, image)))
+
+    if first:
+        put([0, 0], 0, b'')                    # holds the place of the header
+    for image, label in itertools.zip_longest(images, labels):
+        allowed = range(max(len(starts) - 1, 0), len(starts) + 1)
+        if label not in allowed or image is None or not 0 < len(image) < LONGEST - 24:
+            raise InputError(
+                f'{folder}: image {count} ({len(image or b"")} bytes) has label {label} after '
+                f'{len(starts)} identities: give one image file for each label, sorted by '
+                'identity, counted from 0')
+        if label == len(starts):
+            starts.append(first + count)
+        put(int(label), first + count, image)
+        count += 1
+    end = first + count
+    if not starts or len(starts) > EXACT or (first and end + len(starts) > EXACT):
+        raise InputError(
+            f'{folder}: {count} images of {len(starts)} identities do not make a set: give at '
+            'least one, and labels as an array if they are many')
+    if first:
+        for number, bounds in enumerate(itertools.pairwise([*starts, end])):
+            put(list(bounds), end + number, b'')
+        rec.seek(0)
+        rec.write(pack(payload([end, end + len(starts)], 0, b'')))
+    return count, len(starts)
+
+
+def has_header(labels):
+    """Whether a set with these labels, rising from 0, begins with insightface's header: unless
+    its float32 could not count their images and identities."""
+    if not hasattr(labels, '__len__') or not len(labels):
+        return True
+    return len(labels) + labels[-1] + 2 <= EXACT

@@ -1,0 +1,1 @@
+"""What a recogniser is worth and who is found, with intervals."""

@@ -1,0 +1,1 @@
+"""Recognisers: checkpoints, embeddings, ONNX and dlib, divided classes, training."""

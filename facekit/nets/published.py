@@ -1,0 +1,140 @@
+"""Recognisers of other makers, which can only look: ONNX files, and dlib's.
+
+They stand wherever a checkpoint of a judge or attacker is named, and need one more package each
+(requirements-optional.txt). Like an IResNet they take float (B, 3, size, size) in -1..1, RGB, and
+give embeddings float32 (B, d).
+"""
+import importlib.util
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from facekit.base import files
+from facekit.base.errors import InputError, optional
+
+DLIB = 'dlib'                                  # what stands for the path of dlib's recogniser
+# Where its 150-pixel chips lie in an aligned face of 112 pixels: left, top, right, bottom; below
+# the face the edge is repeated. Of CFP's 7,000 frontal pairs it then tells 99.1 % (AUC 0.9991).
+CHIP, CHIP_BOX = 150, (6.4, 20.1, 106.8, 120.5)
+DLIB_AT_ONCE = 32                              # chips; more take more memory and no less time
+
+
+def is_published(path):
+    """Whether a path names a recogniser of this module."""
+    return str(path) == DLIB or str(path).lower().endswith('.onnx')
+
+
+def published(path, pixels):
+    """The recogniser at `path`, an .onnx file or 'dlib'; `pixels`: see config,
+    evaluate.onnx_pixels.
+
+    InputError if it, or the package that runs it, is missing.
+    """
+    return DlibRecogniser() if str(path) == DLIB else OnnxRecogniser(path, pixels)
+
+
+def runtime(path):
+    """The module that runs the published recogniser at `path`; InputError if it is missing."""
+    if str(path) != DLIB:
+        return optional('onnxruntime', 'onnxruntime')
+    dlib_weights()
+    return optional('dlib', 'dlib-bin')
+
+
+def dlib_weights():
+    """Path of the weights of dlib's recogniser; InputError if they are not installed."""
+    package = importlib.util.find_spec('face_recognition_models')
+    if not package:
+        raise InputError('the weights of dlib\'s recogniser are not installed: run `pip '
+                         'install face-recognition-models`')
+    return Path(package.origin).parent / 'models' / 'dlib_face_recognition_resnet_model_v1.dat'
+
+
+def check_installed(cfg):
+    """InputError if what runs a published recogniser that a config names is not installed."""
+    versions([cfg.judge.checkpoint, cfg.evaluate.model, *cfg.evaluate.attacks])
+
+
+def versions(paths):
+    """{module: version} of what runs the published recognisers among `paths`."""
+    modules = {runtime(path) for path in paths if is_published(path)}
+    return dict(sorted((module.__name__, module.__version__) for module in modules))
+
+
+def refuse_published(path, wanted):
+    """Refuse a recogniser of this module where `wanted` asks for its gradient."""
+    if is_published(path):
+        raise InputError(f'{wanted}, but {path} can only embed and gives no gradient: name an '
+                         'IResNet')
+
+
+class OnnxRecogniser(torch.nn.Module):
+    """An ONNX file as insightface's model packs ship them (w600k_r50.onnx)."""
+
+    def __init__(self, path, pixels):
+        super().__init__()
+        onnxruntime = runtime(path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
+        try:
+            # From bytes: then the file cannot name other files to read
+            self.session = onnxruntime.InferenceSession(
+                bytes(files.open_bytes(path)), options, onnxruntime.get_available_providers())
+            face, = self.session.get_inputs()
+            self.input, (self.batch, channels, self.size, width) = face.name, face.shape
+            good = (channels, width) == (3, self.size) and face.type == 'tensor(float)'
+            good = good and isinstance(self.size, int)
+        except InputError:
+            raise
+        except Exception:                      # the runtime raises of many kinds
+            good = False
+        if not good:
+            raise InputError(f'{path} is no ONNX recogniser that takes float32 images (B, 3, S, '
+                             'S): export it with a fixed image size and its weights inside')
+        self.path, self.pixels = path, pixels
+
+    def forward(self, x):
+        """x float (B, 3, size, size) in -1..1 -> embeddings float32 (B, d)."""
+        device, x = x.device, x.float().cpu().contiguous()
+        x = (x + 1) * 127.5 if self.pixels == 'bytes' else x
+        size = self.batch if isinstance(self.batch, int) else len(x)
+        out = []
+        for part in x.split(size):
+            filled = F.pad(part, (0, 0, 0, 0, 0, 0, 0, size - len(part)))
+            z, *_ = self.session.run(None, {self.input: filled.numpy()})
+            out.append(torch.from_numpy(z)[:len(part)])
+        z = torch.cat(out)
+        if z.ndim != 2:
+            raise InputError(f'{self.path} gives an output of shape {tuple(z.shape)}, not one '
+                             'embedding an image: name a recogniser, not a detector')
+        return z.to(device)
+
+
+class DlibRecogniser(torch.nn.Module):
+    """dlib's recogniser: 128 numbers, 99.38 % on LFW by its author, who put it into the public
+    domain; about 40 ms a face on one CPU core."""
+    size = 112
+
+    def __init__(self):
+        super().__init__()
+        self.net = runtime(DLIB).face_recognition_model_v1(str(dlib_weights()))
+
+    def chips(self, x):
+        """uint8 (B, 150, 150, 3) of faces float (B, 3, H, W) in -1..1, aligned as ArcFace's."""
+        left, top, right, bottom = (2 * edge / 112 - 1 for edge in CHIP_BOX)
+        theta = torch.tensor([[(right - left) / 2, 0, (right + left) / 2],
+                              [0, (bottom - top) / 2, (bottom + top) / 2]])
+        grid = F.affine_grid(theta.expand(len(x), 2, 3), (len(x), 3, CHIP, CHIP),
+                             align_corners=False)
+        x = F.grid_sample(x.float().cpu(), grid, padding_mode='border', align_corners=False)
+        return ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+
+    def forward(self, x):
+        """x float (B, 3, H, W) in -1..1 -> embeddings float32 (B, 128)."""
+        out = []
+        with torch.autocast('cpu', enabled=False):              # bf16 would shift the crop
+            chips = self.chips(x)
+        for part in chips.split(DLIB_AT_ONCE):
+            out += self.net.compute_face_descriptor(list(part.numpy()), 0)
+        return torch.tensor([list(z) for z in out], device=x.device)

@@ -1,0 +1,1 @@
+"""Protections, the release and its audit, and who attacks it."""

@@ -1,0 +1,263 @@
+"""A release: its secret, its plan, and what is checked before it appears."""
+import contextlib
+import hashlib
+import itertools
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from facekit.base import files, process
+from facekit.base.config import CONFIGS, SPECS
+from facekit.base.errors import InputError
+from facekit.base.made_from import check_made_from, settings
+from facekit.data import images
+from facekit.data.people import private_digest
+from facekit.data.records import Records
+from facekit.data.sources import is_drawn
+from facekit.privacy import protect
+from facekit.privacy.protect import method_of
+
+SAMPLE = 16       # images of a release that are made once more
+
+
+def release_secret(cfg):
+    """The secret of a run's releases, drawn once: 32 bytes or more."""
+    path = Path(cfg.reconstruct.key or Path(cfg.run.folder) / 'release.key')
+    if cfg.reconstruct.key and not path.is_file():
+        raise InputError(f'reconstruct.key = {path} does not exist: leave it empty to have a new '
+                         'secret drawn')
+    process.make_once(path, path.exists, lambda: draw_secret(path))
+    secret = read_secret(path)
+    if is_public(secret):
+        if not is_drawn(cfg.data.root):
+            raise InputError(f'reconstruct.key = {path} is known to everybody, and '
+                             f'{cfg.data.root} are no drawn faces: set reconstruct.key= for a '
+                             'secret of your own')
+    elif path.stat().st_mode & 0o077:
+        process.say(f'warning: others can read {path}, from which masks, order and labels of the '
+                    f'release follow: chmod 600 {path}')
+    return secret
+
+
+def read_secret(path):
+    """The bytes of a key file, which holds 64 or more hex digits; InputError for another, and for
+    one that somebody could guess."""
+    try:
+        secret = bytes.fromhex(path.read_text(encoding='utf-8-sig').strip())
+    except OSError as error:           # whose file may hold a good secret
+        raise InputError(f'{path} cannot be read ({error.strerror}): get the right to read it, or '
+                         'name your copy of it in reconstruct.key') from None
+    except ValueError:
+        secret = b''
+    if len(secret) < 32 or is_regular(secret):
+        raise InputError(f'{path} holds no random secret of 64 hex digits: put the right file '
+                         'back, or, if nothing was released with it, delete it to have a new one '
+                         'drawn')
+    return secret
+
+
+def is_regular(secret):
+    """Whether a secret repeats itself, counts, or has few different bytes: no random one does."""
+    steps = {(b - a) % 256 for a, b in itertools.pairwise(secret)}
+    parts = [secret[:n] for n in range(1, len(secret) // 2 + 1)]
+    repeats = any((part * len(secret))[:len(secret)] == secret for part in parts)
+    return len(set(secret)) < 16 or len(steps) < 8 or repeats
+
+
+def is_public(secret):
+    """Whether a secret is the toy's, which everybody has, or follows from it."""
+    text = (CONFIGS / 'toy.key').read_text()
+    known = bytes.fromhex(text)
+    forms = known, known[::-1], bytes.fromhex(text.strip()[::-1])
+    hashes = [hashlib.new(name, content).digest() for name in (
+        'sha256', 'sha512', 'sha3_256', 'blake2b', 'blake2s') for content in (
+        known, text.encode(), text.strip().encode())]
+    return any(form in secret for form in (*forms, *hashes))
+
+
+def key_of(secret):
+    """The 32 bytes that keyed() has for a key; they are as secret as the secret."""
+    return hashlib.sha256(secret).digest()
+
+
+def which_secret(secret):
+    """64 hex digits that tell one secret from another; not those that keyed() has for a key."""
+    return files.digest(b'which secret: ' + secret)
+
+
+def draw_secret(path):
+    """Write a new secret that the user alone can read, or refuse where the old one is lost."""
+    if any(path.parent.rglob('release.json')):
+        raise InputError(f'{path} is missing, but releases were made with it: put it back, or '
+                         'use another run.folder')
+    with files.replacing(path) as file:
+        with contextlib.suppress(OSError):     # file systems without rights; a warning follows
+            os.fchmod(file.fileno(), 0o600)
+        file.write(secrets.token_hex(32).encode() + b'\n')
+
+
+def keyed(secret, *what):
+    """64 bits, int, from a keyed hash of `what`: BLAKE2b with the secret as key (RFC 7693).
+
+    Without the secret nobody can compute, nor tell from chance, one of these numbers, however many
+    others he knows: that is what a keyed hash promises (a pseudorandom function). So who has one
+    original and its mask, or another row's release, learns no other image's mask, place or label.
+    expanded() makes the bits of one image from its number and can be inverted, but that leads to
+    this image's number only.
+    """
+    text = '\0'.join(map(str, what)).encode(errors='surrogateescape')
+    digest = hashlib.blake2b(text, key=key_of(secret), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True)
+
+
+@dataclass
+class ReleasePlan:
+    """Which private image becomes which released one; N released images, in their order."""
+    fold: np.ndarray          # int64 (N,): position in the list of folds
+    image: np.ndarray         # int64 (N,): row of the private FaceSet
+    label: np.ndarray         # int64 (N,): 0 .. people - 1, rising
+    seeds: torch.Tensor       # int64 (N,): what decides the mask or noise of each
+
+    @property
+    def people(self):
+        """Number of people who are released."""
+        return int(self.label[-1]) + 1
+
+
+def plan_release(folds, secret, cfg):
+    """The ReleasePlan of a config: a pure function of the private images and the secret.
+
+    Everything is drawn for this row, seed and strength, so that two releases share no mask, order
+    or label; and by names and contents, so that the masks and the relative order of others stay
+    when somebody is added or taken out, while label numbers close up.
+    """
+    c, private = cfg.reconstruct, folds[0].private
+    strength = method_of(cfg).strength
+    release = cfg.run.row, cfg.run.seed, c.method, getattr(c, strength) if strength else ''
+    fold = np.repeat(np.arange(len(folds)), [len(f.released) for f in folds])
+    image = np.concatenate([f.released for f in folds])
+    people, person = np.unique(private.labels[image], return_inverse=True)
+    by_person = np.array([keyed(secret, *release, 'person', private.people[p]) for p in people])
+    label = by_person.argsort().argsort()[person]
+    contents = private.hashes[image].tolist()
+    by_image = np.array([keyed(secret, *release, 'order', content) for content in contents])
+    order = np.lexsort((image, by_image, label))       # equal pictures in the order of the source
+    seeds = torch.tensor([keyed(secret, *release, 'mask', contents[i], private.people[
+        private.labels[image[i]]]) for i in order])
+    fold, image, label = fold[order], image[order], label[order]
+    if c.images_per_person:
+        first = np.searchsorted(label, label)              # where this person's images begin
+        within = np.flatnonzero(np.arange(len(label)) - first < c.images_per_person)
+        fold, image, label, seeds = fold[within], image[within], label[within], seeds[within]
+    return ReleasePlan(fold, image, label, seeds)
+
+
+def release_made_from(cfg, folds, maes, secret):
+    """What a release is made from, {what: text} (see made_from.py); maes: see load_maes()."""
+    private = folds[0].private
+    names = private.people[np.unique(private.labels[np.concatenate([f.released for f in folds])])]
+    keys = ['reconstruct', 'data.size', 'data.folds', 'data.release_folds', 'run.seed']
+    if method_of(cfg).draws_mask:
+        keys.append('mae.patch')
+    made_from = settings(cfg, keys) | {
+        'set of images': private_digest(folds),
+        'set of names': files.digest('\0'.join(names).encode(errors='surrogateescape')),
+        'secret': which_secret(secret)}
+    if maes[0]:
+        made_from['mae'] = files.digest(''.join(mae.digest() for mae in maes).encode())
+    return made_from
+
+
+def check_release(variant, made_from):
+    """Refuse a finished release that was made with another config, secret, model, images or names.
+
+    Its images could not be matched with their originals any more, and would look private.
+    """
+    saved = files.read_json(variant.folder / 'release.json')
+    check_made_from(variant.release, files.entry(saved, 'made_from'), made_from,
+                    'give the other settings a row of their own (compare), or use another '
+                    'run.folder')
+
+
+def check_release_files(folder, plan, secret, card):
+    """Refuse a release whose files are not exactly what it may hold.
+
+    folder: of the release; plan: its ReleasePlan; card: a function that makes README.md from
+    manifest.json. What is written is compared with what may be written, so that no path, name or
+    label of the source needs to be searched for.
+    """
+    names = sorted(path.name for path in folder.iterdir())
+    expected = ['README.md', 'manifest.json', 'property', 'train.idx', 'train.rec']
+    refuse(names != expected, folder, f'holds {names}, not {expected}')
+    facts = files.read_json(folder / 'manifest.json')
+    words = [word for key in ('reconstruct.method', 'reconstruct.format')
+             for word in SPECS[key].split(' | ')]
+    for key, value in facts.items():
+        known = isinstance(value, (int, float)) or value in words or key == 'made_by' and (
+            re.fullmatch(r'FaceMAE kit [\w. -]+', str(value)))
+        refuse(not known, folder, f'has {key} = {value!r} in its manifest')
+    refuse((folder / 'README.md').read_text() != card(facts), folder, 'has another README.md')
+    released = Records(folder)
+    refuse(not np.array_equal(released.labels, plan.label), folder,
+           f'has {len(released)} images whose labels are not the {len(plan.label)} of its plan')
+    refuse(facts['images'] != len(plan.label) or facts['people'] != plan.people, folder,
+           'has other counts in its manifest')
+    secrets = secret, key_of(secret)
+    for path in folder.iterdir():
+        content = files.open_bytes(path)
+        refuse(any(content.find(form) >= 0 for form in (
+            key for secret in secrets for key in (
+                secret, secret.hex().encode(), secret.hex().upper().encode()))), path,
+               'holds the secret')
+
+
+def check_release_images(folder, plan, private, protections, device):
+    """Refuse a release whose images are not those of its plan, or that read a hidden pixel.
+
+    A sample of originals is protected once more and compared with what stands in the release,
+    which shows, too, that nobody else's image is there; then with their hidden patches changed,
+    which must not change a bit.
+    """
+    released, c = Records(folder), protections[0].cfg.reconstruct
+    refuse(len(released) != len(plan.image), folder,
+           f'has {len(released)} images, not the {len(plan.image)} of its plan')
+    sample = np.unique(np.linspace(0, len(plan.image) - 1, SAMPLE).astype(int))
+    for k in np.unique(plan.fold[sample]):
+        chosen = sample[plan.fold[sample] == k]
+        originals = torch.from_numpy(private.select(plan.image[chosen]).pixels()).to(device)
+        seeds = plan.seeds[chosen].to(device)
+        expected = protections[k](originals, seeds)
+        for i, image in zip(chosen, expected.cpu()):
+            encoded = images.encode(image.permute(2, 0, 1), c.format, c.quality)
+            # Other hardware rounds otherwise; another image differs by more than ten times as much
+            error = (images.decode(released[i], f'{folder} image {i}').float()
+                     - images.decode(encoded, 'image made for comparison')).abs().mean().item()
+            refuse(error > 2, folder, f'has another image at {i} than its plan ({error:.1f})')
+        if protect.method_of(protections[k].cfg).draws_mask:
+            check_hidden(folder, protections[k], originals, seeds, expected)
+
+
+def check_hidden(folder, protection, originals, seeds, expected):
+    """Refuse a protection that is not `expected` any more once hidden pixels are changed, or that
+    hides another share of them; originals, expected uint8 (B, H, W, 3)."""
+    cfg, ratio = protection.cfg, protection.cfg.reconstruct.mask_ratio
+    hidden = protect.hidden_patches(seeds, ratio, cfg)
+    visible, patches = protect.visible_count(cfg.data.size, cfg.mae.patch, ratio)
+    refuse(bool((hidden.sum(1) != patches - visible).any()), folder,
+           f'shows another number of patches than {visible} of {patches}')
+    pixels = protect.drawn(hidden, cfg.mae.patch).permute(0, 2, 3, 1)               # (B, H, W, 1)
+    changed = torch.where(pixels > 0, 255 - originals, originals)
+    refuse(not torch.equal(protection(changed, seeds), expected), folder,
+           'would tell hidden pixels')
+
+
+def refuse(wrong, path, text):
+    """InputError about a release, if something is wrong."""
+    if wrong:
+        raise InputError(f'{path} {text}: it must not be published; delete it, make it again, and '
+                         'report this if it stays')
