@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from facekit.data.faces import ImageRows
+from facekit.data.pairs import FOLDS
 from facekit.measure.statistics import auc, tar_at_far, threshold_at_far
 from facekit.nets import embed
 
-FOLDS = 10
 CENTRED = ' centred'      # ends the name of a set that was centred on its mean
 
 
