@@ -249,8 +249,8 @@ NUMBERS = float('nan'), float('inf'), -float('inf'), -1, 0.5, 3e30, EXACT
     ([payload([3, 4], 0, b''), ONE], None, ['keys 1 to 2']),
     ([ONE, payload(0, 1, b'')], None, ['key 1 ', 'no image']),
     *(([ONE, TWO], index, [word]) for index, word in (
-        (b'', 'empty'), (b'\n', 'line 1'), (b'0\t0\n1 40\n', 'line 2'), (b'0\t0\n1\n', 'line 2'),
-        (b'0\t0\nx\t40\n', 'line 2'), (b'-1\t0\n', 'line 1'), (b'0\t0\n1\t0\n', 'key 1'),
+        (b'', 'empty'), (b'\n', 'lines'), (b'0\t0\n1 40\n', 'lines'), (b'0\t0\n1\n', 'lines'),
+        (b'0\t0\nx\t40\n', 'lines'), (b'-1\t0\n', 'lines'), (b'0\t0\n1\t0\n', 'key 1'),
         (b'0\t0\n0\t64\n', 'key 0'), (b'0\t0\n0\t64\n', 'anew with a key for each image'),
         (b'0\t0\n1\t8\n', 'key 1'), (b'0\t0\n1\t5000\n', 'key 1'), (b'0\t0\n1\t37\n', 'key 1'),
         (b'0\t0\n1\t99999999999999999999999999\n', 'key 1')))])

@@ -52,8 +52,7 @@ def read_yaml(path):
         raise InputError(f'config {path} is not YAML ({" ".join(str(e).split())[:200]}): write it '
                          'as configs/casia.yaml is written') from None
     if not isinstance(content, dict) or any('.' in name for name in content):
-        raise InputError(f'config {path} must have lines "section:" and below them '
-                         '"  key: value", as configs/casia.yaml has')
+        raise InputError(f'config {path} must have lines "section:" and below them "  key: value"')
     return content
 
 
@@ -119,7 +118,7 @@ def set_keys(config, changes, where):
             raise InputError(f'{where}: {name} = {quoted(value)} is a section: set {name}.KEY')
         elif name not in SPECS:
             near = ([known for known in SPECS if known.endswith(f'.{key}')]
-                    or difflib.get_close_matches(name[:100], [*SECTIONS, *SPECS]))
+                    or difflib.get_close_matches(name[:100], SPECS))
             raise InputError(f'{where}: key {quoted(name)} is unknown: did you mean '
                              f'{" or ".join(near) or "one in configs/casia.yaml"}?')
         else:
@@ -153,10 +152,10 @@ def resolve(path, assignments=()):
     path = Path(path)
     chain = [(path, read_yaml(path))]
     while base := chain[0][1].get('base'):
-        if len(chain) > 8:
-            raise InputError(f'config {path}: base leads round in a circle: remove one of them')
         before = chain[0][0]
         file = before.parent / check_value(f'{before}: base', base, SPECS['base'])
+        if len(chain) > 8:
+            raise InputError(f'config {path}: base leads round in a circle: remove one of them')
         chain.insert(0, (file, read_yaml(file)))
     chain.insert(0, (CONFIGS / 'casia.yaml', read_yaml(CONFIGS / 'casia.yaml')))
     config = {}
@@ -217,11 +216,8 @@ def check_together(config):
 
 @dataclass
 class Variant:
-    """A row of a comparison with one seed: its config, and where its files lie.
-
-    Those of the method itself with run.seed lie in the run folder, others in sub-folders of it, so
-    that teacher and judge are shared.
-    """
+    """A row of a comparison with one seed, and where its files lie: those of the method itself
+    with run.seed in the run folder, others in sub-folders of it."""
     name: str                 # of the row, as tables show it
     seed: int                 # run.seed of this repetition
     cfg: SimpleNamespace      # resolved for the row

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from facekit.base.errors import InputError
 
-# ---------------------------------------------------------------------- writing and reading
 
 @contextlib.contextmanager
 def replacing(path):
@@ -41,11 +40,6 @@ def replacing_folder(path):
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     yield draft
-    replace_folder(path, draft)
-
-
-def replace_folder(path, draft):
-    """Let a folder that is whole take the place of the folder `path`."""
     shutil.rmtree(path, ignore_errors=True)
     os.sync()                           # see replacing()
     draft.rename(path)
@@ -80,9 +74,6 @@ def read_json(path):
     raise InputError(f'{path} is missing or damaged: put it back, or delete what was made with it')
 
 
-# ----------------------------------------------------------------------------------- parts
-
-
 def entry(mapping, key):
     """mapping[key] if it is a dict, else an empty one."""
     value = mapping.get(key)
@@ -92,5 +83,3 @@ def entry(mapping, key):
 def digest(content):
     """SHA-256 of bytes, 64 hex digits."""
     return hashlib.sha256(content).hexdigest()
-
-

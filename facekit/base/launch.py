@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import traceback
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,7 +36,6 @@ class Stop:
 
     @staticmethod
     def request(number, frame):
-        """Signal handler."""
         if Stop.requested and number == signal.SIGINT:     # Slurm and torchrun both send SIGTERM
             Stop.interrupt(number, frame)
         Stop.requested = True
@@ -78,20 +76,14 @@ def command(script, *extra):
     return shlex.join(['python', script, *arguments, *extra])
 
 
-def git(*words):
-    """Output of a git command in the kit's folder, '' if git is missing or fails."""
-    with contextlib.suppress(OSError):
-        return subprocess.run(['git', *words], cwd=CONFIGS, capture_output=True,
-                              text=True).stdout.strip()
-    return ''
-
-
 def commit():
     """The kit's git commit, or its version where it is no clone."""
-    top = git('rev-parse', '--show-toplevel')
-    if top and Path(top).resolve() == CONFIGS.parent.resolve():   # else it is another repository's
-        return git('describe', '--always', '--dirty', '--abbrev=12')
-    return f'version {VERSION}'
+    name = ''
+    with contextlib.suppress(OSError):                            # no git
+        if (CONFIGS.parent / '.git').exists():                    # else it is another repository's
+            name = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'],
+                                  cwd=CONFIGS, capture_output=True, text=True).stdout.strip()
+    return name or f'version {VERSION}'
 
 
 def provenance(device):
@@ -106,9 +98,8 @@ def provenance(device):
 def launch(main, check):
     """Parse the command line and run `main(cfg, device, compare)`, or `check(cfg, compare)`.
 
-    cfg is the resolved config as nested namespaces (`cfg.mae.lr`). Wrong input becomes one
-    sentence. Exit code 0 = done, 2 = wrong input, 130 = stopped by the keyboard. base/start.py
-    answers --help.
+    Exit code 0 = done, 2 = wrong input, which becomes one sentence, 130 = stopped by the keyboard.
+    base/start.py answers --help.
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('--config')
@@ -164,17 +155,13 @@ def explanation(error, folder):
     text = ' '.join(str(error).split())[:150]
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = 'free space or choose another run.folder' if full else 'check path and rights'
-        return (f'{error.filename or folder}: {error.strerror}: {remedy}, then run the same '
-                'command again') if full or error.filename else ''
+    full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+    if isinstance(error, OSError) and (error.filename or error.errno in full):
+        return (f'{error.filename or folder}: {error.strerror}: check path, rights and space, '
+                'then run the same command again')
     if isinstance(error, MemoryError) or re.search('out of memory|allocate memory', text):
         return (f'memory is too small ({text}): choose a smaller net, mae.micro_batch, '
                 'fr.norm_batch or reconstruct.batch')
-    if re.search(r'No working C\+\+ compiler|Failed to find C compiler', text):
-        return ('run.compile = true finds no C++ compiler: install g++, or use '
-                'run.compile=false')
     if (isinstance(error, RuntimeError) and world() > 1
             and re.search('[Cc]onnection|NCCL|[Tt]imed out|[Tt]imeout', text)):
         return (f'another process of this run died or hangs ({text}): see its message; the same '

@@ -18,8 +18,7 @@ from facekit.base.errors import optional
 class StageLog:
     """Log of one stage, <folder>/log/<stage>.jsonl, written by rank 0.
 
-    A stage that continues from `step` first drops its later lines, so that the log of an
-    interrupted run reads like that of an undisturbed one.
+    A stage that continues from `step` first drops its later lines.
     """
 
     def __init__(self, folder, stage, total, step=0, tensorboard=False):
@@ -55,10 +54,10 @@ class StageLog:
                  'memory_gib': round(peak_memory() / 2 ** 30, 2)}
         with open(self.path, 'a') as file:
             file.write(json.dumps(entry) + '\n')
-        for name, value in entry.items() if self.writer else ():
-            if isinstance(value, (int, float)) and name != 'step':
-                self.writer.add_scalar(name, value, step)
         if self.writer:
+            for name, value in entry.items():
+                if isinstance(value, (int, float)) and name != 'step':
+                    self.writer.add_scalar(name, value, step)
             self.writer.flush()
         left = seconds / max(step - self.first, 1) * (self.total - step)
         self.show(step, f'{images / seconds:,.0f} img/s', left, values)
@@ -68,11 +67,13 @@ class StageLog:
 
         `left`: seconds until the end of the stage. What does not fit is in the log.
         """
-        shown = '  '.join(f'{k} {as_text(k, v)}' for k, v in values.items() if k != 'lr')
+        texts = {k: f'{v:.3g}' if isinstance(v, (int, float)) else v or '-'
+                 for k, v in values.items() if k != 'lr'}
+        shown = '  '.join(f'{k} {text}' for k, text in texts.items())
         left = datetime.timedelta(seconds=round(left))
         if not sys.stdout.isatty():
-            line = f'[{self.stage}] {step}/{self.total}  {left} left  {speed}  {shown}'
-            print(line[:100], flush=True)
+            print(f'[{self.stage}] {step}/{self.total}  {left} left  {speed}  {shown}'[:100],
+                  flush=True)
             return
         stage = ' '.join(filter(None, [os.environ.get('STAGE'), self.stage]))
         done = round(12 * step / self.total)
@@ -91,15 +92,6 @@ def overwrite(line, last):
     width = shutil.get_terminal_size().columns - 1
     sys.stdout.write('\r\x1b[K' + line[:width] + '\n' * last)
     sys.stdout.flush()
-
-
-def as_text(key, value):
-    """A value of a log line for people."""
-    if value is None:
-        return '-'
-    if key == 'accuracy':
-        return f'{100 * value:.1f} %'
-    return f'{value:.3g}' if isinstance(value, (int, float)) else str(value)
 
 
 def read_log(path):

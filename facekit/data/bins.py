@@ -51,11 +51,8 @@ class _Bin(pickle._Unpickler):
 
 
 def read_bin(path):
-    """Reads insightface's verification pairs: list of 2P image files (bytes), bool (P,).
-
-    Images 2i and 2i + 1 are of the same person where element i is True. The file is a pickle
-    (images, same), also of Python 2; it runs no code. Raises InputError for anything else.
-    """
+    """The list of 2P image files (bytes) of a .bin, also of Python 2, and bool (P,): images 2i and
+    2i + 1 are of the same person where element i is True. Runs no code."""
     data = open_bytes(path)
     reader = _Bin(data, encoding='bytes')
     reader.path, reader.left = path, len(data)
@@ -79,7 +76,7 @@ def write_bin(path, images, same):
     """Writes 2P image files (bytes) and P bools as read_bin reads them (pickle protocol 4)."""
     images, same = [bytes(x) for x in images], [bool(x) for x in same]
     if len(images) != 2 * len(same) or not all(images):
-        raise InputError(f'{path}: {len(images)} images (none may be empty) do not make '
-                         f'{len(same)} pairs: give two for each')
+        raise InputError(f'{path}: {len(images)} images make no {len(same)} pairs: give two for '
+                         'each, of which none is empty')
     with replacing(path) as file:
         pickle.dump((images, same), file, protocol=4)

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import mmap
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from facekit.base.log import StageLog
 from facekit.data import images, toy
 from facekit.data.sources import fingerprint, is_drawn, open_source, passed_over
 
-MEMORY = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')    # bytes of this machine
 PART = 256        # images that a thread decodes at a time: a run that is stopped waits for them
 
 
@@ -83,7 +81,7 @@ class StreamedImages:
     def expect_random_order(self):
         """Tell the kernel not to read ahead in a file of which it can hold only a part."""
         data = self.source.data
-        if data and len(data) > MEMORY / 2:
+        if data and len(data) > process.free_memory(torch.device('cpu')):
             data.madvise(mmap.MADV_RANDOM)
 
 
@@ -143,11 +141,7 @@ class FaceSet:
 # ------------------------------------------------------------------------------- loading
 
 def load(path, cfg, photos=True):
-    """The FaceSet at `path`, looked at on first use by one run while others wait.
-
-    `photos` are looked at for their alignment; releases, of which a comparison has many, need not
-    look like faces.
-    """
+    """The FaceSet at `path`; of `photos` the alignment is looked at, too."""
     path = Path(path)
     if path == Path(cfg.toy.root or '?'):
         t = cfg.toy
@@ -171,17 +165,16 @@ def load_release(variant):
     """The FaceSet of a variant's release, or of somebody else's (the key release)."""
     path = Path(variant.cfg.release or variant.release)
     if not path.exists():
-        raise InputError(f'{path} is missing: ' + (
-            'check the path' if variant.cfg.release else
-            f'first run `{command("reconstruct.py")}`'))
+        raise InputError(f'{path} is missing: check the path, or first run '
+                         f'`{command("reconstruct.py")}`')
     return load(path, variant.cfg, photos=False)
 
 
 # --------------------------------------------------------------------------- the first look
 
 def first_look(path, source, cfg, photos):
-    """The hashes, uint64 (N,), of the sound image files of a source, and the numbers of the
-    damaged ones, a list, as the run folder keeps them for as long as the source stays the same."""
+    """The hashes, uint64 (N,), of the sound image files of a source, and a list of the numbers of
+    the damaged ones, kept in the run folder for as long as the source stays the same."""
     settings = {key: getattr(cfg.data, key) for key in ('size', 'on_size', 'on_corrupt')}
     mark = json.dumps(settings | {'source': fingerprint(source)})
     name = files.digest(repr([str(path.resolve()), settings]).encode())[:10]
@@ -203,11 +196,9 @@ def is_current(saved, mark):
 
 
 def look_at_all(saved, mark, source, cfg, photos):
-    """Decode all images of a source once, on all cores, and write what first_look() keeps.
-
-    A damaged image ends it or is left out, as data.on_corrupt says. `photos`: see load().
-    """
-    count, damaged, cut = len(source.labels), [], []
+    """Decode all images of a source once, on all cores, and write what first_look() keeps. A
+    damaged image ends it or is left out, as data.on_corrupt says."""
+    count, damaged, cut = len(source.labels), [], 0
     hashes = np.zeros(count, np.uint64)
     log = StageLog(cfg.run.folder, f'look/{saved.stem}', count)
     parts = [range(first, min(first + PART, count)) for first in range(0, count, PART)]
@@ -221,8 +212,8 @@ def look_at_all(saved, mark, source, cfg, photos):
     if not len(sound):
         raise InputError(f'{source.path}: not one image can be read: copy the data set again')
     if cut:
-        process.say(f'warning: {counted(len(cut), "image")} of {source.path} not square: the middle '
-                    f'was cut out, as of {source.where(cut[0])}')
+        process.say(f'warning: {counted(cut, "image")} of {source.path} not square: the middle is '
+                    'taken')
     if photos and not is_drawn(source.path):
         warn_if_unaligned(StreamedImages(source, sound, cfg), source.path)
     content = io.BytesIO()     # np.savez into a file hides from its error that the disk is full
@@ -234,8 +225,8 @@ def look_at_all(saved, mark, source, cfg, photos):
 
 def look_at(numbers, source, cfg, hashes):
     """Decode the images `numbers` and put the hashes of their files into hashes (N,); returns
-    which of them are damaged, and may be left out, and which are not square."""
-    damaged, cut = [], []
+    which of them are damaged, and may be left out, and how many are not square."""
+    damaged, cut = [], 0
     for i in numbers:
         try:
             content = source.read(i)
@@ -246,8 +237,7 @@ def look_at(numbers, source, cfg, hashes):
             process.say(f'left out: {error}')
             damaged.append(i)
             continue
-        if image.shape[1] != image.shape[2]:
-            cut.append(i)
+        cut += image.shape[1] != image.shape[2]
         if cfg.data.on_size == 'refuse':
             images.fitted(image, source.where(i), cfg.data.size, 'refuse')
         hashes[i] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
@@ -258,14 +248,13 @@ def warn_if_unaligned(photos, path):
     """Say so if uint8 photos (N, H, W, 3) do not look aligned to ArcFace's 112-pixel template.
 
     Where the template has the eyes, the mean of aligned faces is darker than between them and on
-    the cheeks. On 400 photos of LFW the difference is 1.1 standard deviations, on profiles of CFP
-    0.75, on LFW shifted by a tenth or shrunk to three quarters below 0.64. Single photos scatter
-    by 0.5, so that of a few only the place of the eyes is told.
+    the cheeks: on 400 photos of LFW by 1.1 standard deviations, on profiles of CFP by 0.75, on LFW
+    shifted by a tenth or shrunk to three quarters by less than 0.64. Single photos scatter by 0.5.
     """
     template = 'the ArcFace template (eyes at 38,52 and 74,52 of 112 pixels)'
     if len(photos) < 50:
-        return process.say(f'{path}: {counted(len(photos), "image")}, too few to tell whether they '
-                           f'are aligned to {template}: look at them')
+        return process.say(f'{path}: {counted(len(photos), "image")}, too few to tell whether '
+                           f'they are aligned to {template}: look at them')
     some = torch.from_numpy(photos[np.arange(0, len(photos), max(1, len(photos) // 500))])
     grey = F.interpolate(some.float().mean(3)[:, None], (112, 112), mode='bilinear')[:, 0]
     grey = grey - grey.mean((1, 2), keepdim=True)
@@ -275,5 +264,4 @@ def warn_if_unaligned(photos, path):
         for x, y in ((38, 52), (74, 52), (56, 52), (38, 72), (74, 72)))
     if (bridge + left_cheek + right_cheek) / 3 - (left + right) / 2 < 0.7:
         process.say(f'warning: the faces in {path} do not look aligned to {template}: align them '
-                    'first, for example with insightface.utils.face_align.norm_crop, or results will '
-                    'be poor')
+                    'first, for example with insightface.utils.face_align.norm_crop')

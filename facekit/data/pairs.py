@@ -28,8 +28,8 @@ class PairSet:
 def find_set(name, cfg):
     """Path of a verification set: as it stands, or beside the training data."""
     root = Path(cfg.data.root)
-    places = [Path(name), (root.parent if root.suffix == '.rec' else root) / name]
-    return next((p for p in places if p.is_file() or (p / 'pairs.txt').is_file()), places[0])
+    beside = (root.parent if root.suffix == '.rec' else root) / name
+    return beside if not Path(name).exists() and beside.exists() else Path(name)
 
 
 def load_pair_sets(cfg, size):
@@ -60,12 +60,11 @@ def read_pairs(path):
             if path.is_dir():
                 if len(words) <= 2:                     # the first line: folds and pairs
                     continue
-                first, second = (words[0], words[1]), (words[-2], words[-1])
-                if len(words) == 3:
-                    second = words[0], words[2]
+                one_person = len(words) == 3
+                people = words[0], words[0] if one_person else words[2]
                 pair = [next(path.glob(f'{glob.escape(name)}/{glob.escape(name)}_{int(i):04}.*'))
-                        for name, i in (first, second)]
-                same.append(len(words) == 3)
+                        for name, i in zip(people, (words[1], words[-1]))]
+                same.append(one_person)
             else:
                 pair = [path.parent / word for word in words[:2]]
                 same.append(bool({'1': 1, '0': 0}[words[2]]))
@@ -91,7 +90,7 @@ def load_pairs(path, size):
         cut += image.shape[1] != image.shape[2]
         pixels.append(images.fitted(image, where, size, 'resize'))
     if cut:
-        process.say(f'warning: {counted(cut, "image")} of {path} not square: the middle was cut out')
+        process.say(f'warning: {counted(cut, "image")} of {path} not square: the middle is taken')
     if not is_drawn(path.parent):
         warn_if_unaligned(np.stack(pixels), path)
     content = path.read_bytes() if path.is_file() else b''.join(number)
