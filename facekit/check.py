@@ -4,7 +4,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import models
 from facekit.base import process
 from facekit.base.config import variants
 from facekit.base.errors import InputError, counted, optional
@@ -47,14 +46,9 @@ def check_experiment(cfg, compare):
 
 def check_models(cfg):
     """Refuse sizes of nets that do not fit each other; on the meta device nothing is allocated."""
-    with torch.device('meta'):
-        if cfg.reconstruct.method == 'facemae':
+    if cfg.reconstruct.method == 'facemae':
+        with torch.device('meta'):
             protect.build_mae(cfg.mae, cfg.data.size)
-        for section in ('teacher', 'judge', 'fr'):
-            try:
-                models.iresnet(getattr(cfg, section).depth, 1)
-            except ValueError as error:
-                raise InputError(f'{section}.depth: {error}') from None
     if protect.method_of(cfg).draws_mask:
         for ratio in {cfg.mae.mask_ratio, cfg.reconstruct.mask_ratio}:
             protect.visible_count(cfg.data.size, cfg.mae.patch, ratio)

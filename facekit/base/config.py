@@ -44,15 +44,13 @@ class TextLoader(yaml.BaseLoader):
 
 def read_yaml(path):
     """The mapping in a YAML file, with texts for values."""
-    if not os.path.isfile(path):           # False, too, for a path that no file can have
-        raise InputError(f'config {path} does not exist: name one, such as configs/toy.yaml')
     try:
         content = yaml.load(path.read_text(encoding='utf-8'), TextLoader)
     except Exception as e:                 # bytes and deep nesting raise errors of many kinds
-        raise InputError(f'config {path} is not YAML ({" ".join(str(e).split())[:200]}): write it '
-                         'as configs/casia.yaml is written') from None
+        raise InputError(f'config {path} is no readable YAML ({" ".join(str(e).split())[:200]}): '
+                         'name a file such as configs/toy.yaml') from None
     if not isinstance(content, dict) or any('.' in name for name in content):
-        raise InputError(f'config {path} must have lines "section:" and below them "  key: value"')
+        raise InputError(f'config {path} has other lines than "section:" and "  key: value"')
     return content
 
 

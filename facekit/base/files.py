@@ -12,11 +12,8 @@ from facekit.base.errors import InputError
 
 @contextlib.contextmanager
 def replacing(path):
-    """A binary file to write that takes the place of `path` once it is whole.
-
-    Only one run may write a path at a time (see only_writer): the draft's name is fixed, so that
-    what a killed run left is overwritten by the next.
-    """
+    """A binary file to write that takes the place of `path` once it is whole; what a killed run
+    left of it is overwritten by the next. One run at a time, see process.only_writer()."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + '.tmp')
@@ -32,10 +29,7 @@ def replacing(path):
 
 @contextlib.contextmanager
 def replacing_folder(path):
-    """An empty folder to fill that takes the place of the folder `path` once it is whole.
-
-    A draft that was not finished stays until the next try, as after a kill.
-    """
+    """An empty folder to fill that takes the place of the folder `path` once it is whole."""
     draft = path.with_name(path.name + '.tmp')
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)

@@ -42,7 +42,6 @@ class Stop:
 
     @staticmethod
     def interrupt(number, frame):
-        """Signal handler that ends the process at once."""
         Stop.interrupted = True
         raise KeyboardInterrupt
 
@@ -107,14 +106,12 @@ def launch(main, check):
     parser.add_argument('--check', action='store_true')
     parser.add_argument('set', nargs='*')
     args = parser.parse_intermixed_args()
-    folder = 'the run folder'
     signal.signal(signal.SIGINT, Stop.interrupt)
     try:
         words = args.set
         if not args.config and words and '=' not in words[0]:
             args.config, *words = words
         cfg = namespace(resolve(args.config or CONFIGS / 'toy.yaml', words))
-        folder = cfg.run.folder
         if args.check:
             check(cfg, args.compare)
         else:
@@ -125,7 +122,7 @@ def launch(main, check):
     except Exception as error:
         if Stop.interrupted:               # a library's C code can make another exception of it
             leave(130)
-        if sentence := explanation(error, folder):
+        if sentence := explanation(error):
             print(f'error: {printable(sentence)}', file=sys.stderr)
             leave(2)
         traceback.print_exc()
@@ -134,11 +131,8 @@ def launch(main, check):
 
 
 def leave(code):
-    """End the process with an exit code.
-
-    Where it failed, other processes wait for this one, and to take leave of them would be to wait
-    for them: it ends at once, and its launcher then ends the others.
-    """
+    """End the process with an exit code. Where it failed, others wait for this one: it takes no
+    leave of them, and its launcher ends them."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)       # no traceback of a process that leaves
     sys.stdout.flush()
     sys.stderr.flush()
@@ -150,15 +144,15 @@ def leave(code):
     sys.exit(code)
 
 
-def explanation(error, folder):
+def explanation(error):
     """The sentence that tells a user what an exception means, or '' for a fault of the code."""
-    text = ' '.join(str(error).split())[:150]
     if isinstance(error, InputError):
         return str(error)
+    text = ' '.join(str(error).split())[:150]
     full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
     if isinstance(error, OSError) and (error.filename or error.errno in full):
-        return (f'{error.filename or folder}: {error.strerror}: check path, rights and space, '
-                'then run the same command again')
+        return (f'{error.filename or "the run folder"}: {error.strerror}: check path, rights and '
+                'space, then run the same command again')
     if isinstance(error, MemoryError) or re.search('out of memory|allocate memory', text):
         return (f'memory is too small ({text}): choose a smaller net, mae.micro_batch, '
                 'fr.norm_batch or reconstruct.batch')

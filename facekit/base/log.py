@@ -71,27 +71,23 @@ class StageLog:
                  for k, v in values.items() if k != 'lr'}
         shown = '  '.join(f'{k} {text}' for k, text in texts.items())
         left = datetime.timedelta(seconds=round(left))
-        if not sys.stdout.isatty():
-            print(f'[{self.stage}] {step}/{self.total}  {left} left  {speed}  {shown}'[:100],
-                  flush=True)
-            return
         stage = ' '.join(filter(None, [os.environ.get('STAGE'), self.stage]))
-        done = round(12 * step / self.total)
-        bar = '━' * done + '·' * (12 - done)
-        overwrite(f'[{stage}] {bar} {step}/{self.total} {left} {speed}  {shown}',
-                  step == self.total)
+        line = f'[{stage}] {step}/{self.total}  {left} left  {speed}  {shown}'
+        if sys.stdout.isatty():
+            overwrite(line, '\n' if step == self.total else '')
+        else:
+            print(line[:100], flush=True)
 
     def announce(self, text):
         """Say what is being done in a terminal's live line; it is not logged."""
         if process.rank() == 0 and sys.stdout.isatty():
-            overwrite(f'[{self.stage}] {text} ...', False)
+            overwrite(f'[{self.stage}] {text} ...')
 
 
-def overwrite(line, last):
+def overwrite(line, end=''):
     """Replace the live line of a terminal; the last one of a stage remains."""
     width = shutil.get_terminal_size().columns - 1
-    sys.stdout.write('\r\x1b[K' + line[:width] + '\n' * last)
-    sys.stdout.flush()
+    print('\r\x1b[K' + line[:width], end=end, flush=True)
 
 
 def read_log(path):

@@ -139,28 +139,25 @@ def choose_device(cfg):
     """The device of this process by run.device: its own GPU, or the CPU."""
     if cfg.run.device == 'cpu' or cfg.run.device == 'auto' and not torch.cuda.is_available():
         return torch.device('cpu')
-    if not torch.cuda.is_available():
-        raise InputError('run.device = cuda, but torch sees no GPU: use run.device=auto, or '
-                         'install the torch build for your driver')
     local, count = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
     if local >= count:
-        raise InputError(f'process {local} of this machine has no GPU of its own, as there are '
-                         f'{count}: start {count} processes at most, or use run.device=cpu')
+        raise InputError(f'process {local} of this machine has no GPU of its own, as torch sees '
+                         f'{count}: start as many processes at most, or use run.device=cpu')
     torch.cuda.set_device(local)
     return torch.device('cuda', local)
 
 
 def say_if_emulated(precision, device):
     """Say so where the device has no instructions for half precision, which is slow without."""
-    if device.type == 'cuda':
-        if precision == 'bf16' and not torch.cuda.is_bf16_supported(including_emulation=False):
-            say('run.precision = bf16, which this GPU can only emulate: use run.precision=fp16')
-        return
-    check = f'_is_mkldnn_{precision}_supported'
-    with contextlib.suppress(AttributeError):            # builds of torch without oneDNN
-        if precision != 'fp32' and not getattr(torch.ops.mkldnn, check)():
-            say(f'run.precision = {precision}, which this CPU can only emulate: training is about '
-                'ten times slower than in float32: use run.precision=fp32')
+    remedy, supported = '', True
+    if device.type == 'cuda' and precision == 'bf16':
+        remedy, supported = 'fp16', torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == 'cpu' and precision != 'fp32':
+        remedy = 'fp32'
+        supported = getattr(torch.ops.mkldnn, f'_is_mkldnn_{precision}_supported', lambda: True)()
+    if not supported:
+        say(f'run.precision = {precision}, which this device can only emulate, ten times slower: '
+            f'use run.precision={remedy}')
 
 
 def free_memory(device):
@@ -209,7 +206,7 @@ def parallel(module):
 
 def average_next(wanted, *modules):
     """Whether the next backward pass averages the gradients of parallel() modules, or leaves them
-    to a later one: what no_sync() sets around a pass."""
+    to a later one."""
     for module in modules:
         if isinstance(module, DistributedDataParallel):
             module.require_backward_grad_sync = wanted
@@ -256,11 +253,8 @@ def write_json(path, content):
 
 @contextlib.contextmanager
 def only_writer(path):
-    """While inside, this run alone writes `path`; another that wants to waits with a sentence.
-
-    The lock ends with its process, however that ends. A file system without locks, as on some
-    clusters, leaves it to the user to start nothing twice.
-    """
+    """While inside, this run alone writes `path`; another that wants to waits with a sentence. A
+    file system without locks leaves it to the user to start nothing twice."""
     with contextlib.ExitStack() as stack:
         if rank() == 0:
             path = Path(path)

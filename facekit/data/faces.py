@@ -22,7 +22,7 @@ from facekit.base.errors import InputError, counted
 from facekit.base.launch import command
 from facekit.base.log import StageLog
 from facekit.data import images, toy
-from facekit.data.sources import fingerprint, is_drawn, open_source, passed_over
+from facekit.data.sources import fingerprint, is_drawn, open_source
 
 PART = 256        # images that a thread decodes at a time: a run that is stopped waits for them
 
@@ -119,8 +119,7 @@ class FaceSet:
 
     def where(self, row):
         """Where image `row` stands on disk, for a sentence."""
-        numbers = np.delete(np.arange(len(self) + len(self.skipped)), self.skipped)
-        return self.source.where(numbers[row])
+        return self.source.where(np.delete(np.arange(len(self.source.labels)), self.skipped)[row])
 
     def left_out(self):
         """{why: number} of what the source holds and this set does not, or holds twice."""
@@ -148,8 +147,10 @@ def load(path, cfg, photos=True):
         process.make_once(path, path.exists, lambda: toy.draw_set(
             path, t.identities, t.images, t.test_identities, t.test_pairs, cfg.data.size, t.seed))
     source = open_source(path)
-    for sentence in passed_over(source):
-        process.say(sentence)
+    for why, paths in source.passed_over.items():
+        some = ', '.join(str(file.relative_to(path)) for file in paths[:3])
+        more = ', ...' if len(paths) > 3 else ''
+        process.say(f'{path}: passed over, {why}: {len(paths)} ({some}{more})')
     hashes, skipped = first_look(path, source, cfg, photos)
     if skipped:
         process.say(f'{path}: {counted(len(skipped), "damaged image")} left out '
@@ -225,7 +226,7 @@ def look_at_all(saved, mark, source, cfg, photos):
 
 def look_at(numbers, source, cfg, hashes):
     """Decode the images `numbers` and put the hashes of their files into hashes (N,); returns
-    which of them are damaged, and may be left out, and how many are not square."""
+    which of them are damaged, to be left out, and how many are not square."""
     damaged, cut = [], 0
     for i in numbers:
         try:

@@ -80,42 +80,39 @@ class Records:
     def __init__(self, path):
         self.path = Path(path) / 'train.rec' if Path(path).is_dir() else Path(path)
         self.data = open_bytes(self.path)
-        keys, offsets = read_index(self.path.with_suffix('.idx'))
-        heads = self._read_heads(keys, offsets)
-        order = np.argsort(heads.begin, kind='stable')
-        shared = np.append(False, keys[1:] == keys[:-1])
-        shared[order[1:]] |= heads.end[order[:-1]] > heads.begin[order[1:]]
-        self._refuse(heads, shared, 'shares its key or its bytes with another record: pack the '
-                     'set anew with a key for each image')
-        if (heads.keys[0], heads.flag[0], heads.end[0] - heads.begin[0]) == (0, 2, 40):
+        self.keys, begin = read_index(self.path.with_suffix('.idx'))
+        heads = self._read_heads(begin)
+        order = np.argsort(begin, kind='stable')
+        shared = np.append(False, self.keys[1:] == self.keys[:-1])
+        shared[order[1:]] |= heads.end[order[:-1]] > begin[order[1:]]
+        self._refuse(shared, 'shares its key or its bytes with another record: pack the set anew '
+                     'with a key for each image')
+        if (self.keys[0], heads.flag[0], heads.end[0] - begin[0]) == (0, 2, 40):
             heads = heads[1:self._end_of_images(heads)]      # what insightface's header counts
-        self._refuse(heads, heads.empty, 'has no image: pack the set anew without it')
+        self._heads, self.keys = heads, heads.keys
+        self._refuse(heads.empty, 'has no image: pack the set anew without it')
         labels = heads.labels
         wrong = ~((labels >= 0) & (labels < EXACT) & (labels == np.floor(labels)))
-        self._refuse(heads, wrong, f'has no label from 0 to {EXACT - 1}: pack the set anew')
-        self._heads, self.keys, self.labels = heads, heads.keys, labels.astype(np.int64)
+        self._refuse(wrong, f'has no label from 0 to {EXACT - 1}: pack the set anew')
+        self.labels = labels.astype(np.int64)
 
-    def _refuse(self, heads, wrong, text):
+    def _refuse(self, wrong, text):
         """InputError about the first record where wrong (N,) is true."""
         if wrong.any():
-            i = wrong.argmax()
-            raise InputError(f'{self.path}: key {heads.keys[i]} at byte {heads.begin[i]} {text}')
+            raise InputError(f'{self.path}: key {self.keys[wrong.argmax()]} {text}')
 
-    def _read_heads(self, keys, begin):
+    def _read_heads(self, begin):
         """RecordHeads at the bytes `begin`; each check makes the next access safe."""
-        size, none = len(self.data), np.zeros(len(keys), np.int64)
-        at_bytes = RecordHeads(keys, begin, none, none, none, none, none)
-        self._refuse(at_bytes, (begin > size - 32) | (begin % 4 > 0),
-                     f'can be no record of these {size} bytes: copy the .rec and the .idx again')
+        size, damaged = len(self.data), 'is no whole record: copy the .rec and the .idx again'
+        self._refuse((begin > size - 32) | (begin % 4 > 0), damaged)
         words, at = np.frombuffer(self.data, '<u4', size // 4), begin // 4
         magic, flag = words[at], words[at + 2].astype(np.int64)
         part, length = words[at + 1] >> 29, (words[at + 1] & LONGEST).astype(np.int64)
         image, end = begin + 32 + 4 * flag, begin + 8 + length
-        self._refuse(at_bytes, (magic != int.from_bytes(MAGIC, 'little')) | (part > 1)
-                     | (end > size) | (length < np.where(flag > 0, 28, 24)),
-                     'is no whole record: copy the .rec and the .idx again')
+        self._refuse((magic != int.from_bytes(MAGIC, 'little')) | (part > 1) | (end > size)
+                     | (length < np.where(flag > 0, 28, 24)), damaged)
         labels = words.view('<f4')[np.where(flag > 0, at + 8, at + 3)]
-        return RecordHeads(keys, begin, image, end, part, flag, labels)
+        return RecordHeads(self.keys, begin, image, end, part, flag, labels)
 
     def _end_of_images(self, heads):
         """The key after the last image by insightface's header: there its identities begin.

@@ -1,5 +1,4 @@
 """A face data set as it lies on disk: records, or a folder per person. Nothing is decoded here."""
-
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +53,6 @@ class FolderSource:
                                              return_inverse=True)
 
     def pass_over(self, why, path):
-        """Note what is left out, and why."""
         self.passed_over.setdefault(why, []).append(path)
 
     def look_into(self, folder):
@@ -93,16 +91,6 @@ def open_source(path):
                          f'person, {source.people[0]}: pack it anew with a label for each person '
                          '(some sets keep their labels in a list beside the .rec)')
     return source
-
-
-def passed_over(source):
-    """Sentences that name what a source holds beside images of people, one a reason."""
-    sentences = []
-    for why, paths in source.passed_over.items():
-        some = ', '.join(str(path.relative_to(source.path)) for path in paths[:3])
-        more = ', ...' if len(paths) > 3 else ''
-        sentences.append(f'{source.path}: passed over, {why}: {len(paths)} ({some}{more})')
-    return sentences
 
 
 def fingerprint(source):
