@@ -24,11 +24,9 @@ class _Bin(pickle._Unpickler):
     def find_class(self, module, name):
         if f'{module}.{name}'.replace('_core', 'core') not in (
                 '_codecs.encode', 'numpy.dtype', 'numpy.core.multiarray.scalar'):
-            if module.startswith('numpy'):
-                raise InputError(f'{self.path}: holds numpy arrays where image files should be: '
-                                 'pack it anew with image.tobytes() for each, and True or False')
             raise InputError(f'{self.path}: names {f"{module}.{name}"!r:.60}, which no such .bin '
-                             'needs, so that the file may be malicious: do not use it')
+                             'needs: do not use it, as it may be malicious; if it holds numpy '
+                             'arrays, pack it anew with image.tobytes() for each')
         return name
 
     def load_reduce(self):

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 
 from facekit.base import files, process
 from facekit.base.errors import InputError, counted
@@ -137,8 +136,6 @@ class FaceSet:
         return files.digest(content)[:16]
 
 
-# ------------------------------------------------------------------------------- loading
-
 def load(path, cfg, photos=True):
     """The FaceSet at `path`; of `photos` the alignment is looked at, too."""
     path = Path(path)
@@ -170,8 +167,6 @@ def load_release(variant):
                          f'`{command("reconstruct.py")}`')
     return load(path, variant.cfg, photos=False)
 
-
-# --------------------------------------------------------------------------- the first look
 
 def first_look(path, source, cfg, photos):
     """The hashes, uint64 (N,), of the sound image files of a source, and a list of the numbers of
@@ -205,8 +200,8 @@ def look_at_all(saved, mark, source, cfg, photos):
     parts = [range(first, min(first + PART, count)) for first in range(0, count, PART)]
     with ThreadPoolExecutor(process.cores()) as pool:
         looks = pool.map(lambda part: look_at(part, source, cfg, hashes), parts)
-        for some_damaged, some_cut in track(looks, f'looking at {source.path}', len(parts),
-                                            transient=True):
+        for part, (some_damaged, some_cut) in zip(parts, looks):
+            log.announce(f'looking at {source.path}, image {part.start} of {count}')
             damaged += some_damaged
             cut += some_cut
     sound = np.delete(np.arange(count), damaged)
