@@ -6,10 +6,8 @@ process, so that nothing inside can wait for another one.
 import contextlib
 import ctypes
 import datetime
-import errno
 import fcntl
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -260,22 +258,14 @@ def only_writer(path):
             path = Path(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(path.with_name(path.name + '.lock'), 'ab'))
-            if is_taken(file):
-                say(f'another run is making {path}: waiting for it')
-                while is_taken(file):
-                    time.sleep(0.2)
+            with contextlib.suppress(OSError):               # of a file system without locks
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    say(f'another run is making {path}: waiting for it')
+                    fcntl.flock(file, fcntl.LOCK_EX)
         barrier()
         yield
-
-
-def is_taken(file):
-    """Whether another process holds the lock of an open file; else this one does from now on, or
-    the file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES)
-    return False
 
 
 def make_once(path, ready, make):
