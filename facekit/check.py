@@ -73,8 +73,8 @@ def check_people(cfg, rows):
     public = undecoded(cfg.data.public, len(private)) if cfg.data.public else private
     folds = make_folds(private, public, cfg)
     process.say(count_release(folds, cfg).sentence(cfg.data.exclude))
-    both = sorted(name for name in set(public.people) & set(private.people)
-                  if not name.isdecimal())                      # 1, 2, ... are no names
+    both = [name for name in np.intersect1d(public.people, private.people)
+            if not name.isdecimal()]                            # 1, 2, ... are no names
     if public is not private and both:
         process.say(f'warning: {public.path} has {counted(len(both), "name")} of {private.path}, '
                     f'too ({both[0]}): if they are the same people, the models learn from whom '

@@ -24,8 +24,8 @@ OF_ROWS = 'mae.', 'irm.', 'reconstruct.', 'fr.', 'evaluate.', 'teacher.checkpoin
 
 
 class TextLoader(yaml.BaseLoader):
-    """Texts, lists and mappings; no key twice, of which YAML would keep the last one without a
-    word, and no aliases, by which a few lines can stand for more than fits into memory."""
+    """Texts, lists and mappings; no key twice, of which YAML would keep the last one, and no
+    aliases, by which a few lines can stand for more than fits into memory."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):

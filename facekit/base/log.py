@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from facekit.base import process
+from facekit.base import files, process
 from facekit.base.errors import optional
 
 
@@ -30,11 +30,10 @@ class StageLog:
             optional('tensorboard', 'tensorboard')
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(Path(folder, 'tensorboard', stage), purge_step=step + 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [line for line, entry in read_log(self.path) if entry['step'] <= step]
-        draft = self.path.with_name(self.path.name + '.tmp')
-        draft.write_text(''.join(f'{line}\n' for line in lines))
-        draft.replace(self.path)
+        with files.replacing(self.path) as file:
+            for line, entry in read_log(self.path):
+                if entry['step'] <= step:
+                    file.write(f'{line}\n'.encode())
 
     def seconds(self):
         """Seconds since this process began the stage."""
@@ -63,10 +62,8 @@ class StageLog:
         self.show(step, f'{images / seconds:,.0f} img/s', left, values)
 
     def show(self, step, speed, left, values):
-        """One line that is overwritten in a terminal, or a line of its own elsewhere.
-
-        `left`: seconds until the end of the stage. What does not fit is in the log.
-        """
+        """A line that is overwritten in a terminal, or one of its own elsewhere; `left`: seconds
+        until the end of the stage."""
         texts = {k: f'{v:.3g}' if isinstance(v, (int, float)) else v or '-'
                  for k, v in values.items() if k != 'lr'}
         shown = '  '.join(f'{k} {text}' for k, text in texts.items())

@@ -72,9 +72,5 @@ def read_bin(path):
 
 def write_bin(path, images, same):
     """Writes 2P image files (bytes) and P bools as read_bin reads them (pickle protocol 4)."""
-    images, same = [bytes(x) for x in images], [bool(x) for x in same]
-    if len(images) != 2 * len(same) or not all(images):
-        raise InputError(f'{path}: {len(images)} images make no {len(same)} pairs: give two for '
-                         'each, of which none is empty')
     with replacing(path) as file:
-        pickle.dump((images, same), file, protocol=4)
+        pickle.dump(([bytes(x) for x in images], [bool(x) for x in same]), file, protocol=4)

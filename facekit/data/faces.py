@@ -6,7 +6,6 @@ batches.py decides.
 """
 import hashlib
 import io
-import json
 import mmap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,8 +37,8 @@ class StreamedImages:
         self.shape = len(numbers), cfg.data.size, cfg.data.size, 3
         self.threads = max(1, process.cores() // process.on_this_node())
         self.pool = ThreadPoolExecutor(self.threads)
-        self.kept = self.place = None      # see keep()
         self.said = ''                     # what the user was told of how they are decoded
+        self.drop()
 
     def __len__(self):
         return len(self.numbers)
@@ -171,9 +170,8 @@ def load_release(variant):
 def first_look(path, source, cfg, photos):
     """The hashes, uint64 (N,), of the sound image files of a source, and a list of the numbers of
     the damaged ones, kept in the run folder for as long as the source stays the same."""
-    settings = {key: getattr(cfg.data, key) for key in ('size', 'on_size', 'on_corrupt')}
-    mark = json.dumps(settings | {'source': fingerprint(source)})
-    name = files.digest(repr([str(path.resolve()), settings]).encode())[:10]
+    asked = str(path.resolve()), cfg.data.size, cfg.data.on_size, cfg.data.on_corrupt
+    mark, name = fingerprint(source), files.digest(repr(asked).encode())[:10]
     saved = Path(cfg.run.folder, 'looks', f'{path.name}-{name}.npz')
     process.make_once(saved, lambda: is_current(saved, mark),
                       lambda: look_at_all(saved, mark, source, cfg, photos))
@@ -182,7 +180,7 @@ def first_look(path, source, cfg, photos):
 
 
 def is_current(saved, mark):
-    """Whether a file of first_look() is whole and of this source and these settings."""
+    """Whether a file of first_look() is whole and of this source."""
     try:
         with np.load(saved, allow_pickle=False) as look:
             content = {name: look[name] for name in ('mark', 'hashes', 'skipped')}   # check sums

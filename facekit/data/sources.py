@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 
-from facekit.base.errors import InputError, counted
+from facekit.base.errors import InputError
 from facekit.base.files import digest, open_bytes
 from facekit.data.records import Records
 
@@ -87,9 +87,8 @@ def open_source(path):
                          'set data.root to a .rec, or to a folder with train.rec, or with one '
                          'sub-folder of photos a person')
     if len(source.people) < 2:
-        raise InputError(f'{counted(len(source.labels), "image")} of {path} and all of one '
-                         f'person, {source.people[0]}: pack it anew with a label for each person '
-                         '(some sets keep their labels in a list beside the .rec)')
+        raise InputError(f'{path} has images of one person only, {source.people[0]}: pack it anew '
+                         'with a label for each (some sets keep theirs in a list beside the .rec)')
     return source
 
 
@@ -104,7 +103,6 @@ def is_drawn(folder):
     byte."""
     folder = Path(folder).parent if Path(folder).name == 'train.rec' else Path(folder)
     try:
-        record, told = folder / 'train.rec', (folder / DRAWN).read_text()
-        return told == digest(record.read_bytes())
+        return (folder / DRAWN).read_text() == digest((folder / 'train.rec').read_bytes())
     except (OSError, ValueError):
         return False
