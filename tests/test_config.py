@@ -67,8 +67,8 @@ def test_a_text_becomes_what_its_key_says(assignment, value):
     ('reconstruct.method=blur reconstruct.blur_sigma=60', 'blur_sigma'),
     ('reconstruct.method=pixelate reconstruct.pixelate_block=4096', 'pixelate_block'),
     *((f'compare={{a:[{change}]}}', f'compare.a.*{key}') for change, key in {
-        'run.folder=b': 'run.folder', '"data={exclude: [x]}"': 'data.exclude', 'mae.lr': 'mae.lr',
-        '"toy={seed: 3}"': 'toy.seed', '"teacher={epochs: 3}"': 'teacher.epochs', '[]': 'text',
+        'run.folder=b': 'run.folder', '"data={exclude: [x]}"': 'data', 'mae.lr': 'mae.lr',
+        '"toy={seed: 3}"': 'toy', '"teacher={epochs: 3}"': 'teacher', '[]': 'text',
         'judge.seed=9': 'judge.seed', 'stage=judge': 'stage', 'mae.x=1': 'mae.x'}.items())])
 def test_what_cannot_be_is_one_sentence_before_anything_begins(assignments, words):
     with pytest.raises(InputError, match=words) as error:
