@@ -1,8 +1,4 @@
-"""What several processes share: their number, the device, what they tell each other.
-
-What rank 0 does alone, it does in `with alone()` or `on_rank_0(do)`: there it counts as the only
-process, so that nothing inside can wait for another one.
-"""
+"""What several processes share: their number, the device, what they tell each other."""
 import contextlib
 import ctypes
 import datetime

@@ -84,13 +84,7 @@ def groups_of(people, cfg):
     """Numbers of the groups to release, each with bool (P,): which people are in it."""
     if cfg.data.public:
         return [(0, np.ones(len(people), bool))]
-    if cfg.data.folds < 2:
-        raise InputError('data.folds = 1 leaves nobody public: set data.folds=2 or more, '
-                         'or data.public to another data set')
     wanted = sorted(set(cfg.data.release_folds)) or range(cfg.data.folds)
-    if max(wanted) >= cfg.data.folds:
-        raise InputError(f'data.release_folds = {wanted} names a group that does not exist: '
-                         f'data.folds = {cfg.data.folds} makes 0..{cfg.data.folds - 1}')
     group = np.array([int(share_of(name, cfg.data.split_seed) * cfg.data.folds)
                       for name in people])
     return [(k, group == k) for k in wanted]
@@ -117,7 +111,8 @@ def check_disjoint(fold):
     """Refuse a fold that shares a person or a picture between public and private."""
     if not len(fold.released) or not len(fold.train):
         raise InputError(f'fold {fold.k} has {len(fold.train)} public and {len(fold.released)} '
-                         'private images: change data.folds, data.min_images or data.validation')
+                         'private images: change data.folds, data.release_folds, data.min_images '
+                         'or data.validation, or set data.public to another data set')
     public, private = fold.public, fold.private
     rows = np.union1d(fold.mae, fold.validation)
     shared = np.intersect1d(public.labels[rows], private.labels[fold.released])
