@@ -1,11 +1,9 @@
-"""Checks before the first stage and behind a release: what cannot end well is said, and nothing is
-published that is not what it should be."""
+"""Checks before the first stage: what cannot end well is said, in seconds."""
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import models
 from facekit.base import process
 from facekit.base.config import variants
 from facekit.base.errors import InputError, counted, optional
@@ -20,13 +18,9 @@ from facekit.privacy.release import read_secret
 FEW_PEOPLE = 200  # from fewer no recogniser learns what strangers look like
 
 
-# ---------------------------------------------------------------------- a whole experiment
-
 def check_experiment(cfg, compare):
-    """Say what a run will do, or refuse it if one of its stages would fail; takes seconds.
-
-    Nothing is decoded, trained or written.
-    """
+    """Say what a run will do, or refuse it if one of its stages would fail. Nothing is decoded,
+    trained or written."""
     rows = variants(cfg, compare)
     for variant in rows:
         check_models(variant.cfg)
@@ -41,7 +35,8 @@ def check_experiment(cfg, compare):
         process.say(f'toy faces will be drawn into {cfg.data.root}')
     else:
         check_people(cfg, rows)
-    for path in (find_set(name, cfg) for name in cfg.evaluate.sets):
+    for name in cfg.evaluate.sets:
+        path = find_set(name, cfg)
         if not (drawn and path.name == 'toy.bin'):
             read_pairs(path)
     names = ', '.join(f'{v.name} (seed {v.seed})' for v in rows)
@@ -51,18 +46,9 @@ def check_experiment(cfg, compare):
 
 def check_models(cfg):
     """Refuse sizes of nets that do not fit each other; on the meta device nothing is allocated."""
-    strength = protect.method_of(cfg).strength
-    if strength and not hasattr(cfg.reconstruct, strength):
-        raise InputError(f'reconstruct.{strength}, the strength of the method '
-                         f'{cfg.reconstruct.method}, is no key: add it to configs/casia.yaml')
-    with torch.device('meta'):
-        if cfg.reconstruct.method == 'facemae':
+    if cfg.reconstruct.method == 'facemae':
+        with torch.device('meta'):
             protect.build_mae(cfg.mae, cfg.data.size)
-        for section in ('teacher', 'judge', 'fr'):
-            try:
-                models.iresnet(getattr(cfg, section).depth, 1)
-            except ValueError as error:
-                raise InputError(f'{section}.depth: {error}') from None
     if protect.method_of(cfg).draws_mask:
         for ratio in {cfg.mae.mask_ratio, cfg.reconstruct.mask_ratio}:
             protect.visible_count(cfg.data.size, cfg.mae.patch, ratio)
@@ -87,7 +73,16 @@ def check_people(cfg, rows):
     public = undecoded(cfg.data.public, len(private)) if cfg.data.public else private
     folds = make_folds(private, public, cfg)
     process.say(count_release(folds, cfg).sentence(cfg.data.exclude))
-    warn_of_people(folds)
+    both = [name for name in np.intersect1d(public.people, private.people)
+            if not name.isdecimal()]                            # 1, 2, ... are no names
+    if public is not private and both:
+        process.say(f'warning: {public.path} has {counted(len(both), "name")} of {private.path}, '
+                    f'too ({both[0]}): if they are the same people, the models learn from whom '
+                    'they shall protect; take them out of one')
+    fewest = min(len(np.unique(public.labels[fold.train])) for fold in folds)
+    if fewest < FEW_PEOPLE:
+        process.say(f'warning: attackers learn from {fewest} people: others may find far more '
+                    'than they do')
     if len(folds) == 1 and cfg.data.validation:
         check_held_back(folds[0])
     for variant in rows:
@@ -100,26 +95,8 @@ def check_people(cfg, rows):
                                  f'from, {count} images: use a smaller one')
 
 
-def warn_of_people(folds):
-    """Say what may be wrong with who is public, which only the user can tell."""
-    public, private = folds[0].public, folds[0].private
-    both = sorted(name for name in set(public.people) & set(private.people)
-                  if not name.isdecimal())                      # 1, 2, ... are no names
-    if public is not private and both:
-        process.say(f'warning: {public.path} has {counted(len(both), "name")} of {private.path}, too '
-                    f'({both[0]}): if they are the same people, the models learn from whom they shall '
-                    'protect; take them out of one')
-    fewest = min(len(np.unique(public.labels[fold.train])) for fold in folds)
-    if fewest < FEW_PEOPLE:
-        process.say(f'warning: attackers learn from {fewest} people: others may find far more than '
-                    'they do')
-
-
 def undecoded(path, first=0):
     """The FaceSet at `path` without its images; numbers from `first` on stand for their hashes."""
     source = open_source(Path(path))
-    count = len(source.labels)
-    return FaceSet(Path(path), None, source.labels, source.people,
-                   np.arange(first, first + count, dtype=np.uint64), [], source)
-
-
+    hashes = np.arange(first, first + len(source.labels), dtype=np.uint64)
+    return FaceSet(Path(path), None, source.labels, source.people, hashes, [], source)

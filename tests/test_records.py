@@ -249,8 +249,8 @@ NUMBERS = float('nan'), float('inf'), -float('inf'), -1, 0.5, 3e30, EXACT
     ([payload([3, 4], 0, b''), ONE], None, ['keys 1 to 2']),
     ([ONE, payload(0, 1, b'')], None, ['key 1 ', 'no image']),
     *(([ONE, TWO], index, [word]) for index, word in (
-        (b'', 'empty'), (b'\n', 'line 1'), (b'0\t0\n1 40\n', 'line 2'), (b'0\t0\n1\n', 'line 2'),
-        (b'0\t0\nx\t40\n', 'line 2'), (b'-1\t0\n', 'line 1'), (b'0\t0\n1\t0\n', 'key 1'),
+        (b'', 'empty'), (b'\n', 'lines'), (b'0\t0\n1 40\n', 'lines'), (b'0\t0\n1\n', 'lines'),
+        (b'0\t0\nx\t40\n', 'lines'), (b'-1\t0\n', 'lines'), (b'0\t0\n1\t0\n', 'key 1'),
         (b'0\t0\n0\t64\n', 'key 0'), (b'0\t0\n0\t64\n', 'anew with a key for each image'),
         (b'0\t0\n1\t8\n', 'key 1'), (b'0\t0\n1\t5000\n', 'key 1'), (b'0\t0\n1\t37\n', 'key 1'),
         (b'0\t0\n1\t99999999999999999999999999\n', 'key 1')))])
@@ -305,7 +305,8 @@ def test_bins_of_all_kinds_are_read(tmp_path):
         found, same = read_bin(str(tmp_path / 'a.bin'))
         assert found == PAIR and same.dtype == bool and same.tolist() == SAME
     for bad in ((PAIR[:3], SAME), (PAIR, [True]), ([*PAIR[:3], b''], SAME)):
-        refused(['a.bin'], write_bin, tmp_path / 'a.bin', *bad)
+        write_bin(tmp_path / 'a.bin', *bad)
+        refused(['a.bin'], read_bin, tmp_path / 'a.bin')
 
 
 class Call:
@@ -387,8 +388,6 @@ def test_encode_and_decode():
                     for q in (50, 95))
     assert fine < coarse and fine < 4
     assert b'Exif' not in encode(image) and encode(image) == encode(image)
-    for form, quality in (('gif', 95), ('jpeg', 0), ('jpeg', 101)):
-        refused([form], encode, image, form, quality)
     files = [encode(noise(i, 40, 40)) for i in range(50)]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda x: decode(x, 'x'), files))

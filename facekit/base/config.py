@@ -24,8 +24,8 @@ OF_ROWS = 'mae.', 'irm.', 'reconstruct.', 'fr.', 'evaluate.', 'teacher.checkpoin
 
 
 class TextLoader(yaml.BaseLoader):
-    """Texts, lists and mappings; no key twice, of which YAML would keep the last one without a
-    word, and no aliases, by which a few lines can stand for more than fits into memory."""
+    """Texts, lists and mappings; no key twice, of which YAML would keep the last one, and no
+    aliases, by which a few lines can stand for more than fits into memory."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -44,16 +44,13 @@ class TextLoader(yaml.BaseLoader):
 
 def read_yaml(path):
     """The mapping in a YAML file, with texts for values."""
-    if not os.path.isfile(path):           # False, too, for a path that no file can have
-        raise InputError(f'config {path} does not exist: name one, such as configs/toy.yaml')
     try:
         content = yaml.load(path.read_text(encoding='utf-8'), TextLoader)
     except Exception as e:                 # bytes and deep nesting raise errors of many kinds
-        raise InputError(f'config {path} is not YAML ({" ".join(str(e).split())[:200]}): write it '
-                         'as configs/casia.yaml is written') from None
+        raise InputError(f'config {path} is no readable YAML ({" ".join(str(e).split())[:200]}): '
+                         'name a file such as configs/toy.yaml') from None
     if not isinstance(content, dict) or any('.' in name for name in content):
-        raise InputError(f'config {path} must have lines "section:" and below them '
-                         '"  key: value", as configs/casia.yaml has')
+        raise InputError(f'config {path} has other lines than "section:" and "  key: value"')
     return content
 
 
@@ -119,7 +116,7 @@ def set_keys(config, changes, where):
             raise InputError(f'{where}: {name} = {quoted(value)} is a section: set {name}.KEY')
         elif name not in SPECS:
             near = ([known for known in SPECS if known.endswith(f'.{key}')]
-                    or difflib.get_close_matches(name[:100], [*SECTIONS, *SPECS]))
+                    or difflib.get_close_matches(name[:100], SPECS))
             raise InputError(f'{where}: key {quoted(name)} is unknown: did you mean '
                              f'{" or ".join(near) or "one in configs/casia.yaml"}?')
         else:
@@ -153,10 +150,10 @@ def resolve(path, assignments=()):
     path = Path(path)
     chain = [(path, read_yaml(path))]
     while base := chain[0][1].get('base'):
-        if len(chain) > 8:
-            raise InputError(f'config {path}: base leads round in a circle: remove one of them')
         before = chain[0][0]
         file = before.parent / check_value(f'{before}: base', base, SPECS['base'])
+        if len(chain) > 8:
+            raise InputError(f'config {path}: base leads round in a circle: remove one of them')
         chain.insert(0, (file, read_yaml(file)))
     chain.insert(0, (CONFIGS / 'casia.yaml', read_yaml(CONFIGS / 'casia.yaml')))
     config = {}
@@ -179,10 +176,8 @@ def config_of_row(config, name):
     row, where = copy.deepcopy(config), f'{config["run"]["config"]}: compare.{name}'
     for change in config['compare'][name]:
         assign(row, change, where)
-    for key in SPECS:
-        section, _, last = key.rpartition('.')
-        before, after = (c[section][last] if section else c[last] for c in (config, row))
-        if before != after and not key.startswith(OF_ROWS):
+        key = change.partition('=')[0]
+        if not f'{key}.'.startswith(OF_ROWS):
             raise InputError(f'{where} sets {key}, which all rows share: set it for all of them')
     return row
 
@@ -217,11 +212,8 @@ def check_together(config):
 
 @dataclass
 class Variant:
-    """A row of a comparison with one seed: its config, and where its files lie.
-
-    Those of the method itself with run.seed lie in the run folder, others in sub-folders of it, so
-    that teacher and judge are shared.
-    """
+    """A row of a comparison with one seed, and where its files lie: those of the method itself
+    with run.seed in the run folder, others in sub-folders of it."""
     name: str                 # of the row, as tables show it
     seed: int                 # run.seed of this repetition
     cfg: SimpleNamespace      # resolved for the row

@@ -8,10 +8,7 @@ class InputError(ValueError):
 
 def quoted(value):
     """A value as it is named in a sentence, shortened."""
-    try:
-        text = repr(value)
-    except ValueError:                     # of an integer with thousands of digits
-        text = 'a huge number'
+    text = repr(value)
     return text if len(text) <= 100 else f'{text[:100]} ...'
 
 

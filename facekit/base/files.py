@@ -9,15 +9,11 @@ from pathlib import Path
 
 from facekit.base.errors import InputError
 
-# ---------------------------------------------------------------------- writing and reading
 
 @contextlib.contextmanager
 def replacing(path):
-    """A binary file to write that takes the place of `path` once it is whole.
-
-    Only one run may write a path at a time (see only_writer): the draft's name is fixed, so that
-    what a killed run left is overwritten by the next.
-    """
+    """A binary file to write that takes the place of `path` once it is whole; what a killed run
+    left of it is overwritten by the next. One run at a time, see process.only_writer()."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + '.tmp')
@@ -33,19 +29,11 @@ def replacing(path):
 
 @contextlib.contextmanager
 def replacing_folder(path):
-    """An empty folder to fill that takes the place of the folder `path` once it is whole.
-
-    A draft that was not finished stays until the next try, as after a kill.
-    """
+    """An empty folder to fill that takes the place of the folder `path` once it is whole."""
     draft = path.with_name(path.name + '.tmp')
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     yield draft
-    replace_folder(path, draft)
-
-
-def replace_folder(path, draft):
-    """Let a folder that is whole take the place of the folder `path`."""
     shutil.rmtree(path, ignore_errors=True)
     os.sync()                           # see replacing()
     draft.rename(path)
@@ -80,9 +68,6 @@ def read_json(path):
     raise InputError(f'{path} is missing or damaged: put it back, or delete what was made with it')
 
 
-# ----------------------------------------------------------------------------------- parts
-
-
 def entry(mapping, key):
     """mapping[key] if it is a dict, else an empty one."""
     value = mapping.get(key)
@@ -92,5 +77,3 @@ def entry(mapping, key):
 def digest(content):
     """SHA-256 of bytes, 64 hex digits."""
     return hashlib.sha256(content).hexdigest()
-
-

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import traceback
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,14 +36,12 @@ class Stop:
 
     @staticmethod
     def request(number, frame):
-        """Signal handler."""
         if Stop.requested and number == signal.SIGINT:     # Slurm and torchrun both send SIGTERM
             Stop.interrupt(number, frame)
         Stop.requested = True
 
     @staticmethod
     def interrupt(number, frame):
-        """Signal handler that ends the process at once."""
         Stop.interrupted = True
         raise KeyboardInterrupt
 
@@ -78,20 +75,14 @@ def command(script, *extra):
     return shlex.join(['python', script, *arguments, *extra])
 
 
-def git(*words):
-    """Output of a git command in the kit's folder, '' if git is missing or fails."""
-    with contextlib.suppress(OSError):
-        return subprocess.run(['git', *words], cwd=CONFIGS, capture_output=True,
-                              text=True).stdout.strip()
-    return ''
-
-
 def commit():
     """The kit's git commit, or its version where it is no clone."""
-    top = git('rev-parse', '--show-toplevel')
-    if top and Path(top).resolve() == CONFIGS.parent.resolve():   # else it is another repository's
-        return git('describe', '--always', '--dirty', '--abbrev=12')
-    return f'version {VERSION}'
+    name = ''
+    with contextlib.suppress(OSError):                            # no git
+        if (CONFIGS.parent / '.git').exists():                    # else it is another repository's
+            name = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'],
+                                  cwd=CONFIGS, capture_output=True, text=True).stdout.strip()
+    return name or f'version {VERSION}'
 
 
 def provenance(device):
@@ -106,9 +97,8 @@ def provenance(device):
 def launch(main, check):
     """Parse the command line and run `main(cfg, device, compare)`, or `check(cfg, compare)`.
 
-    cfg is the resolved config as nested namespaces (`cfg.mae.lr`). Wrong input becomes one
-    sentence. Exit code 0 = done, 2 = wrong input, 130 = stopped by the keyboard. base/start.py
-    answers --help.
+    Exit code 0 = done, 2 = wrong input, which becomes one sentence, 130 = stopped by the keyboard.
+    base/start.py answers --help.
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('--config')
@@ -116,14 +106,12 @@ def launch(main, check):
     parser.add_argument('--check', action='store_true')
     parser.add_argument('set', nargs='*')
     args = parser.parse_intermixed_args()
-    folder = 'the run folder'
     signal.signal(signal.SIGINT, Stop.interrupt)
     try:
         words = args.set
         if not args.config and words and '=' not in words[0]:
             args.config, *words = words
         cfg = namespace(resolve(args.config or CONFIGS / 'toy.yaml', words))
-        folder = cfg.run.folder
         if args.check:
             check(cfg, args.compare)
         else:
@@ -134,7 +122,7 @@ def launch(main, check):
     except Exception as error:
         if Stop.interrupted:               # a library's C code can make another exception of it
             leave(130)
-        if sentence := explanation(error, folder):
+        if sentence := explanation(error):
             print(f'error: {printable(sentence)}', file=sys.stderr)
             leave(2)
         traceback.print_exc()
@@ -143,11 +131,8 @@ def launch(main, check):
 
 
 def leave(code):
-    """End the process with an exit code.
-
-    Where it failed, other processes wait for this one, and to take leave of them would be to wait
-    for them: it ends at once, and its launcher then ends the others.
-    """
+    """End the process with an exit code. Where it failed, others wait for this one: it takes no
+    leave of them, and its launcher ends them."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)       # no traceback of a process that leaves
     sys.stdout.flush()
     sys.stderr.flush()
@@ -159,22 +144,18 @@ def leave(code):
     sys.exit(code)
 
 
-def explanation(error, folder):
+def explanation(error):
     """The sentence that tells a user what an exception means, or '' for a fault of the code."""
-    text = ' '.join(str(error).split())[:150]
     if isinstance(error, InputError):
         return str(error)
-    if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = 'free space or choose another run.folder' if full else 'check path and rights'
-        return (f'{error.filename or folder}: {error.strerror}: {remedy}, then run the same '
-                'command again') if full or error.filename else ''
+    text = ' '.join(str(error).split())[:150]
+    full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+    if isinstance(error, OSError) and (error.filename or error.errno in full):
+        return (f'{error.filename or "the run folder"}: {error.strerror}: check path, rights and '
+                'space, then run the same command again')
     if isinstance(error, MemoryError) or re.search('out of memory|allocate memory', text):
         return (f'memory is too small ({text}): choose a smaller net, mae.micro_batch, '
                 'fr.norm_batch or reconstruct.batch')
-    if re.search(r'No working C\+\+ compiler|Failed to find C compiler', text):
-        return ('run.compile = true finds no C++ compiler: install g++, or use '
-                'run.compile=false')
     if (isinstance(error, RuntimeError) and world() > 1
             and re.search('[Cc]onnection|NCCL|[Tt]imed out|[Tt]imeout', text)):
         return (f'another process of this run died or hangs ({text}): see its message; the same '

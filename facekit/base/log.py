@@ -11,15 +11,14 @@ from pathlib import Path
 
 import torch
 
-from facekit.base import process
+from facekit.base import files, process
 from facekit.base.errors import optional
 
 
 class StageLog:
     """Log of one stage, <folder>/log/<stage>.jsonl, written by rank 0.
 
-    A stage that continues from `step` first drops its later lines, so that the log of an
-    interrupted run reads like that of an undisturbed one.
+    A stage that continues from `step` first drops its later lines.
     """
 
     def __init__(self, folder, stage, total, step=0, tensorboard=False):
@@ -31,11 +30,10 @@ class StageLog:
             optional('tensorboard', 'tensorboard')
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(Path(folder, 'tensorboard', stage), purge_step=step + 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [line for line, entry in read_log(self.path) if entry['step'] <= step]
-        draft = self.path.with_name(self.path.name + '.tmp')
-        draft.write_text(''.join(f'{line}\n' for line in lines))
-        draft.replace(self.path)
+        with files.replacing(self.path) as file:
+            for line, entry in read_log(self.path):
+                if entry['step'] <= step:
+                    file.write(f'{line}\n'.encode())
 
     def seconds(self):
         """Seconds since this process began the stage."""
@@ -55,51 +53,38 @@ class StageLog:
                  'memory_gib': round(peak_memory() / 2 ** 30, 2)}
         with open(self.path, 'a') as file:
             file.write(json.dumps(entry) + '\n')
-        for name, value in entry.items() if self.writer else ():
-            if isinstance(value, (int, float)) and name != 'step':
-                self.writer.add_scalar(name, value, step)
         if self.writer:
+            for name, value in entry.items():
+                if isinstance(value, (int, float)) and name != 'step':
+                    self.writer.add_scalar(name, value, step)
             self.writer.flush()
         left = seconds / max(step - self.first, 1) * (self.total - step)
         self.show(step, f'{images / seconds:,.0f} img/s', left, values)
 
     def show(self, step, speed, left, values):
-        """One line that is overwritten in a terminal, or a line of its own elsewhere.
-
-        `left`: seconds until the end of the stage. What does not fit is in the log.
-        """
-        shown = '  '.join(f'{k} {as_text(k, v)}' for k, v in values.items() if k != 'lr')
+        """A line that is overwritten in a terminal, or one of its own elsewhere; `left`: seconds
+        until the end of the stage."""
+        texts = {k: f'{v:.3g}' if isinstance(v, (int, float)) else v or '-'
+                 for k, v in values.items() if k != 'lr'}
+        shown = '  '.join(f'{k} {text}' for k, text in texts.items())
         left = datetime.timedelta(seconds=round(left))
-        if not sys.stdout.isatty():
-            line = f'[{self.stage}] {step}/{self.total}  {left} left  {speed}  {shown}'
-            print(line[:100], flush=True)
-            return
         stage = ' '.join(filter(None, [os.environ.get('STAGE'), self.stage]))
-        done = round(12 * step / self.total)
-        bar = '━' * done + '·' * (12 - done)
-        overwrite(f'[{stage}] {bar} {step}/{self.total} {left} {speed}  {shown}',
-                  step == self.total)
+        line = f'[{stage}] {step}/{self.total}  {left} left  {speed}  {shown}'
+        if sys.stdout.isatty():
+            overwrite(line, '\n' if step == self.total else '')
+        else:
+            print(line[:100], flush=True)
 
     def announce(self, text):
         """Say what is being done in a terminal's live line; it is not logged."""
         if process.rank() == 0 and sys.stdout.isatty():
-            overwrite(f'[{self.stage}] {text} ...', False)
+            overwrite(f'[{self.stage}] {text} ...')
 
 
-def overwrite(line, last):
+def overwrite(line, end=''):
     """Replace the live line of a terminal; the last one of a stage remains."""
     width = shutil.get_terminal_size().columns - 1
-    sys.stdout.write('\r\x1b[K' + line[:width] + '\n' * last)
-    sys.stdout.flush()
-
-
-def as_text(key, value):
-    """A value of a log line for people."""
-    if value is None:
-        return '-'
-    if key == 'accuracy':
-        return f'{100 * value:.1f} %'
-    return f'{value:.3g}' if isinstance(value, (int, float)) else str(value)
+    print('\r\x1b[K' + line[:width], end=end, flush=True)
 
 
 def read_log(path):

@@ -5,7 +5,7 @@ images, nets and secret that went into it.
 """
 import re
 
-from facekit.base.config import CONFIGS, as_dict, resolve
+from facekit.base.config import as_dict
 from facekit.base.errors import InputError, quoted
 
 # Keys that change how a thing is made but not what it is
@@ -15,12 +15,7 @@ HARMLESS = {'mae.micro_batch', 'mae.preview_epochs', 'reconstruct.batch', 'recon
 
 def settings(cfg, keys):
     """{section.key: text} of what sections or keys of a config say, without what is HARMLESS."""
-    return texts(as_dict(cfg), keys)
-
-
-def texts(config, keys):
-    """settings() of nested dicts."""
-    found = {}
+    config, found = as_dict(cfg), {}
     for key in keys:
         section, _, name = key.partition('.')
         names = [name] if name else sorted(config[section])
@@ -29,26 +24,18 @@ def texts(config, keys):
 
 
 def differences(then, now):
-    """What is another one now, a list of texts for a sentence; both {what: text}.
-
-    A key that did not exist then equals its default; `then` is from a file, which can hold
-    anything.
-    """
-    differ, new = [], [what for what in now if what not in then and '.' in what]
-    if new:
-        then = texts(resolve(CONFIGS / 'casia.yaml'), new) | then
+    """What is another one now, a list of texts for a sentence; both {what: text}, `then` from a
+    file, which can hold anything."""
+    differ = []
     for what, text in now.items():
         before = then.get(what)
         if before != text and re.fullmatch(r'[0-9a-f]{16,}', text):
             differ.append(f'another {what}')
         elif before != text:
-            differ.append(f'another {what} ({shortened(before)} then, {shortened(text)} now)')
+            before, text = (value if isinstance(value, str) and len(value) <= 100 else
+                            quoted(value) for value in (before, text))
+            differ.append(f'another {what} ({before} then, {text} now)')
     return differ
-
-
-def shortened(value):
-    """A text, or what stands in its place in a file, as it is named in a sentence."""
-    return value if isinstance(value, str) and len(value) <= 100 else quoted(value)
 
 
 def check_made_from(path, then, now, remedy):

@@ -1,16 +1,9 @@
-"""What several processes share: their number, the device, what they tell each other.
-
-What rank 0 does alone, it does in `with alone()` or `on_rank_0(do)`: there it counts as the only
-process, so that nothing inside can wait for another one.
-"""
+"""What several processes share: their number, the device, what they tell each other."""
 import contextlib
 import ctypes
 import datetime
-import errno
 import fcntl
-import math
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -20,9 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from facekit.base import files
 from facekit.base.errors import InputError, printable
 
-GROUP_FILES = {     # of a control group's memory: the limit, what is used, what of it caches files
-    '': ('memory.max', 'memory.current', 'inactive_file'),                          # version 2
-    'memory': ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')}
 TIMEOUT = datetime.timedelta(days=1)    # of who waits for rank 0, which may look at 42 M images
 
 
@@ -44,8 +34,7 @@ def world():
 
 @contextlib.contextmanager
 def alone():
-    """While inside, this process counts as the only one: world() is 1, and what otherwise waits
-    for the others (barrier, broadcast, only_writer, ...) does not."""
+    """While inside, world() is 1, and nothing (barrier, only_writer, ...) waits for others."""
     before, Group.alone = Group.alone, True
     try:
         yield
@@ -78,8 +67,9 @@ def broadcast(value):
 
 def agree_on(net):
     """Give all processes the weights of rank 0, as GPUs may have rounded differently."""
-    for value in net.state_dict().values() if world() > 1 else ():
-        dist.broadcast(value, 0)
+    if world() > 1:
+        for value in net.state_dict().values():
+            dist.broadcast(value, 0)
 
 
 def collect(value):
@@ -88,15 +78,6 @@ def collect(value):
         return [value]
     values = [None] * world() if rank() == 0 else None
     dist.gather_object(value, values, group=Group.host)
-    return values
-
-
-def everywhere(value):
-    """The values of all processes, any picklable objects, in rank order, on all of them."""
-    if world() == 1:
-        return [value]
-    values = [None] * world()
-    dist.all_gather_object(values, value, group=Group.host)
     return values
 
 
@@ -139,7 +120,11 @@ def start_processes(cfg):
         torch.backends.cudnn.allow_tf32 = cfg.run.precision != 'fp32'
         torch.backends.cudnn.benchmark = not cfg.run.deterministic
     else:
-        keep_freed_memory()
+        # Let glibc keep large buffers: to fault their pages in again at each step takes half of it
+        with contextlib.suppress(OSError, AttributeError):          # other C libraries
+            libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
+            libc.mallopt(mmap_threshold, 1 << 30)
+            libc.mallopt(trim_threshold, (1 << 31) - 1)
     say_if_emulated(cfg.run.precision, device)
     return device
 
@@ -148,28 +133,25 @@ def choose_device(cfg):
     """The device of this process by run.device: its own GPU, or the CPU."""
     if cfg.run.device == 'cpu' or cfg.run.device == 'auto' and not torch.cuda.is_available():
         return torch.device('cpu')
-    if not torch.cuda.is_available():
-        raise InputError('run.device = cuda, but torch sees no GPU: use run.device=auto, or '
-                         'install the torch build for your driver')
     local, count = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
     if local >= count:
-        raise InputError(f'process {local} of this machine has no GPU of its own, as there are '
-                         f'{count}: start {count} processes at most, or use run.device=cpu')
+        raise InputError(f'process {local} of this machine has no GPU of its own, as torch sees '
+                         f'{count}: start as many processes at most, or use run.device=cpu')
     torch.cuda.set_device(local)
     return torch.device('cuda', local)
 
 
 def say_if_emulated(precision, device):
     """Say so where the device has no instructions for half precision, which is slow without."""
-    if device.type == 'cuda':
-        if precision == 'bf16' and not torch.cuda.is_bf16_supported(including_emulation=False):
-            say('run.precision = bf16, which this GPU can only emulate: use run.precision=fp16')
-        return
-    check = f'_is_mkldnn_{precision}_supported'
-    with contextlib.suppress(AttributeError):            # builds of torch without oneDNN
-        if precision != 'fp32' and not getattr(torch.ops.mkldnn, check)():
-            say(f'run.precision = {precision}, which this CPU can only emulate: training is about '
-                'ten times slower than in float32: use run.precision=fp32')
+    remedy, supported = '', True
+    if device.type == 'cuda' and precision == 'bf16':
+        remedy, supported = 'fp16', torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == 'cpu' and precision != 'fp32':
+        remedy = 'fp32'
+        supported = getattr(torch.ops.mkldnn, f'_is_mkldnn_{precision}_supported', lambda: True)()
+    if not supported:
+        say(f'run.precision = {precision}, which this device can only emulate, ten times slower: '
+            f'use run.precision={remedy}')
 
 
 def free_memory(device):
@@ -179,41 +161,23 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0] + kept
     # Not SC_AVPHYS_PAGES, which counts no page that only caches a file
     lines = dict(line.split(':') for line in Path('/proc/meminfo').read_text().splitlines())
-    return min(1024 * int(lines['MemAvailable'].split()[0]), free_in_groups())
-
-
-def free_in_groups():
-    """Bytes that this process's control groups, a container's or a Slurm job's, leave it."""
-    free = [math.inf]
+    free = [1024 * int(lines['MemAvailable'].split()[0])]
     with contextlib.suppress(OSError):                    # a kernel without control groups
-        for line in Path('/proc/self/cgroup').read_text().splitlines():
-            _, kind, group = line.split(':', 2)
-            if kind in GROUP_FILES:
-                folder = Path('/sys/fs/cgroup', kind, group.strip('/'))
-                free += [left_in(place, *GROUP_FILES[kind]) for place in (folder, *folder.parents)]
+        group = Path('/proc/self/cgroup').read_text().rpartition('::/')[2].strip()
+        folder = Path('/sys/fs/cgroup', group)
+        free += [left_in(place) for place in (folder, *folder.parents)]
     return min(free)
 
 
-def left_in(folder, limit, used, cached):
-    """Bytes that the control group with these files leaves; infinity if it sets no limit, or
-    `folder` is none."""
+def left_in(folder):
+    """Bytes that a control group (version 2) leaves, a container's or a Slurm job's; infinity if
+    it sets no limit, or `folder` is none."""
     try:
-        limit, used = (int((folder / name).read_text()) for name in (limit, used))
+        limit, used = (int((folder / f'memory.{name}').read_text()) for name in ('max', 'current'))
         counts = dict(line.split() for line in (folder / 'memory.stat').read_text().splitlines())
-        return limit - used + int(counts[cached])
+        return limit - used + int(counts['inactive_file'])
     except (OSError, ValueError):                         # for example the limit "max"
-        return math.inf
-
-
-def keep_freed_memory():
-    """Let glibc keep large buffers instead of handing them back to the kernel at every step.
-
-    Each page would be faulted in again; keeping them doubles the speed of large CPU batches.
-    """
-    with contextlib.suppress(OSError, AttributeError):          # other C libraries
-        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
+        return float('inf')
 
 
 def own_share(batch, key):
@@ -236,7 +200,7 @@ def parallel(module):
 
 def average_next(wanted, *modules):
     """Whether the next backward pass averages the gradients of parallel() modules, or leaves them
-    to a later one: what no_sync() sets around a pass."""
+    to a later one."""
     for module in modules:
         if isinstance(module, DistributedDataParallel):
             module.require_backward_grad_sync = wanted
@@ -271,9 +235,8 @@ def dealt(count, do):
     All processes call it, and do() takes a process's own numbers in rising order.
     """
     done = {number: do(number) for number in range(rank(), count, world())}
-    for some in everywhere(done):
-        done |= some
-    return [done[number] for number in range(count)]
+    parts = broadcast(collect(done))
+    return [parts[number % world()][number] for number in range(count)]
 
 
 def write_json(path, content):
@@ -284,40 +247,21 @@ def write_json(path, content):
 
 @contextlib.contextmanager
 def only_writer(path):
-    """While inside, this run alone writes `path`; another that wants to waits with a sentence.
-
-    The lock ends with its process, however that ends. A file system without locks, as on some
-    clusters, leaves it to the user to start nothing twice.
-    """
+    """While inside, this run alone writes `path`; another that wants to waits with a sentence. A
+    file system without locks leaves it to the user to start nothing twice."""
     with contextlib.ExitStack() as stack:
         if rank() == 0:
-            stack.enter_context(locked(Path(path)))
+            path = Path(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path.with_name(path.name + '.lock'), 'ab'))
+            with contextlib.suppress(OSError):               # of a file system without locks
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    say(f'another run is making {path}: waiting for it')
+                    fcntl.flock(file, fcntl.LOCK_EX)
         barrier()
         yield
-
-
-@contextlib.contextmanager
-def locked(path):
-    """Hold the lock <path>.lock while inside; waits for another process that holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + '.lock'), 'ab') as file:
-        waiting = False
-        while is_taken(file):
-            if not waiting:
-                say(f'another run is making {path}: waiting for it')
-            waiting = True
-            time.sleep(0.2)
-        yield
-
-
-def is_taken(file):
-    """Whether another process holds the lock of an open file; else this one does from now on, or
-    the file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EAGAIN, errno.EACCES)
-    return False
 
 
 def make_once(path, ready, make):

@@ -46,8 +46,7 @@ class Store:
 
     def gathered(self, indices):
         """uint8 (B, H, W, 3) on the host, pinned where a GPU fetches it; indices int64 (B,)."""
-        rows = self.rows[np.asarray(indices)]
-        batch = torch.from_numpy(np.asarray(self.images[rows]))
+        batch = torch.from_numpy(np.asarray(self.images[self.rows[np.asarray(indices)]]))
         return batch if self.device.type == 'cpu' else batch.pin_memory()
 
     def ahead(self, choices):
@@ -103,27 +102,23 @@ def say_where(images, count, how):
 def to_device(tensor, device):
     """A tensor on a device. What comes from the host is pinned first and copied while the host
     goes on: a copy of pageable memory would wait until the device has done all its work."""
-    if tensor.device == device or device.type == 'cpu':
-        return tensor.to(device)
-    return (tensor.pin_memory() if tensor.device.type == 'cpu' else tensor).to(
-        device, non_blocking=True)
+    if tensor.device.type == 'cpu' and device.type == 'cuda':
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == 'cuda')
 
 
 class Order:
     """Which images form the global batch of a step: a pure function of (seed, step).
 
     Each epoch is a seeded permutation of 0..count-1 whose last incomplete batch is dropped. With
-    `per_identity` = k, batches hold k images of each of batch / k identities; people with fewer
-    than k are filled up by repetition. `key` is the config's name of the batch size.
+    `per_identity` = k, batches hold k images of each of batch / k people, who are filled up by
+    repetition if they have fewer. `key` is the config's name of the batch size.
     """
 
     def __init__(self, count, batch, seed, key, labels=None, per_identity=0):
         if batch > count:
             raise InputError(f'{key} = {batch} is larger than the set of {count} images: use a '
                              'smaller one')
-        if per_identity and batch % per_identity:
-            raise InputError(f'{key} = {batch} does not divide by irm.images_per_identity = '
-                             f'{per_identity}: use {max(1, batch // per_identity) * per_identity}')
         self.count, self.batch, self.seed = count, batch, seed
         self.labels, self.per_identity = labels, per_identity
         self.steps_per_epoch = count // batch
@@ -156,8 +151,7 @@ def in_order(order, store, steps, own):
     image numbers int64 numpy (batch,), and the images of this process's slice `own` of it, uint8
     (B, H, W, 3) on the device.
 
-    A Store gathers the images of the next step while one is computed, so it asks for the order a
-    step ahead; tee() keeps what it was told, and the Order is asked once a step.
+    A Store asks for the order a step ahead; tee() keeps what it was told until its images come.
     """
     planned, ahead = itertools.tee((step, *order(step)) for step in steps)
     gathered = store.ahead(batch[own] for _, batch, _ in ahead)
@@ -190,10 +184,7 @@ def expanded(seeds, columns):
 
 
 def hashed(start, images, columns):
-    """Random int64 (B, columns) that depend on a stream() and the image number (B,) alone.
-
-    The same on every device, and for an image whatever else is in its batch.
-    """
+    """Random int64 (B, columns) that depend on a stream() and the image number (B,) alone."""
     return expanded(image_seeds(start, images), columns)
 
 

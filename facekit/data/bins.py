@@ -24,11 +24,9 @@ class _Bin(pickle._Unpickler):
     def find_class(self, module, name):
         if f'{module}.{name}'.replace('_core', 'core') not in (
                 '_codecs.encode', 'numpy.dtype', 'numpy.core.multiarray.scalar'):
-            if module.startswith('numpy'):
-                raise InputError(f'{self.path}: holds numpy arrays where image files should be: '
-                                 'pack it anew with image.tobytes() for each, and True or False')
             raise InputError(f'{self.path}: names {f"{module}.{name}"!r:.60}, which no such .bin '
-                             'needs, so that the file may be malicious: do not use it')
+                             'needs: do not use it, as it may be malicious; if it holds numpy '
+                             'arrays, pack it anew with image.tobytes() for each')
         return name
 
     def load_reduce(self):
@@ -51,11 +49,8 @@ class _Bin(pickle._Unpickler):
 
 
 def read_bin(path):
-    """Reads insightface's verification pairs: list of 2P image files (bytes), bool (P,).
-
-    Images 2i and 2i + 1 are of the same person where element i is True. The file is a pickle
-    (images, same), also of Python 2; it runs no code. Raises InputError for anything else.
-    """
+    """The list of 2P image files (bytes) of a .bin, also of Python 2, and bool (P,): images 2i and
+    2i + 1 are of the same person where element i is True. Runs no code."""
     data = open_bytes(path)
     reader = _Bin(data, encoding='bytes')
     reader.path, reader.left = path, len(data)
@@ -77,9 +72,5 @@ def read_bin(path):
 
 def write_bin(path, images, same):
     """Writes 2P image files (bytes) and P bools as read_bin reads them (pickle protocol 4)."""
-    images, same = [bytes(x) for x in images], [bool(x) for x in same]
-    if len(images) != 2 * len(same) or not all(images):
-        raise InputError(f'{path}: {len(images)} images (none may be empty) do not make '
-                         f'{len(same)} pairs: give two for each')
     with replacing(path) as file:
-        pickle.dump((images, same), file, protocol=4)
+        pickle.dump(([bytes(x) for x in images], [bool(x) for x in same]), file, protocol=4)

@@ -6,9 +6,7 @@ batches.py decides.
 """
 import hashlib
 import io
-import json
 import mmap
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 
 from facekit.base import files, process
 from facekit.base.errors import InputError, counted
 from facekit.base.launch import command
 from facekit.base.log import StageLog
 from facekit.data import images, toy
-from facekit.data.sources import fingerprint, is_drawn, open_source, passed_over
+from facekit.data.sources import fingerprint, is_drawn, open_source
 
-MEMORY = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')    # bytes of this machine
 PART = 256        # images that a thread decodes at a time: a run that is stopped waits for them
 
 
@@ -41,8 +37,8 @@ class StreamedImages:
         self.shape = len(numbers), cfg.data.size, cfg.data.size, 3
         self.threads = max(1, process.cores() // process.on_this_node())
         self.pool = ThreadPoolExecutor(self.threads)
-        self.kept = self.place = None      # see keep()
         self.said = ''                     # what the user was told of how they are decoded
+        self.drop()
 
     def __len__(self):
         return len(self.numbers)
@@ -83,7 +79,7 @@ class StreamedImages:
     def expect_random_order(self):
         """Tell the kernel not to read ahead in a file of which it can hold only a part."""
         data = self.source.data
-        if data and len(data) > MEMORY / 2:
+        if data and len(data) > process.free_memory(torch.device('cpu')):
             data.madvise(mmap.MADV_RANDOM)
 
 
@@ -121,8 +117,7 @@ class FaceSet:
 
     def where(self, row):
         """Where image `row` stands on disk, for a sentence."""
-        numbers = np.delete(np.arange(len(self) + len(self.skipped)), self.skipped)
-        return self.source.where(numbers[row])
+        return self.source.where(np.delete(np.arange(len(self.source.labels)), self.skipped)[row])
 
     def left_out(self):
         """{why: number} of what the source holds and this set does not, or holds twice."""
@@ -140,22 +135,18 @@ class FaceSet:
         return files.digest(content)[:16]
 
 
-# ------------------------------------------------------------------------------- loading
-
 def load(path, cfg, photos=True):
-    """The FaceSet at `path`, looked at on first use by one run while others wait.
-
-    `photos` are looked at for their alignment; releases, of which a comparison has many, need not
-    look like faces.
-    """
+    """The FaceSet at `path`; of `photos` the alignment is looked at, too."""
     path = Path(path)
     if path == Path(cfg.toy.root or '?'):
         t = cfg.toy
         process.make_once(path, path.exists, lambda: toy.draw_set(
             path, t.identities, t.images, t.test_identities, t.test_pairs, cfg.data.size, t.seed))
     source = open_source(path)
-    for sentence in passed_over(source):
-        process.say(sentence)
+    for why, paths in source.passed_over.items():
+        some = ', '.join(str(file.relative_to(path)) for file in paths[:3])
+        more = ', ...' if len(paths) > 3 else ''
+        process.say(f'{path}: passed over, {why}: {len(paths)} ({some}{more})')
     hashes, skipped = first_look(path, source, cfg, photos)
     if skipped:
         process.say(f'{path}: {counted(len(skipped), "damaged image")} left out '
@@ -171,20 +162,16 @@ def load_release(variant):
     """The FaceSet of a variant's release, or of somebody else's (the key release)."""
     path = Path(variant.cfg.release or variant.release)
     if not path.exists():
-        raise InputError(f'{path} is missing: ' + (
-            'check the path' if variant.cfg.release else
-            f'first run `{command("reconstruct.py")}`'))
+        raise InputError(f'{path} is missing: check the path, or first run '
+                         f'`{command("reconstruct.py")}`')
     return load(path, variant.cfg, photos=False)
 
 
-# --------------------------------------------------------------------------- the first look
-
 def first_look(path, source, cfg, photos):
-    """The hashes, uint64 (N,), of the sound image files of a source, and the numbers of the
-    damaged ones, a list, as the run folder keeps them for as long as the source stays the same."""
-    settings = {key: getattr(cfg.data, key) for key in ('size', 'on_size', 'on_corrupt')}
-    mark = json.dumps(settings | {'source': fingerprint(source)})
-    name = files.digest(repr([str(path.resolve()), settings]).encode())[:10]
+    """The hashes, uint64 (N,), of the sound image files of a source, and a list of the numbers of
+    the damaged ones, kept in the run folder for as long as the source stays the same."""
+    asked = str(path.resolve()), cfg.data.size, cfg.data.on_size, cfg.data.on_corrupt
+    mark, name = fingerprint(source), files.digest(repr(asked).encode())[:10]
     saved = Path(cfg.run.folder, 'looks', f'{path.name}-{name}.npz')
     process.make_once(saved, lambda: is_current(saved, mark),
                       lambda: look_at_all(saved, mark, source, cfg, photos))
@@ -193,7 +180,7 @@ def first_look(path, source, cfg, photos):
 
 
 def is_current(saved, mark):
-    """Whether a file of first_look() is whole and of this source and these settings."""
+    """Whether a file of first_look() is whole and of this source."""
     try:
         with np.load(saved, allow_pickle=False) as look:
             content = {name: look[name] for name in ('mark', 'hashes', 'skipped')}   # check sums
@@ -203,26 +190,24 @@ def is_current(saved, mark):
 
 
 def look_at_all(saved, mark, source, cfg, photos):
-    """Decode all images of a source once, on all cores, and write what first_look() keeps.
-
-    A damaged image ends it or is left out, as data.on_corrupt says. `photos`: see load().
-    """
-    count, damaged, cut = len(source.labels), [], []
+    """Decode all images of a source once, on all cores, and write what first_look() keeps. A
+    damaged image ends it or is left out, as data.on_corrupt says."""
+    count, damaged, cut = len(source.labels), [], 0
     hashes = np.zeros(count, np.uint64)
     log = StageLog(cfg.run.folder, f'look/{saved.stem}', count)
     parts = [range(first, min(first + PART, count)) for first in range(0, count, PART)]
     with ThreadPoolExecutor(process.cores()) as pool:
         looks = pool.map(lambda part: look_at(part, source, cfg, hashes), parts)
-        for some_damaged, some_cut in track(looks, f'looking at {source.path}', len(parts),
-                                            transient=True):
+        for part, (some_damaged, some_cut) in zip(parts, looks):
+            log.announce(f'looking at {source.path}, image {part.start} of {count}')
             damaged += some_damaged
             cut += some_cut
     sound = np.delete(np.arange(count), damaged)
     if not len(sound):
         raise InputError(f'{source.path}: not one image can be read: copy the data set again')
     if cut:
-        process.say(f'warning: {counted(len(cut), "image")} of {source.path} not square: the middle '
-                    f'was cut out, as of {source.where(cut[0])}')
+        process.say(f'warning: {counted(cut, "image")} of {source.path} not square: the middle is '
+                    'taken')
     if photos and not is_drawn(source.path):
         warn_if_unaligned(StreamedImages(source, sound, cfg), source.path)
     content = io.BytesIO()     # np.savez into a file hides from its error that the disk is full
@@ -234,8 +219,8 @@ def look_at_all(saved, mark, source, cfg, photos):
 
 def look_at(numbers, source, cfg, hashes):
     """Decode the images `numbers` and put the hashes of their files into hashes (N,); returns
-    which of them are damaged, and may be left out, and which are not square."""
-    damaged, cut = [], []
+    which of them are damaged, to be left out, and how many are not square."""
+    damaged, cut = [], 0
     for i in numbers:
         try:
             content = source.read(i)
@@ -246,8 +231,7 @@ def look_at(numbers, source, cfg, hashes):
             process.say(f'left out: {error}')
             damaged.append(i)
             continue
-        if image.shape[1] != image.shape[2]:
-            cut.append(i)
+        cut += image.shape[1] != image.shape[2]
         if cfg.data.on_size == 'refuse':
             images.fitted(image, source.where(i), cfg.data.size, 'refuse')
         hashes[i] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
@@ -258,14 +242,13 @@ def warn_if_unaligned(photos, path):
     """Say so if uint8 photos (N, H, W, 3) do not look aligned to ArcFace's 112-pixel template.
 
     Where the template has the eyes, the mean of aligned faces is darker than between them and on
-    the cheeks. On 400 photos of LFW the difference is 1.1 standard deviations, on profiles of CFP
-    0.75, on LFW shifted by a tenth or shrunk to three quarters below 0.64. Single photos scatter
-    by 0.5, so that of a few only the place of the eyes is told.
+    the cheeks: on 400 photos of LFW by 1.1 standard deviations, on profiles of CFP by 0.75, on LFW
+    shifted by a tenth or shrunk to three quarters by less than 0.64. Single photos scatter by 0.5.
     """
     template = 'the ArcFace template (eyes at 38,52 and 74,52 of 112 pixels)'
     if len(photos) < 50:
-        return process.say(f'{path}: {counted(len(photos), "image")}, too few to tell whether they '
-                           f'are aligned to {template}: look at them')
+        return process.say(f'{path}: {counted(len(photos), "image")}, too few to tell whether '
+                           f'they are aligned to {template}: look at them')
     some = torch.from_numpy(photos[np.arange(0, len(photos), max(1, len(photos) // 500))])
     grey = F.interpolate(some.float().mean(3)[:, None], (112, 112), mode='bilinear')[:, 0]
     grey = grey - grey.mean((1, 2), keepdim=True)
@@ -275,5 +258,4 @@ def warn_if_unaligned(photos, path):
         for x, y in ((38, 52), (74, 52), (56, 52), (38, 72), (74, 72)))
     if (bridge + left_cheek + right_cheek) / 3 - (left + right) / 2 < 0.7:
         process.say(f'warning: the faces in {path} do not look aligned to {template}: align them '
-                    'first, for example with insightface.utils.face_align.norm_crop, or results will '
-                    'be poor')
+                    'first, for example with insightface.utils.face_align.norm_crop')

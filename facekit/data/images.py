@@ -25,9 +25,8 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
 def decode(data, where, formats=('JPEG', 'PNG')):
     """uint8 RGB (3, height, width) of an image file (bytes-like) of one of Pillow's formats.
 
-    EXIF orientation is applied, whatever the format; grey, palette and 16 bit become 8-bit RGB;
-    what is transparent becomes grey, as a maker may have erased it so; of a file that holds more
-    than one picture, such as a phone's MPO, the first is taken. Threads decode at once. Raises
+    EXIF orientation is applied; grey, palette and 16 bit become 8-bit RGB; what is transparent
+    becomes grey, as a maker may have erased it so; of several pictures the first is taken.
     InputError, naming `where`, for other formats, damage and more than 16 megapixels.
     """
     try:
@@ -71,11 +70,8 @@ def opaque(image):
 
 
 def check_jpeg(data):
-    """ValueError for a JPEG that Pillow would fill with grey, or decode for minutes.
-
-    The stream is followed from marker to marker: bytes behind its end, in which phones keep a film
-    or a second picture, are not looked at.
-    """
+    """ValueError for a JPEG that Pillow would fill with grey, or decode for minutes. Bytes behind
+    its end, in which phones keep a film or a second picture, are not looked at."""
     at, scans = 2, 0
     while found := MARKER.search(data, at):
         marker, at = found[1][0], found.end()
@@ -90,8 +86,6 @@ def check_jpeg(data):
 
 def encode(image, form='jpeg', quality=95):
     """The file (bytes, no metadata) of a uint8 image (3, H, W); quality 1..100 is of 'jpeg'."""
-    if form not in ('jpeg', 'png') or not 1 <= quality <= 100:
-        raise InputError(f'no image format {form!r}, {quality}: give png, or jpeg with 1..100')
     file = io.BytesIO()
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     Image.fromarray(pixels).save(file, form, quality=quality)
@@ -104,9 +98,8 @@ def fitted(image, where, size, on_size):
     height, width = image.shape[1:]
     if (height, width) != (size, size):
         if on_size == 'refuse':
-            alike = 'set data.size alike, or ' if height == width else ''
-            raise InputError(f'{where} is {width}x{height} pixels, data.size is {size}: {alike}'
-                             'use data.on_size=resize')
+            raise InputError(f'{where} is {width}x{height} pixels, data.size is {size}: change '
+                             'it, or use data.on_size=resize')
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         square = image[None, :, top:top + side, left:left + side].contiguous().float()

@@ -1,4 +1,4 @@
-"""Verification pairs: insightface's .bin, LFW's pairs.txt, a list, or people held back."""
+"""Verification pairs: insightface's .bin, LFW's pairs.txt, or people held back."""
 import glob
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,8 @@ class PairSet:
 def find_set(name, cfg):
     """Path of a verification set: as it stands, or beside the training data."""
     root = Path(cfg.data.root)
-    places = [Path(name), (root.parent if root.suffix == '.rec' else root) / name]
-    return next((p for p in places if p.is_file() or (p / 'pairs.txt').is_file()), places[0])
+    beside = (root.parent if root.suffix == '.rec' else root) / name
+    return beside if not Path(name).exists() and beside.exists() else Path(name)
 
 
 def load_pair_sets(cfg, size):
@@ -44,35 +44,28 @@ def load_pair_sets(cfg, size):
 def read_pairs(path):
     """The pairs of a verification set: 2P image files (bytes-like) and bool (P,).
 
-    path: insightface's .bin; a folder with LFW's pairs.txt and its images, NAME/NAME_0001.jpg; or
-    a list, .txt, of lines `first.jpg second.jpg 1` (1 = one person), relative to where it lies.
+    path: insightface's .bin, or a folder with LFW's pairs.txt and its images, NAME/NAME_0001.jpg.
     """
     if not path.exists():
         raise InputError(f'verification set {path} is neither there nor in data.root: name it in '
                          f'evaluate.sets by a path relative to {Path.cwd()}, or whole')
-    if not path.is_dir() and path.suffix != '.txt':
+    if not path.is_dir():
         return read_bin(path)
-    lines = path / 'pairs.txt' if path.is_dir() else path
-    files_of_pairs, same = [], []
+    lines, files_of_pairs, same = path / 'pairs.txt', [], []
     for number, line in enumerate(bytes(files.open_bytes(lines)).decode('latin1').splitlines(), 1):
-        words = line.split('\t') if path.is_dir() else line.split()
+        words = line.split('\t')
+        if len(words) <= 2:                             # the first line: folds and pairs
+            continue
+        one_person = len(words) == 3
+        people = words[0], words[0] if one_person else words[2]
         try:
-            if path.is_dir():
-                if len(words) <= 2:                     # the first line: folds and pairs
-                    continue
-                first, second = (words[0], words[1]), (words[-2], words[-1])
-                if len(words) == 3:
-                    second = words[0], words[2]
-                pair = [next(path.glob(f'{glob.escape(name)}/{glob.escape(name)}_{int(i):04}.*'))
-                        for name, i in (first, second)]
-                same.append(len(words) == 3)
-            else:
-                pair = [path.parent / word for word in words[:2]]
-                same.append(bool({'1': 1, '0': 0}[words[2]]))
-        except (ValueError, IndexError, KeyError, StopIteration):
+            files_of_pairs += [
+                next(path.glob(f'{glob.escape(name)}/{glob.escape(name)}_{int(i):04}.*'))
+                for name, i in zip(people, (words[1], words[-1]))]
+        except (ValueError, StopIteration):
             raise InputError(f'{lines}: line {number} is no pair of images that are there: see '
                              'docs/usage.md for the form') from None
-        files_of_pairs += pair
+        same.append(one_person)
     return [files.open_bytes(file) for file in files_of_pairs], np.array(same, bool)
 
 
@@ -91,7 +84,7 @@ def load_pairs(path, size):
         cut += image.shape[1] != image.shape[2]
         pixels.append(images.fitted(image, where, size, 'resize'))
     if cut:
-        process.say(f'warning: {counted(cut, "image")} of {path} not square: the middle was cut out')
+        process.say(f'warning: {counted(cut, "image")} of {path} not square: the middle is taken')
     if not is_drawn(path.parent):
         warn_if_unaligned(np.stack(pixels), path)
     content = path.read_bytes() if path.is_file() else b''.join(number)

@@ -35,13 +35,12 @@ class Fold:
 def not_excluded(faceset, cfg):
     """Which images of a FaceSet are of nobody in data.exclude: bool (N,). InputError for a name
     that nobody has."""
-    unknown = sorted(set(cfg.data.exclude) - set(faceset.people.tolist()))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], faceset.people.tolist(), 3)
-        advice = f'did you mean {" or ".join(near)}?' if near else (
-            f'people there have names such as {faceset.people[0]}')
+    names = faceset.people.tolist()
+    if unknown := sorted(set(cfg.data.exclude) - set(names)):
+        near = difflib.get_close_matches(unknown[0], names, 3) or names[:1]
         raise InputError(f'data.exclude has {unknown[0]!r}, with what base configs exclude, but '
-                         f'nobody in {faceset.path} is called so: {advice}')
+                         f'nobody in {faceset.path} is called so: people there have names such as '
+                         f'{" or ".join(near)}')
     return ~np.isin(faceset.people, cfg.data.exclude)[faceset.labels]
 
 
@@ -49,12 +48,11 @@ def split(cfg):
     """The Folds of a config, those of data.release_folds.
 
     With data.public there is one; otherwise the people of data.root fall into data.folds groups by
-    a seeded hash, and each group is private in its fold. InputError if a person or a picture would
-    be public and private.
+    a seeded hash, and each group is private in its fold.
     """
     private = faces.load(cfg.data.root, cfg)
-    return make_folds(private, faces.load(cfg.data.public, cfg) if cfg.data.public else private,
-                      cfg)
+    public = faces.load(cfg.data.public, cfg) if cfg.data.public else private
+    return make_folds(private, public, cfg)
 
 
 def make_folds(private, public, cfg):
@@ -78,8 +76,7 @@ def make_folds(private, public, cfg):
 
 
 def is_copy(faceset, excluded):
-    """Which images are the same pictures as one that is excluded (bool (N,)), under other
-    people's names: bool (N,)."""
+    """Which images are the same pictures as one that is excluded, bool (N,), under other names."""
     return np.isin(faceset.hashes, faceset.hashes[excluded]) & ~excluded
 
 
@@ -87,13 +84,7 @@ def groups_of(people, cfg):
     """Numbers of the groups to release, each with bool (P,): which people are in it."""
     if cfg.data.public:
         return [(0, np.ones(len(people), bool))]
-    if cfg.data.folds < 2:
-        raise InputError('data.folds = 1 leaves nobody public: set data.folds=2 or more, '
-                         'or data.public to another data set')
     wanted = sorted(set(cfg.data.release_folds)) or range(cfg.data.folds)
-    if max(wanted) >= cfg.data.folds:
-        raise InputError(f'data.release_folds = {wanted} names a group that does not exist: '
-                         f'data.folds = {cfg.data.folds} makes 0..{cfg.data.folds - 1}')
     group = np.array([int(share_of(name, cfg.data.split_seed) * cfg.data.folds)
                       for name in people])
     return [(k, group == k) for k in wanted]
@@ -120,7 +111,8 @@ def check_disjoint(fold):
     """Refuse a fold that shares a person or a picture between public and private."""
     if not len(fold.released) or not len(fold.train):
         raise InputError(f'fold {fold.k} has {len(fold.train)} public and {len(fold.released)} '
-                         'private images: change data.folds, data.min_images or data.validation')
+                         'private images: change data.folds, data.release_folds, data.min_images '
+                         'or data.validation, or set data.public to another data set')
     public, private = fold.public, fold.private
     rows = np.union1d(fold.mae, fold.validation)
     shared = np.intersect1d(public.labels[rows], private.labels[fold.released])
@@ -171,10 +163,7 @@ class ReleaseCounts:
         if self.people_with_few:
             parts.append(f'{self.people_with_few} with fewer than data.min_images')
         if self.people_in_other_folds:
-            parts.append(f'{self.people_in_other_folds} are public: models learn from them '
-                         '(data.release_folds)')
-        if self.damaged_images:
-            parts.append(counted(self.damaged_images, 'damaged image'))
+            parts.append(f'{self.people_in_other_folds} are public (data.release_folds)')
         return '; '.join(parts)
 
 
@@ -185,14 +174,17 @@ def count_release(folds, cfg):
     excluded = np.isin(private.people, cfg.data.exclude)
     few = ~excluded & (images < cfg.data.min_images)
     rows = np.concatenate([f.released for f in folds])
-    released = np.bincount(private.labels[rows])
+    released = np.bincount(private.labels[rows], minlength=len(images))
     most = cfg.reconstruct.images_per_person or len(rows)
+    people = int((released > 0).sum())
     return ReleaseCounts(
-        int((released > 0).sum()), int(released.clip(max=most).sum()), len(images),
-        len(private), int(excluded.sum()), int(images[excluded].sum()),
-        int(is_copy(private, excluded[private.labels]).sum()), int(few.sum()),
-        len(images) - int(excluded.sum() + few.sum()) - int((released > 0).sum()),
-        len(private.skipped))
+        people=people, images=int(released.clip(max=most).sum()), of_people=len(images),
+        of_images=len(private), excluded_people=int(excluded.sum()),
+        excluded_images=int(images[excluded].sum()),
+        excluded_copies=int(is_copy(private, excluded[private.labels]).sum()),
+        people_with_few=int(few.sum()),
+        people_in_other_folds=len(images) - int(excluded.sum() + few.sum()) - people,
+        damaged_images=len(private.skipped))
 
 
 def private_digest(folds):

@@ -11,7 +11,6 @@ labels, then the image file.
 """
 import itertools
 import os
-import re
 import struct
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,15 +28,12 @@ EXACT = 1 << 24  # above it float32, in which labels and the header are kept, sk
 def read_index(path):
     """int64 keys, ascending, and byte offsets of an .idx file of lines `key<TAB>offset`."""
     text = bytes(open_bytes(path)).rstrip() + b'\n'
-    lines = text.count(b'\n')
-    values = ()
-    # What is left without digits tells in one comparison whether every line has its two columns.
+    # What is left without digits tells in one comparison whether every line has its two columns
+    lines, values = text.count(b'\n'), ()
     if text.translate(None, b'0123456789\r') == b'\t\n' * lines:
         values = np.fromstring(text, np.int64, sep=' ')
     if len(values) != 2 * lines:
-        wrong = (number for number, line in enumerate(text.split(b'\n'), 1)
-                 if not re.fullmatch(rb'\d+\t\d+\r?', line))
-        raise InputError(f'{path}: line {next(wrong)} is not `key<TAB>offset`: copy it again')
+        raise InputError(f'{path}: not all lines are `key<TAB>offset`: copy it again')
     keys, offsets = values.reshape(-1, 2).T
     order = np.argsort(keys, kind='stable')
     return keys[order], offsets[order]
@@ -77,56 +73,46 @@ class Records:
     len(r)   N, at least 1
     r[i]     the image file of image i, bytes-like (a view of the file unless it lies in parts)
 
-    Raises InputError, naming file and key, for what is missing, truncated, damaged or ambiguous.
-    All checks are made in bulk, because a set has millions of records.
+    Raises InputError for what is missing, truncated, damaged or ambiguous. All checks are made in
+    bulk, because a set has millions of records.
     """
 
     def __init__(self, path):
         self.path = Path(path) / 'train.rec' if Path(path).is_dir() else Path(path)
         self.data = open_bytes(self.path)
-        keys, offsets = read_index(self.path.with_suffix('.idx'))
-        heads = self._read_heads(keys, offsets)
-        self._check_overlap(heads)
-        if (heads.keys[0], heads.flag[0], heads.end[0] - heads.begin[0]) == (0, 2, 40):
+        self.keys, begin = read_index(self.path.with_suffix('.idx'))
+        heads = self._read_heads(begin)
+        order = np.argsort(begin, kind='stable')
+        shared = np.append(False, self.keys[1:] == self.keys[:-1])
+        shared[order[1:]] |= heads.end[order[:-1]] > begin[order[1:]]
+        self._refuse(shared, 'shares its key or its bytes with another record: pack the set anew '
+                     'with a key for each image')
+        if (self.keys[0], heads.flag[0], heads.end[0] - begin[0]) == (0, 2, 40):
             heads = heads[1:self._end_of_images(heads)]      # what insightface's header counts
-        self._refuse(heads, heads.empty, 'has no image: pack the set anew without it')
+        self._heads, self.keys = heads, heads.keys
+        self._refuse(heads.empty, 'has no image: pack the set anew without it')
         labels = heads.labels
         wrong = ~((labels >= 0) & (labels < EXACT) & (labels == np.floor(labels)))
-        self._refuse(heads, wrong, f'has the label {labels[wrong][:1]}, but labels are integers '
-                     f'from 0 to {EXACT - 1}: pack the set anew')
-        self._heads, self.keys, self.labels = heads, heads.keys, labels.astype(np.int64)
+        self._refuse(wrong, f'has no label from 0 to {EXACT - 1}: pack the set anew')
+        self.labels = labels.astype(np.int64)
 
-    def _refuse(self, heads, wrong, text):
+    def _refuse(self, wrong, text):
         """InputError about the first record where wrong (N,) is true."""
         if wrong.any():
-            i = wrong.argmax()
-            raise InputError(f'{self.path}: key {heads.keys[i]} at byte {heads.begin[i]} {text}')
+            raise InputError(f'{self.path}: key {self.keys[wrong.argmax()]} {text}')
 
-    def _read_heads(self, keys, begin):
+    def _read_heads(self, begin):
         """RecordHeads at the bytes `begin`; each check makes the next access safe."""
-        size, none = len(self.data), np.zeros(len(keys), np.int64)
-        at_bytes = RecordHeads(keys, begin, none, none, none, none, none)
-        self._refuse(at_bytes, (begin > size - 32) | (begin % 4 > 0),
-                     f'can be no record of these {size} bytes: copy the .rec and the .idx again')
-        words = np.frombuffer(self.data, '<u4', size // 4)
-        at = begin // 4
+        size, damaged = len(self.data), 'is no whole record: copy the .rec and the .idx again'
+        self._refuse((begin > size - 32) | (begin % 4 > 0), damaged)
+        words, at = np.frombuffer(self.data, '<u4', size // 4), begin // 4
         magic, flag = words[at], words[at + 2].astype(np.int64)
         part, length = words[at + 1] >> 29, (words[at + 1] & LONGEST).astype(np.int64)
         image, end = begin + 32 + 4 * flag, begin + 8 + length
-        self._refuse(at_bytes, (magic != int.from_bytes(MAGIC, 'little')) | (part > 1)
-                     | (end > size) | (length < np.where(flag > 0, 28, 24)),
-                     'is no whole record: copy the .rec and the .idx again')
+        self._refuse((magic != int.from_bytes(MAGIC, 'little')) | (part > 1) | (end > size)
+                     | (length < np.where(flag > 0, 28, 24)), damaged)
         labels = words.view('<f4')[np.where(flag > 0, at + 8, at + 3)]
-        return RecordHeads(keys, begin, image, end, part, flag, labels)
-
-    def _check_overlap(self, heads):
-        """Refuse two records of one key, and records that share bytes."""
-        self._refuse(heads, np.append(False, heads.keys[1:] == heads.keys[:-1]), 'shares its key '
-                     'with another record: pack the set anew with a key for each image')
-        order = np.argsort(heads.begin, kind='stable')
-        shared = np.zeros(len(order), bool)
-        shared[order[1:]] = heads.end[order[:-1]] > heads.begin[order[1:]]
-        self._refuse(heads, shared, 'shares its bytes with another record: copy the .idx again')
+        return RecordHeads(self.keys, begin, image, end, part, flag, labels)
 
     def _end_of_images(self, heads):
         """The key after the last image by insightface's header: there its identities begin.
@@ -155,8 +141,7 @@ class Records:
         while kind != 3:
             magic, word = struct.unpack('<4sI', self.data[at:at + 8].ljust(8, b'\0'))
             kind, end = word >> 29, at + 8 + (word & LONGEST)
-            expected = (2, 3) if parts else (1,)
-            if magic != MAGIC or kind not in expected or end > len(self.data):
+            if magic != MAGIC or kind not in ((2, 3) if parts else (1,)) or end > len(self.data):
                 raise InputError(f'{self.path}: key {self.keys[i]} lacks the part of its record '
                                  f'at byte {at}: copy the file again')
             parts.append(self.data[at + 8:end])
@@ -190,11 +175,8 @@ def write_records(folder, images, labels, size):
 
     images: image files, an iterable of bytes, of which one is in memory at a time; labels: as many
     integers, those of identity 0 first, then 1, and so on; size: width and height in pixels.
-    Returns the number of images; raises InputError for other labels, or no images.
-
-    Where labels has a length and shows that there are more images and identities than a float32
-    header can count (2**24), there is none: keys are 0, 1, ... as im2rec writes them, and
-    arcface_torch then reads all of them.
+    Returns the number of images. Without a header, see has_header(), keys are 0, 1, ... as im2rec
+    writes them, and arcface_torch then reads all of them.
     """
     folder = Path(folder)
     # The files appear when they are left, train.rec last
@@ -209,8 +191,8 @@ def write_records(folder, images, labels, size):
 
 
 def put_records(rec, index, images, labels, folder):
-    """Write the records of a set and their index; returns how many images and identities it has.
-    See write_records(); `folder` is named where something is wrong."""
+    """Write the records of a set, see write_records(), and their index; returns how many images
+    and identities it has."""
     first = 1 if has_header(labels) else 0     # key of the first image
     count, starts = 0, []                      # images; key of each identity's first one
 
@@ -223,19 +205,16 @@ def put_records(rec, index, images, labels, folder):
     for image, label in itertools.zip_longest(images, labels):
         allowed = range(max(len(starts) - 1, 0), len(starts) + 1)
         if label not in allowed or image is None or not 0 < len(image) < LONGEST - 24:
-            raise InputError(
-                f'{folder}: image {count} ({len(image or b"")} bytes) has label {label} after '
-                f'{len(starts)} identities: give one image file for each label, sorted by '
-                'identity, counted from 0')
+            raise InputError(f'{folder}: image {count} and label {label} do not fit: give one '
+                             'image file for each label, sorted by identity, counted from 0')
         if label == len(starts):
             starts.append(first + count)
         put(int(label), first + count, image)
         count += 1
     end = first + count
     if not starts or len(starts) > EXACT or (first and end + len(starts) > EXACT):
-        raise InputError(
-            f'{folder}: {count} images of {len(starts)} identities do not make a set: give at '
-            'least one, and labels as an array if they are many')
+        raise InputError(f'{folder}: {count} images of {len(starts)} identities make no set: give '
+                         'at least one, and labels as an array if they are many')
     if first:
         for number, bounds in enumerate(itertools.pairwise([*starts, end])):
             put(list(bounds), end + number, b'')
