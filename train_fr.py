@@ -116,8 +116,7 @@ def augmented(x, u, strength):
 
 
 class NormStatistics:
-    """One step of BatchNorm's running statistics for a batch that is seen in several parts; each
-    part takes three kernels, not three a buffer."""
+    """One step of BatchNorm's running statistics for a batch that is seen in several parts."""
 
     def __init__(self, net):
         self.buffers = [b for b in net.buffers() if b.is_floating_point()]
@@ -152,12 +151,8 @@ def norm_batch(share, cfg):
 def class_layer(classes, c):
     """A MarginHead, or a DividedHead where classes are divided or sampled; and whether its centres
     are divided over the processes."""
-    wanted = (c.shard_classes == 'true'
-              or c.shard_classes == 'auto' and classes >= DIVIDE_FROM)
-    divided = wanted and process.world() > 1
-    if divided and classes < process.world():
-        raise InputError(f'fr.shard_classes = true cannot divide {classes} people over '
-                         f'{process.world()} processes: use fr.shard_classes=auto')
+    wanted = c.shard_classes == 'true' or c.shard_classes == 'auto' and classes >= DIVIDE_FROM
+    divided = wanted and 1 < process.world() <= classes
     settings = c.dim, classes, c.loss, c.scale, c.margin_gradient
     if not divided and c.sample_rate == 1:
         return models.MarginHead(*settings), False
@@ -198,8 +193,7 @@ def make_optimizer(net, head, c, device):
 
 
 def random_numbers(task, epoch, rows):
-    """Which images are mirrored, bool (B,), and random numbers in (0, 1) for augmented(),
-    (B, 10)."""
+    """Which images are mirrored, bool (B,), and numbers in (0, 1) for augmented(), (B, 10)."""
     def draw(purpose, columns):
         start = batches.stream(task.seed, f'{task.key} {purpose}', epoch)
         return batches.hashed(start, rows, columns)
@@ -280,32 +274,29 @@ def train_public(cfg, role, device):
     shared = [key for key in vars(cfg.fr) if not hasattr(c, key) and key != 'init']
     fixed = [role, *(f'fr.{key}' for key in shared)]
     for fold in split(cfg):
-        run_training(cfg, Recogniser(
-            f'{role}/fold{fold.k}', Path(cfg.run.folder, f'fold{fold.k}', f'{role}.pt'),
-            fold.public, fold.train, c.depth, c.width, c.epochs, c.seed, fixed, role), device)
+        path = Path(cfg.run.folder, f'fold{fold.k}', f'{role}.pt')
+        task = Recogniser(f'{role}/fold{fold.k}', path, fold.public, fold.train, c.depth, c.width,
+                          c.epochs, c.seed, fixed, role)
+        with process.only_writer(path):
+            train(cfg, task, device)
 
 
 def train_student(variant, device):
     """The recogniser of a release."""
     cfg = variant.cfg
     released = faces.load_release(variant)
-    run_training(cfg, Recogniser(
+    train(cfg, Recogniser(
         f'student/{variant.label}'.rstrip('/'), variant.student, released,
         np.arange(len(released)), cfg.fr.depth, cfg.fr.width, cfg.fr.epochs, cfg.run.seed,
         ['fr', 'run.seed'], 'fr', cfg.fr.init), device)
-
-
-def run_training(cfg, task, device):
-    """All steps of a Recogniser, while no other run writes its checkpoint."""
-    with process.only_writer(task.path):
-        train(cfg, task, device)
 
 
 def main(cfg, device, compare):
     if cfg.stage != 'student':
         return train_public(cfg, cfg.stage, device)
     for variant in variants(cfg, compare):
-        train_student(variant, device)
+        with process.only_writer(variant.student):
+            train_student(variant, device)
 
 
 if __name__ == '__main__':
