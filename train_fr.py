@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: MIT
-r"""Stages 0 and 3 of FaceMAE: train a face recogniser, IResNet with ArcFace or CosFace.
+"""Stages 0 and 3 of FaceMAE: train a face recogniser, IResNet with ArcFace or CosFace.
 
 On one device, GPU or CPU; without a config it takes toy faces, which it draws:
 $ python train_fr.py stage=teacher     # on public faces; stage=judge: a second, other one
 $ python train_fr.py                   # the student, on the released faces alone
 $ python train_fr.py release=PATH run.folder=runs/mine     # on anybody's records or folders
 
-On the 8 GPUs of one machine:
+On the 8 GPUs of one machine (on several, as in train_mae.py):
 $ torchrun --nproc_per_node=8 train_fr.py --config configs/casia.yaml
-
-On two machines that share a file system, on each with its RANK, 0 or 1, and the FIRST's address:
-$ torchrun --nnodes=2 --node_rank=RANK --nproc_per_node=8 --master_addr=FIRST --master_port=29500 \
-      train_fr.py --config configs/casia.yaml
 
 Time: with one thread of an AMD EPYC, beside another job, the toy's teacher (390 steps of 64
 images) took 100 s, a student (492 steps) 83 to 94 s (nine of them, results/toy). Not yet run on a
@@ -89,9 +85,7 @@ def margin(step, total, cfg):
     done = step / total
     if done >= end:
         return cfg.margin
-    if done <= begin:
-        return 0.0
-    return cfg.margin * ((done - begin) / (end - begin))
+    return cfg.margin * max(0.0, (done - begin) / (end - begin))
 
 
 def augmented(x, u, strength):
@@ -214,7 +208,8 @@ def train(cfg, task, device):
     if saved and saved['step'] >= steps:
         return process.say(f'{path} is finished ({steps} steps): nothing to do')
     people, labels = np.unique(task.faces.labels[task.rows], return_inverse=True)
-    process.say(f'training {path} on {len(task.rows)} images of {len(people)} people, {steps} steps')
+    process.say(f'training {path} on {len(task.rows)} images of {len(people)} people, '
+                f'{steps} steps')
 
     torch.manual_seed(batches.stream(task.seed, f'{task.key} weights'))
     net = make_net(cfg, task, resumed=saved is not None)

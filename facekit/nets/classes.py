@@ -129,8 +129,8 @@ class DividedHead(models.MarginHead):
 
 
 class GatheredRows(torch.autograd.Function):
-    """process.gathered() with a gradient: the sum of what the processes have for the own rows, times
-    their number, since the net's gradients are averaged later."""
+    """process.gathered() with a gradient: the sum of what the processes have for the own rows,
+    times their number, since the net's gradients are averaged later."""
 
     @staticmethod
     def forward(ctx, z):

@@ -17,10 +17,7 @@ MARGIN, GAP, TEXT = 96, 3, 13                  # of face grids: left margin, gap
 # ------------------------------------------------------------------------------- faces
 
 def save_grid(rows, path, title=''):
-    """Write a picture of rows of faces, {label: float images (N, 3, H, W) in 0..1}, as PNG.
-
-    Small faces are shown at twice their size.
-    """
+    """Write a picture of rows of faces, {label: float images (N, 3, H, W) in 0..1}, as PNG."""
     faces = [to_uint8(images.detach().float().cpu()).numpy() for images in rows.values()]
     count, side = len(faces[0]), faces[0].shape[1]
     scale = 2 if count * side < 400 else 1
@@ -63,7 +60,8 @@ def attempt(draw, *arguments):
     except Exception as error:             # of matplotlib, a font, a folder, ...
         if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise                          # no results would find room either
-        process.say(f'warning: a picture is missing, all figures are there ({arguments[-1]}: {error})')
+        process.say(f'warning: a picture is missing, all figures are there ({arguments[-1]}: '
+                    f'{error})')
 
 
 def new_figure(**how):
@@ -75,15 +73,13 @@ def new_figure(**how):
 def colours_of(names):
     """{name: colour}, no two alike."""
     from matplotlib import colormaps
-    for palette in (colormaps['tab10'].colors, colormaps['tab20'].colors):
-        if len(names) <= len(palette):
-            return dict(zip(names, palette))
+    if len(names) <= 10:
+        return dict(zip(names, colormaps['tab10'].colors))
     return dict(zip(names, colormaps['turbo'](np.linspace(0, 1, len(names)))))
 
 
 def save_plot(figure, path):
-    """Write a figure as PNG: no upper and right lines of axes, and the legend of the last axes
-    beside them, where it covers nothing."""
+    """Write a figure as PNG, with the legend of its last axes beside them."""
     for axes in figure.axes:
         axes.spines[['top', 'right']].set_visible(False)
     axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize=8)
