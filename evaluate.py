@@ -263,11 +263,8 @@ def show_row(variant, scores):
 # ------------------------------------------------------------------------------ a comparison
 
 def write_comparison(cfg, shared, ready, scores):
-    """comparison.json, table.txt, report.html and pictures, gathered from the rows' results.json,
-    by rank 0 alone.
-
-    ready: Variants; scores: {set: PairScores} of each.
-    """
+    """comparison.json, table.txt, report.html and pictures, gathered from the results.json of the
+    Variants `ready`, by rank 0 alone; scores: {set: PairScores} of each."""
     folder, method, rows = Path(cfg.run.folder), cfg.reconstruct.method, {}
     path, figures = folder / 'comparison.json', folder / 'figures'
     with process.only_writer(path):

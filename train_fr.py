@@ -77,10 +77,8 @@ def learning_rate(step, total, steps_per_epoch, cfg):
 
 
 def margin(step, total, cfg):
-    """The margin grows linearly between the two shares of training in fr.margin_warmup.
-
-    Small recognisers do not converge when the full margin acts from the first step.
-    """
+    """The margin grows linearly between the two shares of training in fr.margin_warmup: small
+    recognisers do not converge with the full margin from the first step."""
     begin, end = cfg.margin_warmup
     done = step / total
     if done >= end:
@@ -143,8 +141,8 @@ def norm_batch(share, cfg):
 
 
 def class_layer(classes, c):
-    """A MarginHead, or a DividedHead where classes are divided or sampled; and whether its centres
-    are divided over the processes."""
+    """A MarginHead, or a DividedHead where classes are divided over the processes or sampled; and
+    whether they are divided."""
     wanted = c.shard_classes == 'true' or c.shard_classes == 'auto' and classes >= DIVIDE_FROM
     divided = wanted and 1 < process.world() <= classes
     settings = c.dim, classes, c.loss, c.scale, c.margin_gradient

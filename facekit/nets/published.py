@@ -26,11 +26,7 @@ def is_published(path):
 
 
 def published(path, pixels):
-    """The recogniser at `path`, an .onnx file or 'dlib'; `pixels`: see config,
-    evaluate.onnx_pixels.
-
-    InputError if it, or the package that runs it, is missing.
-    """
+    """The recogniser at `path`, an .onnx file or 'dlib'; `pixels`: see evaluate.onnx_pixels."""
     return DlibRecogniser() if str(path) == DLIB else OnnxRecogniser(path, pixels)
 
 

@@ -33,11 +33,8 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, made_by='', needs=()):
-    """A checkpoint as a dict of tensors and plain values; nothing in the file is executed.
-
-    `made_by` is the command that makes the file, for the sentence that says it is missing; `needs`
-    are the keys that it must have.
-    """
+    """A checkpoint as a dict of tensors and plain values, without running code. `made_by`: the
+    command that makes it, for the sentence that it is missing; needs: keys that it must have."""
     if not Path(path).is_file():
         raise InputError(f'{path} is missing: ' + (f'first run `{made_by}`' if made_by else
                                                    'check the path'))
@@ -159,8 +156,7 @@ def is_sound(tensor):
 
 def recogniser(path, device, made_by='', onnx_pixels='signed', fold=None):
     """A recogniser (eval mode): an IResNet from our checkpoint or insightface's, or a published
-    one of another kind (see published.py). `made_by`: see load_checkpoint(); of a
-    Fold only one that learnt from its public images."""
+    one; of a Fold only one that learnt from its public images."""
     if is_published(path):
         return published(path, onnx_pixels)
     saved = load_finished(path, made_by)

@@ -57,11 +57,8 @@ def pixels(group, owned, cfg):
 
 
 def by_label(group, owned, cfg):
-    """The mean of a person's released images against the means of people's originals.
-
-    Half of a person's photos are searched for and the other half is in the gallery, so that a
-    photo never helps to find itself.
-    """
+    """The mean of a person's released images against the means of people's originals: one half of
+    the photos is searched for in the other, so that none helps to find itself."""
     order = np.argsort(group.person, kind='stable')
     first = np.searchsorted(group.person[order], group.person[order])
     in_gallery = np.empty(len(order), bool)
@@ -95,7 +92,7 @@ def repeated(group, owned, cfg):
     embedders = owned.without_pairs()
     totals = {name: group.probe_embeddings(e).clone() for name, e in embedders.items()}
     for seed in range(10**6 + 1, 10**6 + 8):
-        released = group.released_again(seed)
+        released = group.protected(group.sources(), seed)
         for name, embedder in embedders.items():
             totals[name] += embedder.embed_images(released).to(totals[name].device)
     return {name: group.search(F.normalize(totals[name]), group.gallery_embeddings(embedder))
@@ -148,10 +145,8 @@ def linear(group, owned, cfg):
 
 
 def trained(group, owned, cfg):
-    """A copy of the judge, trained to see a protected image and its original alike.
-
-    Others' pairs, fresh masks, InfoNCE (arXiv 1807.03748, eq. 4) both ways; unscaled: no fp16.
-    """
+    """A copy of the judge, trained to see a protected image and its original alike: others' pairs,
+    fresh masks, InfoNCE (arXiv 1807.03748, eq. 4) both ways; unscaled: no fp16."""
     torch.manual_seed(0)
     steps, device = cfg.evaluate.attack_steps, group.device
     net = copy.deepcopy(owned.embedder('judge').net).train()
@@ -310,10 +305,8 @@ def digest_of_attack(row, entry):
 
 
 def digest_of_row(variant, folds, release, release_from, device):
-    """What all attacks on a row depend on, 64 hex digits: equal ones mean equal results.
-
-    release: its FaceSet; release_from: of protect.release_made_from().
-    """
+    """What all attacks on a row depend on, 64 hex digits: equal ones mean equal results. release:
+    its FaceSet; release_from: of release.release_made_from()."""
     cfg, private = variant.cfg, folds[0].private
     images = [private.digest(not_excluded(private, cfg)), release.digest(slice(None))]
     nets = [cfg.judge.checkpoint, cfg.teacher.checkpoint, variant.student]

@@ -69,10 +69,6 @@ class AttackGroup:
         some = self.originals.take(np.arange(min(8, len(self.originals))))
         return not np.array_equal(self.protected(some, 0), self.protected(some, 1))
 
-    def released_again(self, seed):
-        """The n probes made once more with other masks or noise: uint8 (n, H, W, 3)."""
-        return self.protected(self.sources(), seed)
-
     def sources(self):
         """ImageRows of the original of each probe."""
         return self.originals.take(self.source)
@@ -88,8 +84,7 @@ class AttackGroup:
         return self.embedded[embedder.name]
 
     def gallery_embeddings(self, embedder):
-        """Unit embeddings (N, d) of the gallery, made once for all rows of a comparison that
-        search the same."""
+        """Unit embeddings (N, d) of the gallery, made once for all rows that search the same."""
         if not np.array_equal(embedder.gallery_rows, self.originals.rows):
             embedder.gallery_rows = self.originals.rows
             embedder.gallery = embedder.embed(self.originals)
@@ -175,8 +170,8 @@ def some_of(cfg, count):
 
 
 def searched(rows, people, asked, cfg):
-    """Which of `rows` (int64, rising) make the gallery: all images of the people who are `asked`
-    for, and of all others, people (N,) says whose, evaluate.gallery as a fixed random choice."""
+    """Which of `rows` (int64, rising) make the gallery: all images of people (N,) who are `asked`
+    for, and evaluate.gallery of the others, a fixed random choice."""
     others = rows[~np.isin(people[rows], asked)]
     few = np.random.default_rng(2).permutation(others)[cfg.evaluate.gallery or len(others):]
     return np.setdiff1d(rows, few, assume_unique=True)

@@ -173,10 +173,8 @@ def release_made_from(cfg, folds, maes, secret):
 
 
 def check_release(variant, made_from):
-    """Refuse a finished release that was made with another config, secret, model, images or names.
-
-    Its images could not be matched with their originals any more, and would look private.
-    """
+    """Refuse a finished release that was made with another config, secret, model, images or names:
+    its images would match no originals, and look private."""
     saved = files.read_json(variant.folder / 'release.json')
     check_made_from(variant.release, files.entry(saved, 'made_from'), made_from,
                     'give the other settings a row of their own (compare), or use another '
@@ -186,10 +184,9 @@ def check_release(variant, made_from):
 def check_release_files(folder, plan, secret, facts, card):
     """Refuse a release whose files are not exactly what it may hold.
 
-    folder: of the release; plan: its ReleasePlan; facts: what manifest.json may say, where another
-    version of the kit may have made it; card: a function that makes README.md from it. What is
-    written is compared with what may be written, so that no path, name or label of the source
-    needs to be searched for.
+    plan: its ReleasePlan; facts: what manifest.json may say, whatever version of the kit made it;
+    card: a function that makes README.md from it. So no path, name or label of the source needs
+    to be searched for.
     """
     names = sorted(path.name for path in folder.iterdir())
     expected = ['README.md', 'manifest.json', 'property', 'train.idx', 'train.rec']
@@ -210,12 +207,9 @@ def check_release_files(folder, plan, secret, facts, card):
 
 
 def check_release_images(folder, plan, private, protections, device):
-    """Refuse a release whose images are not those of its plan, or that read a hidden pixel.
-
-    A sample of originals is protected once more and compared with what stands in the release,
-    which shows, too, that nobody else's image is there; then with their hidden patches changed,
-    which must not change a bit.
-    """
+    """Refuse a release whose images are not those of its plan, or that read a hidden pixel: a
+    sample of originals is protected once more and compared with what stands in the release, then
+    protected with hidden patches changed, which must not change a bit."""
     released, c = Records(folder), protections[0].cfg.reconstruct
     refuse(len(released) != len(plan.image), folder,
            f'has {len(released)} images, not the {len(plan.image)} of its plan')

@@ -35,11 +35,8 @@ def save_grid(rows, path, title=''):
 
 
 def save_most_linked(attack, rank1, cosines, released, originals, path):
-    """Write a picture of the ten released images whose originals an attacker is surest of.
-
-    cosines (n,): how alike it sees the n images of `released` and `originals`, ImageRows; rank1:
-    of how many it finds the original.
-    """
+    """Write a picture of the ten released images whose originals an attacker is surest of, by
+    cosines (n,) of `released` with `originals` (ImageRows); rank1: of how many it finds them."""
     best = cosines.argsort()[::-1][:10]
     rows = {label: torch.as_tensor(images.take(best).pixels()).permute(0, 3, 1, 2) / 255
             for label, images in (('original', originals), ('released', released))}
@@ -106,10 +103,7 @@ def save_roc(rows, path):
 
 
 def save_tradeoff(rows, path):
-    """Leakage of Rows against utility, a panel a question.
-
-    Each row has a colour: its square is the strongest attack, its dot the judge alone.
-    """
+    """Leakage of Rows, a colour each, against utility, a panel a question."""
     rows = [row for row in rows
             if any(row.figures('privacy')) and row.results[0]['verification']]
     if not rows:
