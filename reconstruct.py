@@ -193,8 +193,6 @@ def data_card(facts):
     return DATA_CARD.format(facts='\n'.join(f'- {k}: {v}' for k, v in facts.items()))
 
 
-# -------------------------------------------------------------------------------- pictures
-
 def save_picture(variant, plan, private, protections, device):
     """Picture of originals, masked images and the release; it stays in the run folder."""
     places = np.flatnonzero(plan.fold == plan.fold[0])

@@ -70,8 +70,6 @@ def mean_face(store):
     return (mean + mean.flip(2)) / 2
 
 
-# ---------------------------------------------------------------------------- the losses
-
 class Objective:
     """The two losses of a batch, with everything they need that is not trained."""
 
@@ -154,8 +152,6 @@ class Objective:
             mse = mse + part_mse.detach() * share
         return torch.stack([mse, irm.detach()]), z
 
-
-# -------------------------------------------------------------------------- the training
 
 def load_teacher(cfg, fold, device):
     """The frozen recogniser phi and the digest of its weights; None twice if nothing needs it."""

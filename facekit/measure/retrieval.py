@@ -80,8 +80,6 @@ class Ranking:
     probe: torch.Tensor        # int64: which probe
 
 
-# ------------------------------------------------------------------------------- ranking
-
 def rank(search, question, originals=False, block=BLOCK):
     """The Ranking of a Search, or that of the originals as probes; exact, in bounded memory. Each
     process takes a share of the probes."""
@@ -148,8 +146,6 @@ def exact(a, b):
     in float32 the last bit of a sum depends on the shapes, and rounding would decide ties."""
     return (a.double() * b.double()).sum(-1).float()
 
-
-# ------------------------------------------------------------------------------- figures
 
 @dataclass
 class BestWay:

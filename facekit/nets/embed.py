@@ -12,7 +12,6 @@ from facekit.data import images
 from facekit.data.batches import Store
 from facekit.data.faces import ImageRows
 
-# ---------------------------------------------------------------------------- embeddings
 
 def for_recogniser(batch, net):
     """uint8 (B, H, W, 3) or float (B, 3, H, W) in 0..1 -> what an IResNet takes: -1..1, its size,

@@ -150,8 +150,7 @@ def is_whole(tensor):
 
 def is_sound(tensor):
     """Whether a tensor from a file is whole and holds finite numbers."""
-    return (is_whole(tensor) and tensor.dtype in NUMBERS
-            and bool(tensor.isfinite().all()))
+    return is_whole(tensor) and tensor.dtype in NUMBERS and bool(tensor.isfinite().all())
 
 
 def recogniser(path, device, made_by='', onnx_pixels='signed', fold=None):

@@ -155,8 +155,6 @@ class Owned:
         return F.normalize(head).to(self.recognisers.device)
 
 
-# --------------------------------------------------------------------- groups of a config
-
 def attacker_seeds(chosen, seed):
     """What decides masks and noise where an attacker protects ImageRows himself: int64 (N,)."""
     return batches.image_seeds(batches.stream(seed, 'attacker'), chosen.rows)

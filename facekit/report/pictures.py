@@ -1,5 +1,4 @@
 """Pictures of a run: faces, surest links, ROC, privacy against utility."""
-import errno
 import os
 
 import numpy as np
@@ -13,8 +12,6 @@ from facekit.report.tables import QUESTIONS, comparable
 
 MARGIN, GAP, TEXT = 96, 3, 13                  # of face grids: left margin, gap, font size, pixels
 
-
-# ------------------------------------------------------------------------------- faces
 
 def save_grid(rows, path, title=''):
     """Write a picture of rows of faces, {label: float images (N, 3, H, W) in 0..1}, as PNG."""
@@ -45,18 +42,13 @@ def save_most_linked(attack, rank1, cosines, released, originals, path):
               f'{cosines[best[-1]]:.2f}')
 
 
-# ------------------------------------------------------------------------------- plots
-
 def attempt(draw, *arguments):
-    """draw(*arguments) on rank 0, or a sentence why not: what only shows costs nothing that was
-    computed. The last of the arguments is the path of the picture."""
+    """draw(*arguments), of which the last is a picture's path, on rank 0, or say why not."""
     if process.rank():
         return
     try:
         draw(*arguments)
     except Exception as error:             # of matplotlib, a font, a folder, ...
-        if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise                          # no results would find room either
         process.say(f'warning: a picture is missing, all figures are there ({arguments[-1]}: '
                     f'{error})')
 
