@@ -117,6 +117,9 @@ class Recognisers:
             path = str(Path(self.cfg.run.folder, f'fold{fold.k if fold else 0}', f'{role}.pt'))
             made_by = command('train_fr.py', f'stage={role}')
         if (path, n) not in self.cache:
+            if made_by and not Path(path).is_file():
+                raise InputError(f'{path} is missing: first run `{made_by}`, or name the {role} '
+                                 f'of another run by {role}.checkpoint=PATH')
             net = recogniser(path, self.device, made_by, self.cfg.evaluate.onnx_pixels,
                              fold if made_by else None)
             self.cache[path, n] = Embedder(path, net, self.cfg, self.device)
