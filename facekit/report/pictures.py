@@ -1,4 +1,5 @@
 """Pictures of a run: faces, surest links, ROC, privacy against utility."""
+import errno
 import os
 
 import numpy as np
@@ -49,6 +50,8 @@ def attempt(draw, *arguments):
     try:
         draw(*arguments)
     except Exception as error:             # of matplotlib, a font, a folder, ...
+        if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise                          # no results would find room either
         process.say(f'warning: a picture is missing, all figures are there ({arguments[-1]}: '
                     f'{error})')
 
