@@ -164,17 +164,17 @@ def attack_release(variant, shared, release, student, results):
     """The attacks of evaluate.attacks on a release, and its image quality, into `results`, which
     keep what results.json has of the same."""
     cfg, folds, device = variant.cfg, shared.folds, shared.device
-    names = attacks.short_names(cfg.evaluate.attacks)
     results |= {'attacked': {}, 'privacy': {}}
-    made_from = ''                                  # of others' releases nothing is kept
-    if not cfg.release:
+    if cfg.release:
+        made_from = ''                              # of others' releases nothing is kept
+    else:
         maes, secret = protect.load_maes(variant, folds, device), release_secret(cfg)
         release_from = release_made_from(cfg, folds, maes, secret)
         check_release(variant, release_from)
         made_from = process.on_rank_0(lambda: attacks.digest_of_row(variant, folds, release,
                                                                     release_from, device))
         results |= process.on_rank_0(lambda: kept_attacks(variant.results, made_from))
-    missing = {entry: name for entry, name in names.items()
+    missing = {entry: name for entry, name in attacks.short_names(cfg.evaluate.attacks).items()
                if results['attacked'].get(name, {}).get('entry') != entry}
     if not missing and 'reconstruction' in results:
         return
@@ -196,11 +196,11 @@ def attack_all(variant, shared, groups, student, missing, made_from, results):
     released = joined([group.released for group in groups])
     originals = joined([group.sources() for group in groups])
     results['reconstruction'] = psnr_and_ssim(released.pixels(), originals.pixels(), device)
-    # One a group, dropped with the row: each keeps the embeddings of its originals, 1 GB of CASIA
-    insiders = [embed.Embedder('insider', student, cfg, device) if student else None
-                for _ in groups]
-    owners = [Owned(shared.recognisers, number, cfg, insider, variant.student)
-              for number, insider in enumerate(insiders)]
+    owners = []
+    for number in range(len(groups)):
+        # One a group, dropped with the row: each keeps the embeddings of its originals
+        insider = embed.Embedder('insider', student, cfg, device) if student else None
+        owners.append(Owned(shared.recognisers, number, cfg, insider, variant.student))
     total = len(set(cfg.evaluate.attacks))
     kept = total - len(missing)
     log = StageLog(cfg.run.folder, f'evaluate/{variant.label}'.rstrip('/'), total, kept)
@@ -220,6 +220,22 @@ def attack_all(variant, shared, groups, student, missing, made_from, results):
         results['attacked'][name] = record          # now that its picture is there, too
         process.write_json(path, results)
         log(kept + number, number * len(released), attack=name)
+
+
+def kept_attacks(path, made_from):
+    """Of results.json the attacks that would find the same again, and the image quality; see
+    attacks.digest_of_row()."""
+    with contextlib.suppress(InputError, AttributeError, KeyError, TypeError):    # or damaged
+        before = files.read_json(path)
+        attacked = {name: record for name, record in before['attacked'].items()
+                    if record['made_from'] == attacks.digest_of_attack(made_from, record['entry'])}
+        keys = [f'{name}_{question}' for name, record in attacked.items()
+                for question in record['questions']]
+        if attacked:
+            process.say(f'{path}: the attacks {", ".join(attacked)} are kept')
+            return {'attacked': attacked, 'reconstruction': before['reconstruction'],
+                    'privacy': {key: before['privacy'][key] for key in keys}}
+    return {}
 
 
 def joined(parts):
@@ -244,32 +260,11 @@ def show_row(variant, scores):
         process.say(f'release   {variant.release}')
 
 
-# ------------------------------------------------------------------- what is kept of attacks
-
-def kept_attacks(path, made_from):
-    """Of results.json the attacks that would find the same again, and the image quality; see
-    attacks.digest_of_row()."""
-    with contextlib.suppress(InputError, AttributeError, KeyError, TypeError):    # or damaged
-        before = files.read_json(path)
-        attacked = {name: record for name, record in before['attacked'].items()
-                    if record['made_from'] == attacks.digest_of_attack(made_from, record['entry'])}
-        keys = [f'{name}_{question}' for name, record in attacked.items()
-                for question in record['questions']]
-        if attacked:
-            process.say(f'{path}: the attacks {", ".join(attacked)} are kept')
-            return {'attacked': attacked, 'reconstruction': before['reconstruction'],
-                    'privacy': {key: before['privacy'][key] for key in keys}}
-    return {}
-
-
 # ------------------------------------------------------------------------------ a comparison
 
 def write_comparison(cfg, shared, ready, scores):
-    """comparison.json, table.txt, report.html and pictures, gathered from the rows' results.json,
-    by rank 0 alone.
-
-    ready: Variants; scores: {set: PairScores} of each.
-    """
+    """comparison.json, table.txt, report.html and pictures, gathered from the results.json of the
+    Variants `ready`, by rank 0 alone; scores: {set: PairScores} of each."""
     folder, method, rows = Path(cfg.run.folder), cfg.reconstruct.method, {}
     path, figures = folder / 'comparison.json', folder / 'figures'
     with process.only_writer(path):

@@ -43,7 +43,8 @@ from facekit.data.people import count_release, split
 from facekit.privacy import protect
 from facekit.privacy.protect import Protection
 from facekit.privacy.release import (
-    check_release, check_release_files, check_release_images, plan_release, release_made_from, release_secret)
+    check_release, check_release_files, check_release_images, plan_release, release_made_from,
+    release_secret)
 from facekit.report import pictures
 from facekit.check import check_experiment
 
@@ -81,16 +82,17 @@ def release(variant, folds, device):
     made_from = release_made_from(cfg, folds, maes, secret)
     plan = plan_release(folds, secret, cfg)
     protections = [Protection(cfg, mae) for mae in maes]
+    counts = count_release(folds, cfg)
+    facts = release_facts(plan, counts, cfg)
     if process.broadcast((variant.release / 'manifest.json').exists()):
         check_release(variant, made_from)
         if cfg.reconstruct.check:
-            check_release_files(variant.release, plan, secret, data_card)
+            check_release_files(variant.release, plan, secret, facts, data_card)
         # It may be of a Protection whose code was changed since
         check_release_images(variant.release, plan, private, protections, device)
         sound = ' and sound' if cfg.reconstruct.check else ''
         return process.say(f'{variant.release} is finished{sound}: nothing to do')
     refuse_foreign(variant.release)
-    counts = count_release(folds, cfg)
     say_what_is_released(variant, counts)
     draft = variant.release.with_name(f'{variant.release.name}.tmp')
     encoded = encoded_images(variant, plan, private, protections, device)
@@ -106,10 +108,13 @@ def release(variant, folds, device):
 
     def finish():
         save_picture(variant, plan, private, protections, device)
-        write_facts(draft, plan, counts, cfg)
-        check_release_files(draft, plan, secret, data_card)
+        (draft / 'manifest.json').write_text(json.dumps(facts, indent=1) + '\n')
+        (draft / 'README.md').write_text(data_card(facts))
+        check_release_files(draft, plan, secret, facts, data_card)
         check_release_images(draft, plan, private, protections, device)
-        publish(draft, variant.release)
+        refuse_foreign(variant.release)     # that came in the meantime
+        os.sync()                           # a power cut shall not leave empty files in a release
+        draft.rename(variant.release)
 
     process.on_rank_0(finish)
     process.say(f'released {len(plan.image)} images of {plan.people} people: {variant.release}')
@@ -170,24 +175,14 @@ def make_part(number, plan, store, protections, cfg):
     return out.permute(0, 3, 1, 2)
 
 
-def write_facts(draft, plan, counts, cfg):
-    """Write the manifest and the data card of a release whose records are in the folder draft."""
-    c = cfg.reconstruct
-    strength = protect.method_of(cfg).strength
-    facts = {'method': c.method, **({strength: getattr(c, strength)} if strength else {}),
-             'paste_visible': c.paste_visible and c.method == 'facemae',
-             'images': len(plan.image), 'people': plan.people, 'size': cfg.data.size,
-             'format': c.format, 'quality': c.quality, **counts.left_out(),
-             'made_by': f'FaceMAE kit {commit()}'}
-    (draft / 'manifest.json').write_text(json.dumps(facts, indent=1) + '\n')
-    (draft / 'README.md').write_text(data_card(facts))
-
-
-def publish(draft, folder):
-    """Let a draft that is whole and checked appear as the release."""
-    refuse_foreign(folder)              # that came in the meantime
-    os.sync()                           # a power cut shall not leave empty files in a release
-    draft.rename(folder)
+def release_facts(plan, counts, cfg):
+    """What the manifest and the data card of a release say."""
+    c, strength = cfg.reconstruct, protect.method_of(cfg).strength
+    return {'method': c.method, **({strength: getattr(c, strength)} if strength else {}),
+            'paste_visible': c.paste_visible and c.method == 'facemae',
+            'images': len(plan.image), 'people': plan.people, 'size': cfg.data.size,
+            'format': c.format, 'quality': c.quality, **counts.left_out(),
+            'made_by': f'FaceMAE kit {commit()}'}
 
 
 def data_card(facts):
@@ -197,8 +192,6 @@ def data_card(facts):
                 'to compare protected releases with. Never publish them.\n')
     return DATA_CARD.format(facts='\n'.join(f'- {k}: {v}' for k, v in facts.items()))
 
-
-# -------------------------------------------------------------------------------- pictures
 
 def save_picture(variant, plan, private, protections, device):
     """Picture of originals, masked images and the release; it stays in the run folder."""

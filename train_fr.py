@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: MIT
-r"""Stages 0 and 3 of FaceMAE: train a face recogniser, IResNet with ArcFace or CosFace.
+"""Stages 0 and 3 of FaceMAE: train a face recogniser, IResNet with ArcFace or CosFace.
 
 On one device, GPU or CPU; without a config it takes toy faces, which it draws:
 $ python train_fr.py stage=teacher     # on public faces; stage=judge: a second, other one
 $ python train_fr.py                   # the student, on the released faces alone
 $ python train_fr.py release=PATH run.folder=runs/mine     # on anybody's records or folders
 
-On the 8 GPUs of one machine:
+On the 8 GPUs of one machine (on several, as in train_mae.py):
 $ torchrun --nproc_per_node=8 train_fr.py --config configs/casia.yaml
-
-On two machines that share a file system, on each with its RANK, 0 or 1, and the FIRST's address:
-$ torchrun --nnodes=2 --node_rank=RANK --nproc_per_node=8 --master_addr=FIRST --master_port=29500 \
-      train_fr.py --config configs/casia.yaml
 
 Time: with one thread of an AMD EPYC, beside another job, the toy's teacher (390 steps of 64
 images) took 100 s, a student (492 steps) 83 to 94 s (nine of them, results/toy). Not yet run on a
@@ -81,17 +77,13 @@ def learning_rate(step, total, steps_per_epoch, cfg):
 
 
 def margin(step, total, cfg):
-    """The margin grows linearly between the two shares of training in fr.margin_warmup.
-
-    Small recognisers do not converge when the full margin acts from the first step.
-    """
+    """The margin grows linearly between the two shares of training in fr.margin_warmup: small
+    recognisers do not converge with the full margin from the first step."""
     begin, end = cfg.margin_warmup
     done = step / total
     if done >= end:
         return cfg.margin
-    if done <= begin:
-        return 0.0
-    return cfg.margin * ((done - begin) / (end - begin))
+    return cfg.margin * max(0.0, (done - begin) / (end - begin))
 
 
 def augmented(x, u, strength):
@@ -116,8 +108,7 @@ def augmented(x, u, strength):
 
 
 class NormStatistics:
-    """One step of BatchNorm's running statistics for a batch that is seen in several parts; each
-    part takes three kernels, not three a buffer."""
+    """One step of BatchNorm's running statistics for a batch that is seen in several parts."""
 
     def __init__(self, net):
         self.buffers = [b for b in net.buffers() if b.is_floating_point()]
@@ -150,14 +141,10 @@ def norm_batch(share, cfg):
 
 
 def class_layer(classes, c):
-    """A MarginHead, or a DividedHead where classes are divided or sampled; and whether its centres
-    are divided over the processes."""
-    wanted = (c.shard_classes == 'true'
-              or c.shard_classes == 'auto' and classes >= DIVIDE_FROM)
-    divided = wanted and process.world() > 1
-    if divided and classes < process.world():
-        raise InputError(f'fr.shard_classes = true cannot divide {classes} people over '
-                         f'{process.world()} processes: use fr.shard_classes=auto')
+    """A MarginHead, or a DividedHead where classes are divided over the processes or sampled; and
+    whether they are divided."""
+    wanted = c.shard_classes == 'true' or c.shard_classes == 'auto' and classes >= DIVIDE_FROM
+    divided = wanted and 1 < process.world() <= classes
     settings = c.dim, classes, c.loss, c.scale, c.margin_gradient
     if not divided and c.sample_rate == 1:
         return models.MarginHead(*settings), False
@@ -198,8 +185,7 @@ def make_optimizer(net, head, c, device):
 
 
 def random_numbers(task, epoch, rows):
-    """Which images are mirrored, bool (B,), and random numbers in (0, 1) for augmented(),
-    (B, 10)."""
+    """Which images are mirrored, bool (B,), and numbers in (0, 1) for augmented(), (B, 10)."""
     def draw(purpose, columns):
         start = batches.stream(task.seed, f'{task.key} {purpose}', epoch)
         return batches.hashed(start, rows, columns)
@@ -220,7 +206,8 @@ def train(cfg, task, device):
     if saved and saved['step'] >= steps:
         return process.say(f'{path} is finished ({steps} steps): nothing to do')
     people, labels = np.unique(task.faces.labels[task.rows], return_inverse=True)
-    process.say(f'training {path} on {len(task.rows)} images of {len(people)} people, {steps} steps')
+    process.say(f'training {path} on {len(task.rows)} images of {len(people)} people, '
+                f'{steps} steps')
 
     torch.manual_seed(batches.stream(task.seed, f'{task.key} weights'))
     net = make_net(cfg, task, resumed=saved is not None)
@@ -280,32 +267,29 @@ def train_public(cfg, role, device):
     shared = [key for key in vars(cfg.fr) if not hasattr(c, key) and key != 'init']
     fixed = [role, *(f'fr.{key}' for key in shared)]
     for fold in split(cfg):
-        run_training(cfg, Recogniser(
-            f'{role}/fold{fold.k}', Path(cfg.run.folder, f'fold{fold.k}', f'{role}.pt'),
-            fold.public, fold.train, c.depth, c.width, c.epochs, c.seed, fixed, role), device)
+        path = Path(cfg.run.folder, f'fold{fold.k}', f'{role}.pt')
+        task = Recogniser(f'{role}/fold{fold.k}', path, fold.public, fold.train, c.depth, c.width,
+                          c.epochs, c.seed, fixed, role)
+        with process.only_writer(path):
+            train(cfg, task, device)
 
 
 def train_student(variant, device):
     """The recogniser of a release."""
     cfg = variant.cfg
     released = faces.load_release(variant)
-    run_training(cfg, Recogniser(
+    train(cfg, Recogniser(
         f'student/{variant.label}'.rstrip('/'), variant.student, released,
         np.arange(len(released)), cfg.fr.depth, cfg.fr.width, cfg.fr.epochs, cfg.run.seed,
         ['fr', 'run.seed'], 'fr', cfg.fr.init), device)
-
-
-def run_training(cfg, task, device):
-    """All steps of a Recogniser, while no other run writes its checkpoint."""
-    with process.only_writer(task.path):
-        train(cfg, task, device)
 
 
 def main(cfg, device, compare):
     if cfg.stage != 'student':
         return train_public(cfg, cfg.stage, device)
     for variant in variants(cfg, compare):
-        train_student(variant, device)
+        with process.only_writer(variant.student):
+            train_student(variant, device)
 
 
 if __name__ == '__main__':

@@ -63,22 +63,18 @@ def learning_rate(step, total, cfg):
 
 
 def mean_face(store):
-    """Mean of a Store's images, at most a million of them, and their mirrors: float32 (3, H, W)
-    in 0..1."""
+    """Mean of at most a million images of a Store and their mirrors: float32 (3, H, W), 0..1."""
     some = torch.arange(0, len(store), 1 + len(store) // 2 ** 20)
     total = sum(part.sum(0, dtype=torch.float64) for part in store.ahead(some.split(4096)))
     mean = (total / len(some) / 255).permute(2, 0, 1).float()
     return (mean + mean.flip(2)) / 2
 
 
-# ---------------------------------------------------------------------------- the losses
-
 class Objective:
     """The two losses of a batch, with everything they need that is not trained."""
 
     def __init__(self, cfg, mae, teacher, store):
-        """mae: FaceMAE; teacher: frozen recogniser, or None where nothing asks for it; store: of
-        the images that will come."""
+        """mae: FaceMAE; teacher: frozen recogniser or None; store: of the images that will come."""
         self.cfg, self.mae, self.teacher = cfg, mae, teacher
         self.model = process.parallel(mae.model)
         self.cached_originals = embed_originals(cfg, teacher, store)
@@ -157,11 +153,8 @@ class Objective:
         return torch.stack([mse, irm.detach()]), z
 
 
-# -------------------------------------------------------------------------- the training
-
 def load_teacher(cfg, fold, device):
-    """The frozen recogniser phi with its BatchNorms folded and the digest of its weights, or None
-    and None if nothing asks for it."""
+    """The frozen recogniser phi and the digest of its weights; None twice if nothing needs it."""
     if not cfg.irm.weight and not len(fold.validation):
         return None, None
     path = cfg.teacher.checkpoint or f'{cfg.run.folder}/fold{fold.k}/teacher.pt'
@@ -172,11 +165,8 @@ def load_teacher(cfg, fold, device):
 
 
 def embed_originals(cfg, teacher, store):
-    """The teacher's embeddings of all originals and their mirror images, float32 (2, N, d), or
-    None where few are asked for or they would take a quarter of the free memory.
-
-    The only augmentation is a flip, so that two embeddings of each image are all there are.
-    """
+    """The teacher's embeddings of all originals and their mirror images, float32 (2, N, d), all
+    that will be asked for; None where few are, or memory is short."""
     if not cfg.irm.weight or cfg.mae.epochs - cfg.irm.warmup_epochs <= 2:
         return None
     needed = 2 * len(store) * teacher.fc.out_features * 4
@@ -268,8 +258,8 @@ def train(variant, fold, device):
 
 
 def write_log(training, originals, z, validation, objective):
-    """A log line, with the correlation of the relations of the last batch; originals and z are its
-    embeddings (B, d), None while the relations do not act."""
+    """A log line, with the correlation of the relations of the last batch's embeddings, originals
+    and z (B, d), if they act."""
     figures = validation.figures(objective) if validation else {}
     if originals is None:
         return training.write_log(inactive=['irm'], relations=None, **figures)

@@ -20,7 +20,7 @@ from facekit.data.pairs import PairSet, held_back, load_pairs
 from facekit.measure import verification
 from facekit.measure.statistics import auc, tar_at_far
 from facekit.nets import embed
-from facekit.nets.weights import load_checkpoint
+from facekit.nets.weights import load_checkpoint, load_weights
 
 GOLDEN = json.loads((Path(__file__).parent / 'fixtures' / 'verification.json').read_text())
 
@@ -208,6 +208,13 @@ def test_a_checkpoint_that_promises_more_than_it_holds_is_refused_unread(tmp_pat
     monkeypatch.setattr(torch, 'load', lambda *_, **__: pytest.fail('it is loaded'))
     with pytest.raises(InputError, match='far more memory|safely|no zip file'):
         load_checkpoint(tmp_path / 'a.pt')
+
+
+@pytest.mark.parametrize('what', hostile.lies())
+def test_a_tensor_that_the_file_does_not_hold_is_refused(tmp_path, what):
+    (tmp_path / 'a.pt').write_bytes(hostile.lies()[what])
+    with pytest.raises(InputError, match='safely|does not hold the numbers'):
+        load_weights(torch.nn.Module(), load_checkpoint(tmp_path / 'a.pt'), tmp_path / 'a.pt')
 
 
 def test_a_sound_checkpoint_holds_what_was_saved(tmp_path):

@@ -82,7 +82,7 @@ def in_child(action, seconds, name):
 def read_all(kind, folder, evil):
     """Every case of a kind; a line of <folder>/log for each, which a crash leaves unfinished."""
     import hostile
-    from facekit.errors import InputError
+    from facekit.base.errors import InputError
     chance = random.Random(kind)
     sound, made, read = getattr(hostile, f'{kind}_files')(folder, evil)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

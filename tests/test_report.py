@@ -144,6 +144,9 @@ def test_a_picture_that_fails_is_a_sentence(tmp_path, capsys):
 def test_pictures_need_no_backend_of_matplotlib(tmp_path):
     code = """
 import numpy as np
+from facekit.measure import verification
+from facekit.report import pictures
+from facekit.report.tables import Row
 scores = verification.PairScores(np.arange(20) / 10, np.arange(20) < 12)
 pictures.save_roc([Row('row', scores={0: {'lfw': scores}})], 'roc.png')
 """

@@ -30,10 +30,8 @@ class Search:
     centre: torch.Tensor | None = None           # float32 (d,), subtracted from gallery items
 
     def centred(self):
-        """The same without the mean embedding of each side.
-
-        Blur and noise shift all embeddings alike; uncentred, the judge finds a third fewer.
-        """
+        """The same without the mean embedding of each side: blur and noise shift all embeddings
+        alike; uncentred, the judge finds a third fewer."""
         ceiling_probes = self.ceiling_probes
         if ceiling_probes is not None:
             ceiling_probes = F.normalize(ceiling_probes - ceiling_probes.mean(0))
@@ -81,8 +79,6 @@ class Ranking:
     chance: torch.Tensor       # the same by guessing
     probe: torch.Tensor        # int64: which probe
 
-
-# ------------------------------------------------------------------------------- ranking
 
 def rank(search, question, originals=False, block=BLOCK):
     """The Ranking of a Search, or that of the originals as probes; exact, in bounded memory. Each
@@ -146,15 +142,10 @@ def compared(probes, items, best, same):
 
 
 def exact(a, b):
-    """Inner products of rows of float32 tensors (..., d), summed in float64, rounded to float32.
-
-    So that equal vectors get equal scores, in whatever block they stand: in float32 the order of a
-    sum, and with it the last bit, depends on the shapes, and rounding would decide ties.
-    """
+    """Inner products of rows of float32 tensors (..., d), summed in float64, rounded to float32:
+    in float32 the last bit of a sum depends on the shapes, and rounding would decide ties."""
     return (a.double() * b.double()).sum(-1).float()
 
-
-# ------------------------------------------------------------------------------- figures
 
 @dataclass
 class BestWay:
@@ -179,10 +170,8 @@ class BestWay:
 
 
 def best_ways(attempts, questions):
-    """{question: BestWay} of what one attacker tries, {name of a way: Search} a group.
-
-    Embeddings are compared as they are and centred.
-    """
+    """{question: BestWay} of what one attacker tries, {name of a way: Search} a group, where
+    embeddings are compared as they are and centred."""
     best = {}
     for name in attempts[0]:
         plain = [searches[name] for searches in attempts]

@@ -3,10 +3,8 @@ import numpy as np
 
 
 def threshold_at_far(distance, same, far):
-    """The loosest threshold that accepts at most floor(far * count) of the different pairs.
-
-    A pair is accepted when its distance is below; no interpolation.
-    """
+    """The loosest threshold that accepts at most floor(far * count) of the different pairs: those
+    whose distance is below; no interpolation."""
     others = np.sort(distance[~same])
     return others[min(int(far * len(others)), len(others) - 1)]
 

@@ -13,8 +13,6 @@ from facekit.nets import embed
 CENTRED = ' centred'      # ends the name of a set that was centred on its mean
 
 
-# ------------------------------------------------------------------------------------ verification
-
 @dataclass
 class PairScores:
     """How a recogniser sees the pairs of a set."""
@@ -96,11 +94,9 @@ def figures_of(scores, sha256):
 
 
 def verify(net, sets, cfg, device):
-    """Verification of a recogniser on PairSets: {name: figures} and {name: PairScores}.
-
-    With evaluate.centred also without the set's mean embedding. That needs the set but no labels;
-    a recogniser of few people sees other pictures than its own in one common direction.
-    """
+    """Verification of a recogniser on PairSets: {name: figures} and {name: PairScores}; with
+    evaluate.centred also without the set's mean embedding, which a recogniser of few people sees
+    in all pictures that are not its own."""
     results, scores = {}, {}
     for s in sets:
         every = ImageRows(s.images, np.arange(len(s.images)))
@@ -115,12 +111,8 @@ def verify(net, sets, cfg, device):
 
 
 def component_floor(faces, sets, centred, components=100):
-    """Verification by whitened principal components of pixels, which know nothing of identity:
-    {name: figures}.
-
-    faces (N, H, W, 3) uint8, on whose mean pixels are centred; if `centred`, also on that of each
-    test set, as in verify().
-    """
+    """Verification by whitened principal components of pixels of faces (N, H, W, 3), which know
+    nothing of identity: {name: figures}; `centred` as in verify()."""
     def small(photos):
         x = torch.as_tensor(np.array(photos)).permute(0, 3, 1, 2).float()
         return F.adaptive_avg_pool2d(x + x.flip(3), 24).flatten(1).double()

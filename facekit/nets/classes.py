@@ -30,10 +30,8 @@ class DividedHead(models.MarginHead):
         self.weight = nn.Parameter(self.draw_centres(classes, dim))
 
     def draw_centres(self, classes, dim):
-        """The own rows of what a MarginHead of all classes would draw, float32 (own, dim).
-
-        The others are drawn and dropped block by block: no process could hold them all.
-        """
+        """The own rows, float32 (own, dim), of what a MarginHead of all classes would draw, block
+        by block: no process could hold them all."""
         own = []
         for start in range(0, classes, BLOCK):
             block = torch.empty(min(BLOCK, classes - start), dim).normal_(std=0.01)
@@ -77,10 +75,8 @@ class DividedHead(models.MarginHead):
 
     @staticmethod
     def over_all_shares(total, true, largest):
-        """Log-sum-exp, true logit and largest logit (N,) of the own share -> of all classes.
-
-        The values are the same on each process; the gradient is that of the own share's part.
-        """
+        """Log-sum-exp, true logit and largest logit (N,) of the own share -> of all classes, with
+        the gradient of the own share's part."""
         most = torch.stack([total.detach(), largest])                 # (2, N)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         offset, largest = most
@@ -129,8 +125,8 @@ class DividedHead(models.MarginHead):
 
 
 class GatheredRows(torch.autograd.Function):
-    """process.gathered() with a gradient: the sum of what the processes have for the own rows, times
-    their number, since the net's gradients are averaged later."""
+    """process.gathered() with a gradient: the sum of what the processes have for the own rows,
+    times their number, since the net's gradients are averaged later."""
 
     @staticmethod
     def forward(ctx, z):

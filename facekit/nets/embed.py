@@ -12,13 +12,10 @@ from facekit.data import images
 from facekit.data.batches import Store
 from facekit.data.faces import ImageRows
 
-# ---------------------------------------------------------------------------- embeddings
 
 def for_recogniser(batch, net):
-    """uint8 (B, H, W, 3) or float (B, 3, H, W) in 0..1 -> what an IResNet takes: -1..1, its size.
-
-    The result keeps the gradient and lies in channels_last memory.
-    """
+    """uint8 (B, H, W, 3) or float (B, 3, H, W) in 0..1 -> what an IResNet takes: -1..1, its size,
+    channels_last; the gradient is kept."""
     x = images.to_float(batch) if batch.dtype == torch.uint8 else batch
     if x.shape[-1] != net.size:
         x = F.interpolate(x, (net.size, net.size), mode='bilinear', align_corners=False)
@@ -33,10 +30,8 @@ def embed_batch(net, batch, precision):
 
 
 def embed_all(net, store, batch, precision, joined=False):
-    """Embeddings of every image of a Store and of its mirror image: float32 (2, N, d).
-
-    If they shall be `joined`, (1, N, d) of unit vectors of their sums, which lie on the host where
-    they would take a quarter of the device's free memory.
+    """Embeddings of every image of a Store and of its mirror image, float32 (2, N, d), or `joined`
+    the unit vectors of their sums, (1, N, d), on the host where the device has little memory.
 
     The processes take turns at the batches and gather them round by round, so the result does not
     depend on their number and no process holds it twice.

@@ -26,11 +26,7 @@ def is_published(path):
 
 
 def published(path, pixels):
-    """The recogniser at `path`, an .onnx file or 'dlib'; `pixels`: see config,
-    evaluate.onnx_pixels.
-
-    InputError if it, or the package that runs it, is missing.
-    """
+    """The recogniser at `path`, an .onnx file or 'dlib'; `pixels`: see evaluate.onnx_pixels."""
     return DlibRecogniser() if str(path) == DLIB else OnnxRecogniser(path, pixels)
 
 
@@ -77,16 +73,14 @@ class OnnxRecogniser(torch.nn.Module):
         onnxruntime = runtime(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
+        content = bytes(files.open_bytes(path))      # a file could name other files to read
         try:
-            # From bytes: then the file cannot name other files to read
             self.session = onnxruntime.InferenceSession(
-                bytes(files.open_bytes(path)), options, onnxruntime.get_available_providers())
+                content, options, onnxruntime.get_available_providers())
             face, = self.session.get_inputs()
             self.input, (self.batch, channels, self.size, width) = face.name, face.shape
             good = (channels, width) == (3, self.size) and face.type == 'tensor(float)'
             good = good and isinstance(self.size, int)
-        except InputError:
-            raise
         except Exception:                      # the runtime raises of many kinds
             good = False
         if not good:

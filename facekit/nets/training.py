@@ -31,12 +31,8 @@ class Training:
 
     def __init__(self, cfg, path, stage, nets, optimizer, steps, batch, loss_names, device,
                  saved=None):
-        """Begin, or continue from a checkpoint `saved`.
-
-        path is the checkpoint's, stage the log's name; nets {key of the checkpoint: module} are
-        saved and resumed; steps of batch images, those of all processes, make the whole training;
-        loss_names name what update() is given.
-        """
+        """Begin, or continue from a checkpoint `saved`; path is the checkpoint's, stage the log's
+        name, nets {key of the checkpoint: module}, batch that of all processes."""
         self.cfg, self.path, self.nets, self.optimizer = cfg, path, nets, optimizer
         self.steps, self.batch, self.loss_names = steps, batch, loss_names
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == 'fp16')
@@ -75,11 +71,8 @@ class Training:
         self.scaler.scale(loss).backward()
 
     def update(self, losses, learning_rate):
-        """Take one step of the optimizer with the gradients that were accumulated.
-
-        losses: float32 (len(loss_names),) on the device, means of this process's images;
-        learning_rate: of this step, float.
-        """
+        """Take one step of the optimizer with the gradients that were accumulated; losses: float32
+        (len(loss_names),) on the device, means of this process's images."""
         self.sums += losses
         self.learning_rate = learning_rate
         for group in self.optimizer.param_groups:
@@ -151,11 +144,8 @@ class Training:
 
 
 def load_unfinished(path, made_from, needs):
-    """The checkpoint at `path` to continue from, or None; InputError if it is damaged or was made
-    from something else.
-
-    made_from: see made_from.py; needs: the keys of the checkpoint.
-    """
+    """The checkpoint at `path` to continue from, or None; InputError if it lacks a key of `needs`
+    or was made from something else (see made_from.py)."""
     if not process.broadcast(path.exists()):
         return None
     saved = load_checkpoint(path, needs=('step', 'steps', 'logged', 'sums', 'optimizer',

@@ -57,11 +57,8 @@ def pixels(group, owned, cfg):
 
 
 def by_label(group, owned, cfg):
-    """The mean of a person's released images against the means of people's originals.
-
-    Half of a person's photos are searched for and the other half is in the gallery, so that a
-    photo never helps to find itself.
-    """
+    """The mean of a person's released images against the means of people's originals: one half of
+    the photos is searched for in the other, so that none helps to find itself."""
     order = np.argsort(group.person, kind='stable')
     first = np.searchsorted(group.person[order], group.person[order])
     in_gallery = np.empty(len(order), bool)
@@ -95,7 +92,7 @@ def repeated(group, owned, cfg):
     embedders = owned.without_pairs()
     totals = {name: group.probe_embeddings(e).clone() for name, e in embedders.items()}
     for seed in range(10**6 + 1, 10**6 + 8):
-        released = group.released_again(seed)
+        released = group.protected(group.sources(), seed)
         for name, embedder in embedders.items():
             totals[name] += embedder.embed_images(released).to(totals[name].device)
     return {name: group.search(F.normalize(totals[name]), group.gallery_embeddings(embedder))
@@ -148,10 +145,8 @@ def linear(group, owned, cfg):
 
 
 def trained(group, owned, cfg):
-    """A copy of the judge, trained to see a protected image and its original alike.
-
-    Others' pairs, fresh masks, InfoNCE (arXiv 1807.03748, eq. 4) both ways; unscaled: no fp16.
-    """
+    """A copy of the judge, trained to see a protected image and its original alike: others' pairs,
+    fresh masks, InfoNCE (arXiv 1807.03748, eq. 4) both ways; unscaled: no fp16."""
     torch.manual_seed(0)
     steps, device = cfg.evaluate.attack_steps, group.device
     net = copy.deepcopy(owned.embedder('judge').net).train()
@@ -187,8 +182,8 @@ class Membership:
 
 
 def membership(group, owned, cfg):
-    """Whether the insider is surer of the photos behind its training images than of other
-    people's: the largest cosine with a class centre. Returns the Membership scores."""
+    """Whether the insider is surer of the photos behind its training images than of others: the
+    largest cosine with a class centre."""
     if not owned.insider or group.outsiders is None:
         return None
     centres = owned.class_centres()
@@ -279,8 +274,7 @@ def attack(entry, groups, owners, cfg):
 
 
 def check_attacks(cfg):
-    """Refuse names in evaluate.attacks that are no attack and no file, or that ask too much of the
-    judge."""
+    """Refuse names in evaluate.attacks that are no attack and no file."""
     if 'trained' in cfg.evaluate.attacks:
         refuse_published(cfg.judge.checkpoint, 'the attack named trained trains the judge further')
     for name in cfg.evaluate.attacks:
@@ -290,18 +284,10 @@ def check_attacks(cfg):
 
 
 def short_names(wanted):
-    """{entry of evaluate.attacks: its name in tables}: of paths as little as tells them apart."""
-    names = {}
-    for entry in wanted:
-        parts = Path(entry).with_suffix('').parts if Path(entry).is_file() else (entry,)
-        for count in range(1, len(parts) + 1):
-            name = '/'.join(parts[-count:])
-            others = ['/'.join(Path(other).with_suffix('').parts[-count:])
-                      for other in wanted if other != entry]
-            if name not in others and (len(parts) == 1 or name not in ATTACKERS):
-                break
-        names[entry] = name
-    return names
+    """{entry of evaluate.attacks: its name in tables}: of a path its stem, if no other has it."""
+    stems = {entry: Path(entry).stem if Path(entry).is_file() else entry for entry in wanted}
+    others = [*stems.values(), *(name for name in ATTACKERS if name not in stems)]
+    return {entry: stem if others.count(stem) == 1 else entry for entry, stem in stems.items()}
 
 
 # --------------------------------------------------------------- what its figures depend on
@@ -319,16 +305,14 @@ def digest_of_attack(row, entry):
 
 
 def digest_of_row(variant, folds, release, release_from, device):
-    """What all attacks on a row depend on, 64 hex digits: equal ones mean equal results.
-
-    release: its FaceSet; release_from: of protect.release_made_from().
-    """
+    """What all attacks on a row depend on, 64 hex digits: equal ones mean equal results. release:
+    its FaceSet; release_from: of release.release_made_from()."""
     cfg, private = variant.cfg, folds[0].private
-    images = [f.public.digest(rows) for f in folds for rows in (f.train, f.mae)]
-    images += [private.digest(not_excluded(private, cfg)), release.digest(slice(None))]
+    images = [private.digest(not_excluded(private, cfg)), release.digest(slice(None))]
     nets = [cfg.judge.checkpoint, cfg.teacher.checkpoint, variant.student]
-    nets += [variant.run / f'fold{f.k}' / f'{role}.pt' for f in folds
-             for role in ('judge', 'teacher')]
+    for fold in folds:
+        images += [fold.public.digest(fold.train), fold.public.digest(fold.mae)]
+        nets += [variant.run / f'fold{fold.k}' / f'{role}.pt' for role in ('judge', 'teacher')]
     machine = provenance(device)
     return files.digest(repr([
         settings(cfg, KEYS), code_digest(), release_from, images,
@@ -337,7 +321,7 @@ def digest_of_row(variant, folds, release, release_from, device):
 
 
 def code_digest():
-    """Hex digits of the code that the figures of an attack depend on: all but what only shows."""
+    """Hex digits of the code that figures depend on: all but what only shows."""
     kit = Path(__file__).parents[1]
     paths = [path for path in sorted(kit.glob('*/*.py')) if path.parent.name != 'report']
     return files.digest(b''.join(path.read_bytes() for path in [Path(models.__file__), *paths]))

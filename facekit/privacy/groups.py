@@ -14,7 +14,6 @@ from facekit.data.faces import ImageRows
 from facekit.data.people import not_excluded, share_of
 from facekit.measure.retrieval import Search
 from facekit.nets.embed import Embedder
-from facekit.nets.published import is_published
 from facekit.nets.weights import load_checkpoint, recogniser
 from facekit.privacy.protect import Protection, hidden_patches, method_of
 
@@ -23,9 +22,8 @@ from facekit.privacy.protect import Protection, hidden_patches, method_of
 class AttackGroup:
     """Private people who are attacked together, and what attackers may have beside the release.
 
-    Attackers learn from pairs (protected image, original) of other people: those of a fold's own
-    public people, whom they protect themselves by `protection`, or, for a foreign release, those
-    of the other half of its people, as they were released.
+    Attackers learn from pairs (protected image, original) of other people: the fold's public ones,
+    whom they protect themselves by `protection`, or of a foreign release the other half.
     """
     released: ImageRows              # n released images, the probes
     originals: ImageRows             # N originals, the gallery
@@ -71,10 +69,6 @@ class AttackGroup:
         some = self.originals.take(np.arange(min(8, len(self.originals))))
         return not np.array_equal(self.protected(some, 0), self.protected(some, 1))
 
-    def released_again(self, seed):
-        """The n probes made once more with other masks or noise: uint8 (n, H, W, 3)."""
-        return self.protected(self.sources(), seed)
-
     def sources(self):
         """ImageRows of the original of each probe."""
         return self.originals.take(self.source)
@@ -90,13 +84,11 @@ class AttackGroup:
         return self.embedded[embedder.name]
 
     def gallery_embeddings(self, embedder):
-        """Unit embeddings (N, d) of the gallery, made once for all rows of a comparison that
-        search the same."""
+        """Unit embeddings (N, d) of the gallery, made once for all rows that search the same."""
         if not np.array_equal(embedder.gallery_rows, self.originals.rows):
             embedder.gallery_rows = self.originals.rows
             embedder.gallery = embedder.embed(self.originals)
         return embedder.gallery
-
 
     def search(self, probes, gallery, **settings):
         """The Search of probes (n, d) in a gallery (N, d) that stand for these images."""
@@ -119,17 +111,17 @@ class Recognisers:
     def public(self, role, n, path=''):
         """The Embedder of group n that was trained on public people: the judge or teacher of this
         run, by its role, or the one at a path."""
-        fold = self.folds[n] if self.folds else None
-        own = Path(self.cfg.run.folder, f'fold{fold.k if fold else 0}', f'{role}.pt')
-        named = path or getattr(self.cfg, role).checkpoint
-        path = str(named or own)
-        if (path, n) not in self.cache:
+        fold, made_by = self.folds[n] if self.folds else None, ''
+        path = path or getattr(self.cfg, role).checkpoint
+        if not path:
+            path = str(Path(self.cfg.run.folder, f'fold{fold.k if fold else 0}', f'{role}.pt'))
             made_by = command('train_fr.py', f'stage={role}')
-            if not is_published(path) and not Path(path).is_file():
+        if (path, n) not in self.cache:
+            if made_by and not Path(path).is_file():
                 raise InputError(f'{path} is missing: first run `{made_by}`, or name the {role} '
                                  f'of another run by {role}.checkpoint=PATH')
             net = recogniser(path, self.device, made_by, self.cfg.evaluate.onnx_pixels,
-                             None if named else fold)
+                             fold if made_by else None)
             self.cache[path, n] = Embedder(path, net, self.cfg, self.device)
         return self.cache[path, n]
 
@@ -166,23 +158,21 @@ class Owned:
         return F.normalize(head).to(self.recognisers.device)
 
 
-# --------------------------------------------------------------------- groups of a config
-
 def attacker_seeds(chosen, seed):
     """What decides masks and noise where an attacker protects ImageRows himself: int64 (N,)."""
     return batches.image_seeds(batches.stream(seed, 'attacker'), chosen.rows)
 
 
 def some_of(cfg, count):
-    """Which of `count` images are searched for or learnt from: all, or a fixed random choice of
-    evaluate.probes; int64, rising."""
+    """Which of `count` images are used: all, or a fixed random choice of evaluate.probes; int64,
+    rising."""
     chosen = np.random.default_rng(0).permutation(count)
     return np.sort(chosen[:cfg.evaluate.probes or count])
 
 
 def searched(rows, people, asked, cfg):
-    """Which of `rows` (int64, rising) make the gallery: all images of the people who are `asked`
-    for, and of all others, people (N,) says whose, evaluate.gallery as a fixed random choice."""
+    """Which of `rows` (int64, rising) make the gallery: all images of people (N,) who are `asked`
+    for, and evaluate.gallery of the others, a fixed random choice."""
     others = rows[~np.isin(people[rows], asked)]
     few = np.random.default_rng(2).permutation(others)[cfg.evaluate.gallery or len(others):]
     return np.setdiff1d(rows, few, assume_unique=True)
@@ -190,10 +180,7 @@ def searched(rows, people, asked, cfg):
 
 def own_groups(cfg, folds, maes, release, plan, device):
     """The released people of each fold as an AttackGroup; release: FaceSet of what was released by
-    a ReleasePlan.
-
-    The attackers' pairs are public people, whom the fold's own model protects for them.
-    """
+    a ReleasePlan."""
     private = folds[0].private
     probes = some_of(cfg, len(plan.image))
     pairs = len(some_of(cfg, min(len(f.train) for f in folds)))

@@ -76,10 +76,8 @@ def guess(group, owned, cfg):
 
 
 def guess_masks(group, cfg):
-    """How likely each patch of the probes is visible, float32 (n, 1, g, g) of g x g patches.
-
-    A small net that was trained on other people's images, protected by the attacker himself.
-    """
+    """How likely each patch of the probes is visible, float32 (n, 1, g, g) of g x g patches, by a
+    small net that learns from other people's images, which the attacker protects himself."""
     torch.manual_seed(0)
     patch, device = cfg.mae.patch, group.device
     net = nn.Sequential(

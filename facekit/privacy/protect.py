@@ -1,8 +1,5 @@
-"""The protections: FaceMAE and what it is compared with, and the plan of a release.
-
-Stages 2 and 4 share this code: an attacker who learns from other people's photos protects them
-exactly as the release was protected.
-"""
+"""The protections: FaceMAE and what it is compared with. Stages 2 and 4 share them: an attacker who
+learns from other people's photos protects them exactly as the release was protected."""
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,11 +43,9 @@ class FaceMAE:
         return self.model.unpatchify(patches.float()) * self.std + self.mean
 
     def reconstruct(self, x, noise, ratio, cfg):
-        """Float images (B, 3, H, W) in 0..1 and noise (B, L) -> float32 images, about 0..1.
-
-        The whole output of the decoder, or with reconstruct.paste_visible the visible patches of
-        the input. It does not depend on a hidden pixel in a single bit.
-        """
+        """Float images (B, 3, H, W) in 0..1 and noise (B, L) -> float32 images, about 0..1, which
+        depend on no bit of a hidden pixel: the decoder's whole output, or with paste_visible the
+        visible patches of the input."""
         normalised = self.normalise(x)
         with process.autocast(x.device, cfg.run.precision):
             pred, mask = self.model(normalised, noise, ratio)

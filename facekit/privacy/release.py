@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from facekit.base import files, process
-from facekit.base.config import CONFIGS, SPECS
+from facekit.base.config import CONFIGS
 from facekit.base.errors import InputError
 from facekit.base.made_from import check_made_from, settings
 from facekit.data import images
@@ -104,11 +104,10 @@ def draw_secret(path):
 def keyed(secret, *what):
     """64 bits, int, from a keyed hash of `what`: BLAKE2b with the secret as key (RFC 7693).
 
-    Without the secret nobody can compute, nor tell from chance, one of these numbers, however many
-    others he knows: that is what a keyed hash promises (a pseudorandom function). So who has one
-    original and its mask, or another row's release, learns no other image's mask, place or label.
-    expanded() makes the bits of one image from its number and can be inverted, but that leads to
-    this image's number only.
+    Without the secret nobody can tell one of these numbers from chance, however many others he
+    knows (a pseudorandom function): who has one original and its mask, or another row's release,
+    learns no other image's mask, place or label. expanded(), which makes the bits of one image
+    from its number, can be inverted, but that leads to this image's number only.
     """
     text = '\0'.join(map(str, what)).encode(errors='surrogateescape')
     digest = hashlib.blake2b(text, key=key_of(secret), digest_size=8).digest()
@@ -132,9 +131,9 @@ class ReleasePlan:
 def plan_release(folds, secret, cfg):
     """The ReleasePlan of a config: a pure function of the private images and the secret.
 
-    Everything is drawn for this row, seed and strength, so that two releases share no mask, order
-    or label; and by names and contents, so that the masks and the relative order of others stay
-    when somebody is added or taken out, while label numbers close up.
+    Everything is drawn for this row, seed and strength: two releases share no mask, order or
+    label. It is drawn by names and contents: when somebody is added or taken out, the masks and
+    the relative order of others stay, while label numbers close up.
     """
     c, private = cfg.reconstruct, folds[0].private
     strength = method_of(cfg).strength
@@ -174,55 +173,43 @@ def release_made_from(cfg, folds, maes, secret):
 
 
 def check_release(variant, made_from):
-    """Refuse a finished release that was made with another config, secret, model, images or names.
-
-    Its images could not be matched with their originals any more, and would look private.
-    """
+    """Refuse a finished release that was made with another config, secret, model, images or names:
+    its images would match no originals, and look private."""
     saved = files.read_json(variant.folder / 'release.json')
     check_made_from(variant.release, files.entry(saved, 'made_from'), made_from,
                     'give the other settings a row of their own (compare), or use another '
                     'run.folder')
 
 
-def check_release_files(folder, plan, secret, card):
+def check_release_files(folder, plan, secret, facts, card):
     """Refuse a release whose files are not exactly what it may hold.
 
-    folder: of the release; plan: its ReleasePlan; card: a function that makes README.md from
-    manifest.json. What is written is compared with what may be written, so that no path, name or
-    label of the source needs to be searched for.
+    plan: its ReleasePlan; facts: what manifest.json may say, whatever version of the kit made it;
+    card: a function that makes README.md from it. So no path, name or label of the source needs
+    to be searched for.
     """
     names = sorted(path.name for path in folder.iterdir())
     expected = ['README.md', 'manifest.json', 'property', 'train.idx', 'train.rec']
     refuse(names != expected, folder, f'holds {names}, not {expected}')
-    facts = files.read_json(folder / 'manifest.json')
-    words = [word for key in ('reconstruct.method', 'reconstruct.format')
-             for word in SPECS[key].split(' | ')]
-    for key, value in facts.items():
-        known = isinstance(value, (int, float)) or value in words or key == 'made_by' and (
-            re.fullmatch(r'FaceMAE kit [\w. -]+', str(value)))
-        refuse(not known, folder, f'has {key} = {value!r} in its manifest')
-    refuse((folder / 'README.md').read_text() != card(facts), folder, 'has another README.md')
+    manifest = files.read_json(folder / 'manifest.json')
+    made_by = str(manifest.get('made_by'))
+    refuse(manifest != facts | {'made_by': made_by}
+           or not re.fullmatch(r'FaceMAE kit [\w. -]+', made_by), folder, 'has another manifest')
+    refuse((folder / 'README.md').read_text() != card(manifest), folder, 'has another README.md')
     released = Records(folder)
     refuse(not np.array_equal(released.labels, plan.label), folder,
            f'has {len(released)} images whose labels are not the {len(plan.label)} of its plan')
-    refuse(facts['images'] != len(plan.label) or facts['people'] != plan.people, folder,
-           'has other counts in its manifest')
-    secrets = secret, key_of(secret)
+    keys = secret, key_of(secret)
+    forms = [form for key in keys for form in (key, key.hex().encode(), key.hex().upper().encode())]
     for path in folder.iterdir():
         content = files.open_bytes(path)
-        refuse(any(content.find(form) >= 0 for form in (
-            key for secret in secrets for key in (
-                secret, secret.hex().encode(), secret.hex().upper().encode()))), path,
-               'holds the secret')
+        refuse(any(content.find(form) >= 0 for form in forms), path, 'holds the secret')
 
 
 def check_release_images(folder, plan, private, protections, device):
-    """Refuse a release whose images are not those of its plan, or that read a hidden pixel.
-
-    A sample of originals is protected once more and compared with what stands in the release,
-    which shows, too, that nobody else's image is there; then with their hidden patches changed,
-    which must not change a bit.
-    """
+    """Refuse a release whose images are not those of its plan, or that read a hidden pixel: a
+    sample of originals is protected once more and compared with what stands in the release, then
+    protected with hidden patches changed, which must not change a bit."""
     released, c = Records(folder), protections[0].cfg.reconstruct
     refuse(len(released) != len(plan.image), folder,
            f'has {len(released)} images, not the {len(plan.image)} of its plan')
@@ -238,7 +225,7 @@ def check_release_images(folder, plan, private, protections, device):
             error = (images.decode(released[i], f'{folder} image {i}').float()
                      - images.decode(encoded, 'image made for comparison')).abs().mean().item()
             refuse(error > 2, folder, f'has another image at {i} than its plan ({error:.1f})')
-        if protect.method_of(protections[k].cfg).draws_mask:
+        if method_of(protections[k].cfg).draws_mask:
             check_hidden(folder, protections[k], originals, seeds, expected)
 
 

@@ -49,7 +49,7 @@ def picture(path, title):
 
 def write_page(folder, sheets, results):
     """Write <folder>/report.html of a run: its Sheets, the pictures in <folder>/figures, and what
-    made them (the results.json of one row)."""
+    made them, by the results.json of one row."""
     folder = Path(folder)
     config = {k: v for k, v in results.get('config', {}).items()
               if k not in ('compare', 'base', 'reference')}

@@ -14,13 +14,8 @@ from facekit.report.tables import QUESTIONS, comparable
 MARGIN, GAP, TEXT = 96, 3, 13                  # of face grids: left margin, gap, font size, pixels
 
 
-# ------------------------------------------------------------------------------- faces
-
 def save_grid(rows, path, title=''):
-    """Write a picture of rows of faces, {label: float images (N, 3, H, W) in 0..1}, as PNG.
-
-    Small faces are shown at twice their size.
-    """
+    """Write a picture of rows of faces, {label: float images (N, 3, H, W) in 0..1}, as PNG."""
     faces = [to_uint8(images.detach().float().cpu()).numpy() for images in rows.values()]
     count, side = len(faces[0]), faces[0].shape[1]
     scale = 2 if count * side < 400 else 1
@@ -38,11 +33,8 @@ def save_grid(rows, path, title=''):
 
 
 def save_most_linked(attack, rank1, cosines, released, originals, path):
-    """Write a picture of the ten released images whose originals an attacker is surest of.
-
-    cosines (n,): how alike it sees the n images of `released` and `originals`, ImageRows; rank1:
-    of how many it finds the original.
-    """
+    """Write a picture of the ten released images whose originals an attacker is surest of, by
+    cosines (n,) of `released` with `originals` (ImageRows); rank1: of how many it finds them."""
     best = cosines.argsort()[::-1][:10]
     rows = {label: torch.as_tensor(images.take(best).pixels()).permute(0, 3, 1, 2) / 255
             for label, images in (('original', originals), ('released', released))}
@@ -51,11 +43,8 @@ def save_most_linked(attack, rank1, cosines, released, originals, path):
               f'{cosines[best[-1]]:.2f}')
 
 
-# ------------------------------------------------------------------------------- plots
-
 def attempt(draw, *arguments):
-    """draw(*arguments) on rank 0, or a sentence why not: what only shows costs nothing that was
-    computed. The last of the arguments is the path of the picture."""
+    """draw(*arguments), of which the last is a picture's path, on rank 0, or say why not."""
     if process.rank():
         return
     try:
@@ -63,7 +52,8 @@ def attempt(draw, *arguments):
     except Exception as error:             # of matplotlib, a font, a folder, ...
         if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise                          # no results would find room either
-        process.say(f'warning: a picture is missing, all figures are there ({arguments[-1]}: {error})')
+        process.say(f'warning: a picture is missing, all figures are there ({arguments[-1]}: '
+                    f'{error})')
 
 
 def new_figure(**how):
@@ -75,15 +65,13 @@ def new_figure(**how):
 def colours_of(names):
     """{name: colour}, no two alike."""
     from matplotlib import colormaps
-    for palette in (colormaps['tab10'].colors, colormaps['tab20'].colors):
-        if len(names) <= len(palette):
-            return dict(zip(names, palette))
+    if len(names) <= 10:
+        return dict(zip(names, colormaps['tab10'].colors))
     return dict(zip(names, colormaps['turbo'](np.linspace(0, 1, len(names)))))
 
 
 def save_plot(figure, path):
-    """Write a figure as PNG: no upper and right lines of axes, and the legend of the last axes
-    beside them, where it covers nothing."""
+    """Write a figure as PNG, with the legend of its last axes beside them."""
     for axes in figure.axes:
         axes.spines[['top', 'right']].set_visible(False)
     axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize=8)
@@ -110,10 +98,7 @@ def save_roc(rows, path):
 
 
 def save_tradeoff(rows, path):
-    """Leakage of Rows against utility, a panel a question.
-
-    Each row has a colour: its square is the strongest attack, its dot the judge alone.
-    """
+    """Leakage of Rows, a colour each, against utility, a panel a question."""
     rows = [row for row in rows
             if any(row.figures('privacy')) and row.results[0]['verification']]
     if not rows:

@@ -80,12 +80,10 @@ class Row:
 def comparable(rows):
     """Names of the attackers that count and were tried on every seed of all rows: the strongest of
     few is weaker than that of many."""
-    def counts(name):
-        attacker = ATTACKERS.get(name)              # None: a recogniser that the user named
-        return not attacker or attacker.counts and 'same_person' in attacker.questions
-
+    left_out = [name for name, attacker in ATTACKERS.items()
+                if not attacker.counts or 'same_person' not in attacker.questions]
     tried = set.intersection(*(set(names) for row in rows for names in row.figures('attacked')))
-    return [name for name in ordered(tried) if counts(name)]
+    return ordered(tried.difference(left_out))
 
 
 def ordered(names):
@@ -97,11 +95,8 @@ def ordered(names):
 # ------------------------------------------------------------------------------------ tables
 
 def tables(rows, ahead, method, references):
-    """All Sheets of Rows.
-
-    ahead: see leads(); method: name of the row that others are compared with; references:
-    published or repeated rows of the config.
-    """
+    """All Sheets of Rows; ahead: see leads(); method: name of the row that others are compared
+    with; references: published or repeated rows of the config."""
     released = [row for row in rows if row.figures('privacy')]
     sheets = [*utility_tables(rows, references), *lead_tables(ahead, method)]
     if released:
@@ -141,7 +136,7 @@ def leads(rows, method):
 
 
 def lead_tables(ahead, method):
-    """By how much the method is ahead of other rows, in points, a Sheet a set; see leads()."""
+    """leads() in points, a Sheet a set."""
     return [Sheet(
         f'{method} minus ..., points on {name} [95 % interval over pairs and seeds]',
         [f'{method} minus', 'acc.', 'TAR@1%'],
@@ -181,16 +176,14 @@ def quality_table(rows):
 
 
 def visible_patches(config):
-    """How many patches of an image stay visible, '9 of 36'; 'all' where none is hidden, 'unknown'
-    of a release made elsewhere."""
+    """How many patches stay visible, '9 of 36'; of a release made elsewhere 'unknown'."""
     c = config['reconstruct']
     if config['release']:
         return 'unknown'
     if not PROTECTIONS[c['method']].draws_mask:
         return 'all'
-    visible, patches = visible_count(config['data']['size'], config['mae']['patch'],
-                                     c['mask_ratio'])
-    return f'{visible} of {patches}'
+    return '{} of {}'.format(*visible_count(
+        config['data']['size'], config['mae']['patch'], c['mask_ratio']))
 
 
 def membership_table(rows):
@@ -249,22 +242,22 @@ def claims_table(rows, method):
     if not distortions or not sets:
         return []
     attackers = comparable([own, *distortions])
+    lines = [error_claim(own, distortions, name) for name in sets]
     floors = [row.name for row in rows if not row.figures('privacy')
               and row.accuracy(sets) >= own.accuracy(sets)]
-    lines = [error_claim(own, distortions, name) for name in sets]
-    for word in QUESTIONS:
-        claim = f'a fifth less leakage ({word}) than a distortion of no less use'
+    useful = [row for row in distortions if row.accuracy(sets) >= own.accuracy(sets)]
+    for word, question in QUESTIONS.items():
         if floors:
-            lines.append([claim, 'cannot be said', f'{method} is worth no more than {floors[0]}'])
+            verdict = 'cannot be said', f'{method} is worth no more than {floors[0]}'
         else:
-            lines.append([claim, *leakage_claim(word, own, distortions, sets, attackers)])
+            verdict = leakage_claim(question, own, useful, attackers)
+        lines.append([f'a fifth less leakage ({word}) than a distortion of no less use', *verdict])
     return [Sheet(f"the paper's claims; leakage: by the strongest of {', '.join(attackers)}",
                   ['claim', 'verdict', 'measured, %'], lines, text=True)]
 
 
 def error_claim(own, distortions, name):
-    """Whether the error on a verification set is at most half of the runner-up's: a line of the
-    table."""
+    """Whether the error on a verification set is at most half of the runner-up's: a line."""
     best = max(distortions, key=lambda row: row.accuracy([name]))
     ours, theirs = 1 - own.accuracy([name]), 1 - best.accuracy([name])
     return [f'half of the error of the best distortion on {name}',
@@ -272,18 +265,16 @@ def error_claim(own, distortions, name):
             f'{percent([ours])} against {percent([theirs])} ({best.name})']
 
 
-def leakage_claim(word, own, distortions, sets, attackers):
-    """Whether a fifth less is found than of the best of those distortions that are worth at least
-    as much: verdict and figures."""
-    useful = [row for row in distortions if row.accuracy(sets) >= own.accuracy(sets)]
-    found = {row.name: row.strongest(QUESTIONS[word], attackers) for row in (own, *useful)}
-    ours = found.pop(own.name)
+def leakage_claim(question, own, useful, attackers):
+    """Whether a fifth less is found than of the best of the `useful` Rows, distortions that are
+    worth at least as much: verdict and figures."""
+    ours = own.strongest(question, attackers)
     if not useful or np.isnan(ours[0]):
         return 'cannot be said', 'no distortion here is worth as much'
-    best = min(found, key=lambda name: found[name][0])
-    theirs = found[best]
-    ours_and_theirs = [percent(found[:1], [found[1:]]) for found in (ours, theirs)]
-    figures = f'{" against ".join(ours_and_theirs)} ({best})'
+    best = min(useful, key=lambda row: row.strongest(question, attackers)[0])
+    theirs = best.strongest(question, attackers)
+    figures = (f'{percent(ours[:1], [ours[1:]])} against {percent(theirs[:1], [theirs[1:]])} '
+               f'({best.name})')
     if ours[0] > 0.8 * theirs[0] + 1e-9:
         return 'not reached', figures
     if ours[2] >= theirs[1]:
