@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run, tensors
+from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run, tensors, together
 
 ROWS = ['--compare', 'compare={mask: [reconstruct.method=mask]}']
 RELEASES = ['run/reconstructed', 'run/release.json', 'run/mask/reconstructed',
@@ -248,16 +247,6 @@ def test_steps_in_pieces_are_the_same_steps(copied, arguments, line, result):
     assert script.wait() == -signal.SIGKILL
     assert 'continuing at step' in run(copied, *arguments)
     assert (content(path), log_lines(copied, line)) == undisturbed
-
-
-def together(folder, *arguments, count=2, largest=None, **environment):
-    """The processes of a run, of which the later ones cannot write one byte into any file."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    return [Script(folder, *arguments, largest=limit, RANK=rank, LOCAL_RANK=rank,
-                   WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=port, **environment)
-            for rank, limit in zip('0123'[:count], (largest, 0, 0, 0))]
 
 
 @pytest.mark.parametrize('arguments, line, result, epoch, counts', [
