@@ -1,7 +1,7 @@
 """What tests of the scripts share: running them, the finished tiny experiment, reading results.
 
-What is neither disturbed nor one of several processes runs in the tests' own process. For the rest,
-a fork of a process that has imported torch becomes a script in a tenth of a second.
+What is neither disturbed nor one of several processes runs in the tests' own process. For the
+rest, a fork of a process that has imported torch becomes a script in a tenth of a second.
 """
 import contextlib
 import io
@@ -134,16 +134,13 @@ def together(folder, *arguments, count=2, largest=None, **environment):
 
 @pytest.fixture(scope='session')
 def finished(tmp_path_factory):
-    """A folder in which reproduce.sh has run the whole tiny experiment, and its output."""
+    """A folder with all that reproduce.sh runs of the tiny experiment, and what it printed."""
     folder = tmp_path_factory.mktemp('pipeline')
-    done = subprocess.run(
-        ['bash', ROOT / 'reproduce.sh', TINY, f'run.folder={folder}/run',
-         f'data.root={folder}/faces', f'toy.root={folder}/faces',
-         f'evaluate.sets=[{folder}/faces/toy.bin]'],
-        capture_output=True, text=True, env=os.environ | ENVIRONMENT | {'PYTHON': sys.executable},
-        timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder, done.stdout
+    commands = subprocess.run(['bash', ROOT / 'reproduce.sh', TINY], capture_output=True, text=True,
+                              env=os.environ | {'PYTHON': 'echo'}, check=True).stdout
+    printed = [run(folder, script, *words) for script, _, *words in map(
+        str.split, commands.splitlines())]
+    return folder, ''.join(printed)
 
 
 @pytest.fixture

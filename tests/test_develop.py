@@ -1,4 +1,4 @@
-"""docs/develop.md: each diff is applied to a copy of the kit, and does there what the page says."""
+"""docs/develop.md: each diff is applied to a copy of the kit and does there what the page says."""
 import json
 import re
 import shutil
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, run
+from conftest import ROOT, Script, log_lines
 from facekit.data import images, records
 
 PAGE = ROOT / 'docs' / 'develop.md'
@@ -35,7 +35,13 @@ def changed(finished, tmp_path):
             else:
                 shutil.copy(path, kit)
         subprocess.run(['patch', '-p1', '--fuzz=0'], input=diff, cwd=kit, text=True, check=True)
-        return lambda script, *words: run(tmp_path, kit / script, *words)
+
+        def script(name, *words):
+            one = Script(tmp_path, kit / name, *words)
+            assert one.wait() == 0, one.out + one.err
+            return one.out
+
+        return script
 
     return change
 
@@ -90,7 +96,6 @@ def test_a_new_attacker_stands_in_results_and_table(changed, tmp_path):
 
 def test_a_new_relation_trains(changed, tmp_path):
     changed(RELATION)('train_mae.py', 'mae.name=angle', 'irm.relations=angle')
-    before, after = ([json.loads(line)['irm'] for line in (
-        tmp_path / 'run' / 'log' / 'train_mae' / 'fold0' / f'{name}.jsonl').read_text().splitlines()]
-        for name in ('mae', 'angle'))
+    before, after = ([line['irm'] for line in log_lines(tmp_path, f'train_mae/fold0/{name}')]
+                     for name in ('mae', 'angle'))
     assert after[-1] > 0 and after[-1] != before[-1]

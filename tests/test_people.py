@@ -1,9 +1,9 @@
 """Nobody is released by mistake: names, exclusions, what is passed over, the secret, the check."""
 import hashlib
-import os
 import re
 import shutil
 import stat
+import subprocess
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from test_data import make_config, write_faces
 import train_mae
 from conftest import TINY, run
 from facekit import check
-from facekit.base import config
+from facekit.base import config, launch
 from facekit.base.errors import InputError
 from facekit.data import batches, faces, images, records, toy
 from facekit.data.people import count_release, split
@@ -345,21 +345,16 @@ def test_a_method_that_reads_hidden_pixels_is_not_released(tmp_path, monkeypatch
         check_release_images(*arguments)
 
 
-def test_a_kit_inside_another_repository_does_not_name_that(finished, tmp_path):
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-    shutil.copytree(ROOT, tmp_path / 'outer' / 'kit', ignore=shutil.ignore_patterns(
-        '.git', '.venv', 'results', 'runs', 'datasets', '__pycache__'))
+def test_a_kit_inside_another_repository_does_not_name_that(tmp_path, monkeypatch):
+    monkeypatch.delenv('GIT_DIR', raising=False)
     for words in (['init', '-q'], ['-c', 'user.name=x', '-c', 'user.email=x', 'commit', '-q',
                                    '--allow-empty', '-m', 'secret']):
-        subprocess.run(['git', *words], cwd=tmp_path / 'outer', check=True)
-    told = subprocess.run(
-        [sys.executable, '-c', 'from facekit import run; print(run.commit())'],
-        cwd=tmp_path / 'outer' / 'kit', capture_output=True, text=True, check=True,
-        env={k: v for k, v in os.environ.items() if k != 'GIT_DIR'}).stdout.strip()
-    assert told == 'version 2.0'
+        subprocess.run(['git', *words], cwd=tmp_path, check=True)
+    (tmp_path / 'kit' / 'configs').mkdir(parents=True)
+    monkeypatch.setattr(launch, 'CONFIGS', tmp_path / 'kit' / 'configs')
+    assert launch.commit() == 'version 2.0'
+    monkeypatch.setattr(launch, 'CONFIGS', tmp_path / 'kit')           # the repository's own
+    assert re.fullmatch('[0-9a-f]{12}', launch.commit())
 
 
 def test_a_photo_that_is_too_large_is_told_the_limit():

@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 from conftest import ENVIRONMENT, ROOT, TINY, run
 
@@ -79,6 +80,7 @@ def test_what_rank_0_does_alone_waits_for_nobody_and_a_failure_ends_all(tmp_path
     assert "KeyError: 'planted fault'" in done.stderr
 
 
+@pytest.mark.long
 def test_two_nodes_train_what_one_does(copied):
     """Each node has its own launcher; both have the same folder."""
     arguments = 'stage=teacher', 'teacher.epochs=1', 'run.log_every=1'

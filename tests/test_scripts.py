@@ -20,6 +20,7 @@ from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run, tensors
 from facekit.base import process
 from facekit.base.config import namespace, resolve, variants
 from facekit.base.errors import InputError
+from facekit.check import check_experiment
 from facekit.data import batches, images, records, toy
 from facekit.privacy import attacks, protect
 
@@ -113,17 +114,11 @@ def test_two_processes_give_what_one_gives(copied, finished):
         assert (a - b).abs().max() <= 1
     for count in (1, 2):        # other thread counts round otherwise, and SGD amplifies that
         run(copied, 'train_fr.py', 'release=run/mask/reconstructed', f'run.folder=run{count}',
-            'run.threads=1', processes=count)
+            processes=count)
     one, two = (torch.load(copied / f'run{n}' / 'fr.pt', weights_only=True) for n in (1, 2))
     for key, value in one['net'].items():
         if 'num_batches' not in key:       # counts the parts that this process saw; never used
             torch.testing.assert_close(value, two['net'][key], rtol=1e-5, atol=1e-6, msg=key)
-    shutil.copy(finished[0] / 'run' / 'fr.pt', copied / 'run' / 'fr.pt')
-    run(copied, 'evaluate.py', processes=2)
-    results = [json.loads((f / 'run' / 'results.json').read_text()) for f in
-               (finished[0], copied)]
-    for name, figure in results[0]['verification']['toy'].items():
-        assert figure == pytest.approx(results[1]['verification']['toy'][name], abs=0.03), name
 
 
 def test_streaming_gives_bit_for_bit_what_memory_gives(copied, finished, monkeypatch):
@@ -196,6 +191,7 @@ def test_people_held_back_are_watched_in_training_and_verified(tmp_path, finishe
     assert found['verification']['held back']['pairs'] == 6000
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a compiler')
 def test_a_compiled_recogniser_learns_the_same(finished, tmp_path):
     """The plain twin of run.compile: equal losses until rounding grows, here in the third step."""
@@ -217,26 +213,31 @@ def test_micro_batches_do_not_change_the_gradient(copied, finished):
         np.testing.assert_allclose([x[key] for x in one], [x[key] for x in two], rtol=1e-3)
 
 
-@pytest.mark.parametrize('script, arguments, words', [
-    ('train_mae.py', ['run.folder=empty'], ['teacher.pt', 'missing', 'stage=teacher']),
-    ('reconstruct.py', ['run.folder=empty'], ['mae.pt', 'python train_mae.py']),
-    ('train_fr.py', ['run.folder=empty'], ['reconstructed', 'python reconstruct.py']),
-    ('evaluate.py', ['run.folder=empty'], ['reconstructed', 'python reconstruct.py']),
-    ('evaluate.py', ['evaluate.sets=[nowhere.bin]'], ['nowhere.bin', 'evaluate.sets']),
-    ('evaluate.py', ['evaluate.attacks=[psychic]'], ['psychic', 'pixels']),
-    ('train_fr.py', ['stage=teacher', 'run.folder=other', 'fr.batch=2000'], ['2000', 'fr.batch']),
-    ('train_fr.py', ['stage=teacher', 'run.folder=other', 'teacher.depth=12'], ['12', '10 | 18']),
-    ('train_mae.py', ['run.folder=other', 'mae.patch=5', 'irm.weight=0'], ['32', '5']),
-    ('train_mae.py', ['data.folds=1'], ['data.folds', 'data.public']),
-])
-def test_a_wrong_input_is_one_sentence_with_exit_code_2(finished, script, arguments, words):
-    printed = run(finished[0], script, *arguments, code=2)
+@pytest.mark.parametrize('script, arguments, told', [
+    ('train_mae.py', 'run.folder=empty', 'teacher.pt is missing.*stage=teacher'),
+    ('reconstruct.py', 'run.folder=empty', 'mae.pt.*python train_mae.py'),
+    ('train_fr.py', 'run.folder=empty', 'reconstructed.*python reconstruct.py'),
+    ('evaluate.py', 'run.folder=empty', 'reconstructed.*python reconstruct.py'),
+    ('evaluate.py', 'evaluate.sets=[nowhere.bin]',
+     'nowhere.bin is neither there .* evaluate.sets .* relative to /'),
+    ('evaluate.py', 'evaluate.attacks=[psychic]', 'psychic.*pixels'),
+    ('train_fr.py', 'stage=teacher run.folder=other fr.batch=2000', '(?=.*2000).*fr.batch'),
+    ('train_fr.py', 'stage=teacher run.folder=other teacher.depth=12', r'(?=.*12).*10 \| 18'),
+    ('train_mae.py', 'run.folder=other mae.patch=5 irm.weight=0', '(?=.*32).*5'),
+    ('train_mae.py', 'data.folds=1', '(?=.*data.folds).*data.public'),
+    ('reconstruct.py', 'reconstruct.photos=nowhere', 'nowhere does not exist'),
+    ('reconstruct.py', 'reconstruct.photos=run/log', 'holds no photo'),
+    ('evaluate.py', 'judge.checkpoint=run/none.pt',
+     'run/none.pt is missing: first run .* by judge.checkpoint=PATH'),
+    ('evaluate.py', 'data.exclude=0,1', 'data.exclude = .0,1. does not fit: give list of')])
+def test_a_wrong_input_is_one_sentence_with_exit_code_2(finished, script, arguments, told):
+    printed = run(finished[0], script, *arguments.split(), code=2)
     last = printed.strip().splitlines()[-1]
     assert last.startswith('error: ') and 'Traceback' not in printed
-    assert all(word in last for word in words), last
+    assert re.search(told, last), last
 
 
-@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+@pytest.mark.parametrize('precision', ['bf16', pytest.param('fp16', marks=pytest.mark.long)])
 def test_half_precision_trains(copied, precision):
     run(copied, 'train_mae.py', f'run.precision={precision}', 'mae.name=half', 'mae.epochs=2')
     losses = [x['mse'] for x in log_lines(copied, 'train_mae/fold0/half')]
@@ -296,17 +297,6 @@ def test_photos_become_a_picture(finished, tmp_path):
     assert 'photos.png' in printed and (finished[0] / 'run' / 'figures' / 'photos.png').exists()
 
 
-@pytest.mark.parametrize('script, words, told', [
-    ('reconstruct.py', ['reconstruct.photos=nowhere'], 'nowhere does not exist'),
-    ('reconstruct.py', ['reconstruct.photos=run/log'], 'holds no photo'),
-    ('evaluate.py', ['evaluate.sets=[toy.bim]'], r'toy.bim is neither there .* relative to /'),
-    ('evaluate.py', ['judge.checkpoint=run/none.pt'],
-     r'run/none.pt is missing: first run .* by judge.checkpoint=PATH'),
-    ('evaluate.py', ['data.exclude=0,1'], r'data.exclude = .0,1. does not fit: give list of')])
-def test_what_is_not_there_is_said_with_a_way_on(finished, script, words, told):
-    assert re.search(told, run(finished[0], script, *words, code=2))
-
-
 def test_tiny_names_only_known_keys():
     known = yaml.safe_load((ROOT / 'configs' / 'casia.yaml').read_text())
     for section, content in yaml.safe_load(TINY.read_text()).items():
@@ -347,17 +337,19 @@ def test_two_processes_on_one_gpu_are_refused(monkeypatch):
         process.choose_device(cfg)
 
 
-def test_the_whole_experiment_is_checked_in_seconds_before_the_first_stage(finished, tmp_path):
+def test_the_whole_experiment_is_checked_in_seconds_before_the_first_stage(finished, monkeypatch):
     assert 'releases 10 of 24 people' in run(finished[0], 'evaluate.py', '--check', '--compare')
+    before = {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
+    run(finished[0], 'train_mae.py', '--check', 'run.folder=new')
+    monkeypatch.chdir(finished[0])
     for words, sentence in (
             ('evaluate.sets=[nowhere.bin]', 'nowhere.bin'), ('fr.batch=400', 'fr.batch = 400'),
             ('data.root=no/faces', 'does not exist'), ('teacher.checkpoint=no.pt', 'no.pt'),
             ('evaluate.attacks=[psychic]', 'psychic'),
             ('data.exclude=[999]', '999'), ('fr.depth=12', 'fr.depth'),
             ('mae.heads=5', 'does not divide by 5'), ('data.validation=0.01', 'held back')):
-        assert sentence in run(finished[0], 'evaluate.py', '--check', words, code=2)
-    before = {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
-    run(finished[0], 'train_mae.py', '--check', 'run.folder=new')
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            check_experiment(namespace(resolve(TINY, [words])), compare=False)
     assert before == {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
 
 
@@ -430,6 +422,7 @@ def test_a_change_of_the_plots_discards_no_attack_and_a_change_of_the_attacks_do
     assert changed('published.py')
 
 
+@pytest.mark.long
 def test_ones_own_faces_end_with_utility_and_leakage(tmp_path):
     """The README's command on a folder of drawn people, at the size of the tests."""
     for person in range(36):
