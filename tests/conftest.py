@@ -136,8 +136,8 @@ def together(folder, *arguments, count=2, largest=None, **environment):
 def finished(tmp_path_factory):
     """A folder with all that reproduce.sh runs of the tiny experiment, and what it printed."""
     folder = tmp_path_factory.mktemp('pipeline')
-    commands = subprocess.run(['bash', ROOT / 'reproduce.sh', TINY], capture_output=True, text=True,
-                              env=os.environ | {'PYTHON': 'echo'}, check=True).stdout
+    commands = subprocess.run(['bash', ROOT / 'reproduce.sh', TINY], text=True, check=True,
+                              env=os.environ | {'PYTHON': 'echo'}, stdout=subprocess.PIPE).stdout
     printed = [run(folder, script, *words) for script, _, *words in map(
         str.split, commands.splitlines())]
     return folder, ''.join(printed)

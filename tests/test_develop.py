@@ -12,7 +12,6 @@ from conftest import ROOT, Script, log_lines
 from facekit.data import images, records
 
 PAGE = ROOT / 'docs' / 'develop.md'
-SOURCES = '*.py', 'facekit', 'configs'                # what a copy of the kit needs
 # The diffs under the page's headings, in order
 DIFFS = re.findall(r'^```diff\n(.*?)^```', PAGE.read_text(), re.MULTILINE | re.DOTALL)
 MASKS, PROTECTION, ATTACKER, RELATION = DIFFS
@@ -28,12 +27,8 @@ def changed(finished, tmp_path):
 
     def change(diff):
         kit = tmp_path / 'kit'
-        kit.mkdir()
-        for path in (path for pattern in SOURCES for path in ROOT.glob(pattern)):
-            if path.is_dir():
-                shutil.copytree(path, kit / path.name)
-            else:
-                shutil.copy(path, kit)
+        shutil.copytree(ROOT, kit, ignore=shutil.ignore_patterns(
+            '.*', 'tests', 'docs', 'results', 'runs', 'datasets', '__pycache__'))
         subprocess.run(['patch', '-p1', '--fuzz=0'], input=diff, cwd=kit, text=True, check=True)
 
         def script(name, *words):

@@ -52,7 +52,8 @@ def test_a_command_names_a_script_a_config_and_keys_that_exist(page, line):
 
 # What the pages write in capitals, in the folder of the tests' finished experiment
 PLACES = {'data.root=FOLDER': 'data.root=faces', 'release=PATH': 'release=faces',
-          'originals=PATH': 'originals=faces', 'judge.checkpoint=PATH': 'judge.checkpoint=judge.pt',
+          'originals=PATH': 'originals=faces',
+          'judge.checkpoint=PATH': 'judge.checkpoint=judge.pt',
           'reconstruct.photos=FOLDER': 'reconstruct.photos=photos'}
 
 

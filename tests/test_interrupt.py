@@ -183,34 +183,27 @@ def test_a_file_that_cannot_grow_is_one_sentence(stage, every):
         stage.finish()
 
 
-@pytest.fixture
-def disk(stage):
-    """Puts the stage's folder on a disk of its own, whose size, in bytes, can be changed."""
-    def mount(size, *how):
-        return subprocess.run(['mount', '-t', 'tmpfs', '-o', ','.join([*how, f'size={size}']),
-                               'tmpfs', stage.folder], capture_output=True, check=True)
-
-    try:
-        mount(1 << 28)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip('only root may mount a small disk')
-    yield lambda size: mount(size, 'remount')
-    subprocess.run(['umount', '-l', stage.folder], check=True)
-
-
 @LONG
-def test_a_full_disk_is_one_sentence(stage, disk):
+def test_a_full_disk_is_one_sentence(stage):
+    """The stage's folder is a disk of its own, whose size can be changed."""
+    def disk(size, *how):
+        return subprocess.run(['mount', '-t', 'tmpfs', '-o', ','.join([*how, f'size={size}']),
+                               'tmpfs', stage.folder], capture_output=True).returncode
+
+    if disk(1 << 28):
+        pytest.skip('only root may mount a small disk')
     stage.renew()
     before = shutil.disk_usage(stage.folder).used
     stage.finish()
     after, chance = shutil.disk_usage(stage.folder).used, random.Random(stage.name)
     for share in [chance.random() for _ in range(6)]:
         stage.renew()
-        disk(int(before + share * (after - before)))
+        disk(int(before + share * (after - before)), 'remount')
         check_sentence(stage.start())
         stage.check_middle()
-        disk(1 << 28)
+        disk(1 << 28, 'remount')
         stage.finish()
+    subprocess.run(['umount', '-l', stage.folder], check=True)
 
 
 # ------------------------------------------------------------------------ steps, processes
@@ -294,14 +287,18 @@ def test_processes_may_be_more_or_less_after_an_interruption(copied, arguments, 
 
 
 IN_PARTS = """
-import os, signal, reconstruct
+import os, pathlib, signal, time, reconstruct
 from facekit.base.launch import launch
-reconstruct.PART, real = 8, reconstruct.make_part
+reconstruct.PART = 60 if 'SLOW' in os.environ else 8
+real = reconstruct.make_part
 
 def make_part(number, *others):
     if str(number) == os.environ.get('AT'):
         os.kill(os.getpid(), getattr(signal, os.environ['SIGNAL']))
-    return real(number, *others)
+    made = real(number, *others)
+    pathlib.Path('made').touch()
+    time.sleep(int(os.environ.get('SLOW', 0)))
+    return made
 
 reconstruct.make_part = make_part
 launch(reconstruct.main, None)
@@ -328,7 +325,8 @@ def test_an_interrupted_release_is_made_anew_with_any_number_of_processes(copied
 
 
 @pytest.mark.parametrize('dies, cause', [
-    (1, 'killed'), pytest.param(0, 'killed', marks=LONG), pytest.param(0, 'full disk', marks=LONG)])
+    (1, 'killed'), pytest.param(0, 'killed', marks=LONG),
+    pytest.param(0, 'full disk', marks=LONG)])
 def test_when_a_process_dies_the_others_say_so_and_end(copied, dies, cause):
     scripts = together(copied, 'train_mae.py', 'mae.epochs=100000', 'run.save_minutes=0',
                        'mae.preview_epochs=0', largest=100000 if cause == 'full disk' else None)
@@ -370,27 +368,11 @@ def test_a_second_start_waits_for_the_first_and_finds_its_work_done(copied):
     assert 'another run is making' in second.out and 'nothing to do' in second.out
 
 
-HELD_UP = """
-import pathlib, time, reconstruct
-from facekit.base.launch import launch
-real = reconstruct.make_part
-
-def slow(*a):
-    made = real(*a)
-    pathlib.Path('made').touch()
-    time.sleep(4)
-    return made
-
-reconstruct.make_part = slow
-launch(reconstruct.main, None)
-"""
-
-
 def test_another_method_in_the_folder_of_a_release_never_mixes_with_it(copied, finished):
     """A held-up run's part used to end in the other one's release: originals in a masked set."""
     shutil.copy(finished[0] / 'run' / 'fold0' / 'mae.pt', copied / 'run' / 'fold0' / 'mae.pt')
-    (copied / 'held_up.py').write_text(HELD_UP)
-    first = Script(copied, copied / 'held_up.py', 'reconstruct.method=none')
+    (copied / 'parts.py').write_text(IN_PARTS)
+    first = Script(copied, copied / 'parts.py', 'reconstruct.method=none', SLOW='4')
     while not (copied / 'made').exists():
         time.sleep(0.01)
     second = Script(copied, 'reconstruct.py', 'reconstruct.method=mask')

@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_data import make_config, write_faces
 
 import train_mae
@@ -23,11 +24,11 @@ from facekit.privacy.protect import FaceMAE, Protection
 from facekit.privacy.release import check_release_images, plan_release, read_secret, release_secret
 
 
-def folder_of_people(root, people=12, each=3):
+def folder_of_people(root, people=12, each=3, size=32):
     """A folder per person, named id_000 and so on."""
     for person in range(people):
         (root / f'id_{person:03}').mkdir(parents=True)
-        drawn = toy.draw(np.full(each, person), np.arange(each), 32)
+        drawn = toy.draw(np.full(each, person), np.arange(each), size)
         for i, image in enumerate(drawn):
             (root / f'id_{person:03}' / f'{i}.png').write_bytes(images.encode(image, 'png'))
     return root
@@ -78,8 +79,8 @@ def test_an_unknown_label_is_refused_and_a_known_one_taken_out(tmp_path):
     write_faces(tmp_path / 'faces')
     with pytest.raises(InputError, match='999'):
         split(make_config(tmp_path, 'data.exclude=[999]'))
-    assert '5' not in released_people(make_config(tmp_path, 'data.exclude=[5]',
-                                                  'data.release_folds=[]'))
+    cfg = make_config(tmp_path, 'data.exclude=[5]', 'data.release_folds=[]')
+    assert '5' not in released_people(cfg)
 
 
 def test_what_will_be_released_is_said_with_everybody_who_is_not(tmp_path):
@@ -97,17 +98,13 @@ def test_what_will_be_released_is_said_with_everybody_who_is_not(tmp_path):
 
 def test_what_a_folder_holds_beside_images_is_counted_and_named(tmp_path, capsys):
     root = folder_of_people(tmp_path / 'faces', people=3)
-    image = images.decode((root / 'id_000' / '0.png').read_bytes(), '')
-    from PIL import Image
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    for name in ('a.webp', 'a.bmp', 'A.JPG', 'a.jfif', 'a.jpeg'):
-        form = {'.webp': 'WEBP', '.bmp': 'BMP'}.get(name[-5:].lower(), 'JPEG')
-        form = 'BMP' if name.endswith('bmp') else form
-        picture.save(root / 'id_001' / name, form)
+    for name, form in (('a.webp', 'WEBP'), ('a.bmp', 'BMP'), ('A.JPG', 'JPEG'),
+                       ('a.jfif', 'JPEG'), ('a.jpeg', 'JPEG')):
+        Image.open(root / 'id_000' / '0.png').save(root / 'id_001' / name, form)
     for name in ('x.heic', 'y.heic', 'notes.txt', '.DS_Store'):
         (root / 'id_002' / name).write_bytes(b'x')
     (root / '__MACOSX').mkdir()
-    (root / 'list.txt').write_text('x')
+    (root / 'list.txt').touch()
     (root / 'link').symlink_to(root / 'id_000')
     (root / 'id_001' / 'loop').symlink_to(root)
     (root / 'nobody').mkdir()
@@ -358,20 +355,19 @@ def test_a_kit_inside_another_repository_does_not_name_that(tmp_path, monkeypatc
 
 
 def test_a_photo_that_is_too_large_is_told_the_limit():
-    import io
-
-    from PIL import Image
-    file = io.BytesIO()
-    Image.new('L', (6000, 4000)).save(file, 'PNG')
     with pytest.raises(InputError, match='6000 x 4000 pixels, not 1 to 16777216: shrink'):
-        images.decode(file.getvalue(), 'photo.png')
+        images.decode(images.encode(torch.zeros(3, 4000, 6000, dtype=torch.uint8)), 'photo.jpg')
 
 
-def test_the_data_card_says_what_the_key_protects(finished):
-    text = (finished[0] / 'run' / 'reconstructed' / 'README.md').read_text()
+def test_the_data_cards_say_what_the_key_protects_and_which_release_is_photos(finished):
+    folder, printed = finished
+    card, photos = (' '.join((folder / row / 'reconstructed' / 'README.md').read_text().split())
+                    for row in ('run', 'run/originals'))
     for words in ('not anonymous', 'Two releases of the same photos', 'cannot be called back',
                   'can be read off'):
-        assert words in ' '.join(text.split())
+        assert words in card
+    assert 'Never publish' in photos
+    assert 'originals/reconstructed will hold the photos themselves' in ' '.join(printed.split())
 
 
 def test_attackers_learn_first_from_people_whom_no_recogniser_saw(tmp_path):
@@ -402,7 +398,7 @@ def test_a_foreign_release_in_another_order_is_refused(tmp_path):
 
 
 def test_who_is_excluded_stays_excluded_whatever_is_typed(tmp_path):
-    """A hurried hand gives the key twice, forgets the config's list or its base's, or writes 010."""
+    """A quick hand gives the key twice, forgets the list of the config or base, or writes 010."""
     folder_of_people(tmp_path / 'faces')
     root = f'data: {{root: {tmp_path}/faces, release_folds: [], '
     (tmp_path / 'base.yaml').write_text(f'base: {TINY}\n{root}exclude: [id_000]}}\n')
@@ -442,10 +438,3 @@ def test_what_only_the_user_can_tell_of_the_people_is_said(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r'other has 3 names of .*faces, too \(id_000\)', printed)
     assert 'attackers learn from 3 people' in printed
-
-
-def test_photos_that_are_released_to_compare_with_say_that_they_are_photos(finished):
-    card = (finished[0] / 'run' / 'originals' / 'reconstructed' / 'README.md').read_text()
-    assert 'Never publish' in card
-    assert 'originals/reconstructed will hold the photos themselves' in ' '.join(
-        finished[1].split())
