@@ -29,8 +29,9 @@ STOPS = signal.SIGINT, signal.SIGTERM
 # Without GIT_DIR a commit during the tests would change what a release says about its maker
 ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'GIT_DIR': os.devnull}
 FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['torch.distributed', 'torchvision.transforms.v2', 'rich.progress',
-                              'rich.table', 'matplotlib.pyplot', 'einops', 'yaml', 'pytest'])
+FORKS.set_forkserver_preload(['torch.distributed', 'torch._dynamo', 'torchvision.transforms.v2',
+                              'rich.progress', 'rich.table', 'matplotlib.pyplot', 'einops', 'yaml',
+                              'pytest'])
 
 
 def become(folder, arguments, environment, largest, out, err, begun):

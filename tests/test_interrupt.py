@@ -131,6 +131,7 @@ class Stage:
             if code == 0:                                    # it was faster
                 self.check_end()
                 self.renew()
+                self.seconds /= 1.5
                 continue
             sent = signals.pop()
             assert code == -sent or sent != signal.SIGKILL and code in (130, 143), script.err
