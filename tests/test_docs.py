@@ -113,27 +113,18 @@ def test_the_renaming_of_hugging_faces_keys_gives_ours():
     scope = {'torch': torch}
     exec(code, scope)
     ours = models.MAE(32, 8, 32, 2, 2, 16, 1, 2).state_dict()
-    theirs = {}
+    theirs, names = {}, (
+        ('^mask_token', 'decoder.mask_token'), ('^decoder_blocks', 'decoder.decoder_layers'),
+        ('^decoder_', 'decoder.decoder_'), ('^norm', 'vit.layernorm'),
+        ('^blocks', 'vit.encoder.layer'), ('^cls_token', 'vit.embeddings.cls_token'),
+        ('^pos_embed', 'vit.embeddings.position_embeddings'),
+        ('^patch_embed.proj', 'vit.embeddings.patch_embeddings.projection'),
+        ('attn.proj', 'attention.output.dense'), ('mlp.fc1', 'intermediate.dense'),
+        ('mlp.fc2', 'output.dense'), (r'\.norm1', '.layernorm_before'),
+        (r'\.norm2', '.layernorm_after'))
     for key, value in ours.items():
-        if key.startswith('decoder_blocks'):
-            key = key.replace('decoder_blocks', 'decoder.decoder_layers')
-        elif key.startswith('blocks'):
-            key = key.replace('blocks', 'vit.encoder.layer')
-        elif key.startswith('decoder'):
-            key = key.replace('decoder_', 'decoder.decoder_')
-        elif key.startswith('norm'):
-            key = f'vit.layer{key}'
-        elif key == 'mask_token':
-            key = 'decoder.mask_token'
-        else:
-            key = {'cls_token': 'vit.embeddings.cls_token',
-                   'pos_embed': 'vit.embeddings.position_embeddings'}.get(
-                key, key.replace('patch_embed.proj',
-                                 'vit.embeddings.patch_embeddings.projection'))
-        for mine, his in (('attn.proj', 'attention.output.dense'),
-                          ('mlp.fc1', 'intermediate.dense'), ('mlp.fc2', 'output.dense'),
-                          ('norm1', 'layernorm_before'), ('norm2', 'layernorm_after')):
-            key = key.replace(mine, his)
+        for mine, his in names:
+            key = re.sub(mine, his, key)
         if 'attn.qkv' in key:
             for part, tensor in zip(('query', 'key', 'value'), value.chunk(3)):
                 theirs[key.replace('attn.qkv', f'attention.attention.{part}')] = tensor
