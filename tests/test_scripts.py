@@ -286,7 +286,7 @@ def test_photos_become_a_picture(finished, tmp_path):
     assert 'photos.png' in printed and (finished[0] / 'run' / 'figures' / 'photos.png').exists()
 
 
-def test_more_epochs_are_a_new_training_from_finished_weights_and_a_new_key_is_not(finished, copied):
+def test_more_epochs_are_a_new_training_and_a_key_that_is_new_is_not(finished, copied):
     shutil.copytree(finished[0] / 'run', copied / 'run', dirs_exist_ok=True)
     printed = run(copied, 'train_fr.py', 'fr.epochs=8', code=2)
     assert 'fr.epochs (5.0 then, 8.0 now)' in printed and 'fr.init=run/fr.pt' in printed
