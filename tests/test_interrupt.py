@@ -185,7 +185,7 @@ def test_a_file_that_cannot_grow_is_one_sentence(stage, every):
 
 
 @LONG
-def test_a_full_disk_is_one_sentence(stage):
+def test_a_full_disk_is_one_sentence(stage, request):
     """The stage's folder is a disk of its own, whose size can be changed."""
     def disk(size, *how):
         return subprocess.run(['mount', '-t', 'tmpfs', '-o', ','.join([*how, f'size={size}']),
@@ -193,6 +193,7 @@ def test_a_full_disk_is_one_sentence(stage):
 
     if disk(1 << 28):
         pytest.skip('only root may mount a small disk')
+    request.addfinalizer(lambda: subprocess.run(['umount', '-l', stage.folder], check=True))
     stage.renew()
     before = shutil.disk_usage(stage.folder).used
     stage.finish()
@@ -204,7 +205,6 @@ def test_a_full_disk_is_one_sentence(stage):
         stage.check_middle()
         disk(1 << 28, 'remount')
         stage.finish()
-    subprocess.run(['umount', '-l', stage.folder], check=True)
 
 
 # ------------------------------------------------------------------------ steps, processes
