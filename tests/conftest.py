@@ -1,8 +1,10 @@
 """What tests of the scripts share: running them, the finished tiny experiment, reading results.
 
-A fork of a process that has imported torch becomes a script in a tenth of a second.
+What is neither disturbed nor one of several processes runs in the tests' own process. For the
+rest, a fork of a process that has imported torch becomes a script in a tenth of a second.
 """
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -10,22 +12,26 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from multiprocessing import connection
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / 'tests' / 'tiny.yaml'
 sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]       # tests run from anywhere and find the kit
+STOPS = signal.SIGINT, signal.SIGTERM
 # Without GIT_DIR a commit during the tests would change what a release says about its maker
 ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'GIT_DIR': os.devnull}
 FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['torch.distributed', 'torchvision.transforms.v2', 'rich.progress',
-                              'rich.table', 'matplotlib.pyplot', 'einops', 'yaml', 'pytest'])
+FORKS.set_forkserver_preload(['torch.distributed', 'torch._dynamo', 'torchvision.transforms.v2',
+                              'rich.progress', 'rich.table', 'matplotlib.pyplot', 'einops', 'yaml',
+                              'pytest'])
 
 
 def become(folder, arguments, environment, largest, out, err, begun):
@@ -37,14 +43,14 @@ def become(folder, arguments, environment, largest, out, err, begun):
     os.chdir(folder)
     sys.argv = arguments
     sys.path.insert(0, os.path.dirname(arguments[0]))       # of the kit, or of a changed copy
-    from facekit import run
-    start = run.start_processes
+    from facekit.base import launch
+    start = launch.start_processes
 
     def announced(cfg):
         begun.send_bytes(b'.')
         return start(cfg)
 
-    run.start_processes = announced
+    launch.start_processes = announced
     if largest is not None:         # bytes of a file: as on a full disk, the rest is not written
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     try:
@@ -94,32 +100,48 @@ class Script:
 
 
 def run(folder, script, *assignments, processes=1, code=0):
-    """Run a script in `folder`; returns what it printed."""
-    if processes == 1:
-        script = Script(folder, script, *assignments)
-        assert script.wait() == code, script.out[-2000:] + script.err[-4000:]
-        return script.out + script.err
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-         f'--nproc_per_node={processes}', str(ROOT / script), '--config', str(TINY),
-         'run.folder=run', *assignments],
-        cwd=folder, capture_output=True, text=True, env=os.environ | ENVIRONMENT, timeout=300)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
+    """Run a script in `folder` to its end; returns what it printed."""
+    if processes > 1:
+        ended = together(folder, script, *assignments, count=processes)
+        assert [one.wait() for one in ended] == [code] * processes, [one.err for one in ended]
+        return ''.join(one.out + one.err for one in ended)
+    import torch
+    said, ended = io.StringIO(), None
+    argv = [str(ROOT / script), '--config', str(TINY), 'run.folder=run', *assignments]
+    before, threads = [*map(signal.getsignal, STOPS)], torch.get_num_threads()
+    try:
+        with (contextlib.chdir(folder), contextlib.redirect_stdout(said),
+              contextlib.redirect_stderr(said), mock.patch.dict(os.environ, ENVIRONMENT),
+              mock.patch.object(sys, 'argv', argv), pytest.raises(SystemExit) as ended):
+            runpy.run_path(argv[0], run_name='__main__')
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+        for number, handler in zip(STOPS, before):
+            signal.signal(number, handler)
+    assert (ended.value.code or 0) == code, said.getvalue()[-5000:]
+    return said.getvalue()
+
+
+def together(folder, *arguments, count=2, largest=None, **environment):
+    """The processes of a run, of which the later ones cannot write one byte into any file."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    return [Script(folder, *arguments, largest=limit, RANK=rank, LOCAL_RANK=rank,
+                   WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=port, **environment)
+            for rank, limit in zip('0123'[:count], (largest, 0, 0, 0))]
 
 
 @pytest.fixture(scope='session')
 def finished(tmp_path_factory):
-    """A folder in which reproduce.sh has run the whole tiny experiment, and its output."""
+    """A folder with all that reproduce.sh runs of the tiny experiment, and what it printed."""
     folder = tmp_path_factory.mktemp('pipeline')
-    done = subprocess.run(
-        ['bash', ROOT / 'reproduce.sh', TINY, f'run.folder={folder}/run',
-         f'data.root={folder}/faces', f'toy.root={folder}/faces',
-         f'evaluate.sets=[{folder}/faces/toy.bin]'],
-        capture_output=True, text=True, env=os.environ | ENVIRONMENT | {'PYTHON': sys.executable},
-        timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder, done.stdout
+    commands = subprocess.run(['bash', ROOT / 'reproduce.sh', TINY], text=True, check=True,
+                              env=os.environ | {'PYTHON': 'echo'}, stdout=subprocess.PIPE).stdout
+    printed = [run(folder, script, *words) for script, _, *words in map(
+        str.split, commands.splitlines())]
+    return folder, ''.join(printed)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""docs/develop.md: each diff is applied to a copy of the kit, and does there what the page says."""
+"""docs/develop.md: each diff is applied to a copy of the kit and does there what the page says."""
 import json
 import re
 import shutil
@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, run
+from conftest import ROOT, Script, log_lines
 from facekit.data import images, records
 
 PAGE = ROOT / 'docs' / 'develop.md'
-SOURCES = '*.py', 'facekit', 'configs'                # what a copy of the kit needs
 # The diffs under the page's headings, in order
 DIFFS = re.findall(r'^```diff\n(.*?)^```', PAGE.read_text(), re.MULTILINE | re.DOTALL)
 MASKS, PROTECTION, ATTACKER, RELATION = DIFFS
@@ -28,14 +27,16 @@ def changed(finished, tmp_path):
 
     def change(diff):
         kit = tmp_path / 'kit'
-        kit.mkdir()
-        for path in (path for pattern in SOURCES for path in ROOT.glob(pattern)):
-            if path.is_dir():
-                shutil.copytree(path, kit / path.name)
-            else:
-                shutil.copy(path, kit)
+        shutil.copytree(ROOT, kit, ignore=shutil.ignore_patterns(
+            '.*', 'tests', 'docs', 'results', 'runs', 'datasets', '__pycache__'))
         subprocess.run(['patch', '-p1', '--fuzz=0'], input=diff, cwd=kit, text=True, check=True)
-        return lambda script, *words: run(tmp_path, kit / script, *words)
+
+        def script(name, *words):
+            one = Script(tmp_path, kit / name, *words)
+            assert one.wait() == 0, one.out + one.err
+            return one.out
+
+        return script
 
     return change
 
@@ -90,7 +91,6 @@ def test_a_new_attacker_stands_in_results_and_table(changed, tmp_path):
 
 def test_a_new_relation_trains(changed, tmp_path):
     changed(RELATION)('train_mae.py', 'mae.name=angle', 'irm.relations=angle')
-    before, after = ([json.loads(line)['irm'] for line in (
-        tmp_path / 'run' / 'log' / 'train_mae' / 'fold0' / f'{name}.jsonl').read_text().splitlines()]
-        for name in ('mae', 'angle'))
+    before, after = ([line['irm'] for line in log_lines(tmp_path, f'train_mae/fold0/{name}')]
+                     for name in ('mae', 'angle'))
     assert after[-1] > 0 and after[-1] != before[-1]

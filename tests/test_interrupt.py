@@ -1,6 +1,6 @@
 """A run that is stopped, killed, short of disk space or of a process ends like an undisturbed one.
 
-Moments and sizes are random, but seeded; `pytest -m long` tries many more of them.
+Moments and sizes are random, but seeded; `pytest -m long` tries many more of them, and all stages.
 """
 import json
 import os
@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,14 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run, tensors
+from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run, tensors, together
+from facekit.nets import training
 
 ROWS = ['--compare', 'compare={mask: [reconstruct.method=mask]}']
 RELEASES = ['run/reconstructed', 'run/release.json', 'run/mask/reconstructed',
             'run/mask/release.json']
-# The command of a stage, what it finds of the finished experiment, and its main file. Each looks at
-# its sets first. `faces` finds nothing at all: it draws people, many enough for a kill to fall into
-# the drawing, and takes one step.
+# The command of a stage, what it finds of the finished experiment, and its main file. Each looks
+# at its sets first. `faces` finds nothing at all: it draws people, many enough for a kill to fall
+# into the drawing, and takes one step.
 STAGES = {
     'faces': (['train_fr.py', 'stage=teacher', 'teacher.epochs=1e-6', 'toy.identities=120'],
               [], 'faces/train.rec'),
@@ -75,9 +75,10 @@ class Stage:
         self.command, self.finds, self.main = STAGES[name]
         self.folder.mkdir()
         self.renew()
-        script, begin = self.start(), time.time()
-        assert script.wait() == 0, script.out + script.err
+        begin = time.time()
+        run(self.folder, *self.command, 'run.save_minutes=0')
         self.seconds, self.result = time.time() - begin, self.contents()
+        self.sizes = {name: (self.folder / name).stat().st_size for name in self.result}
 
     def renew(self):
         """Bring the folder into the state before the stage."""
@@ -115,44 +116,44 @@ class Stage:
         assert [p for p in self.folder.rglob('*') if DRAFT.search(str(p))] == []
 
     def finish(self):
-        script = self.start()
-        assert script.wait() == 0, script.out + script.err
+        run(self.folder, *self.command, 'run.save_minutes=0')
         self.check_end()
 
-    def disturb(self, count, signals):
-        """Send one of the signals at random moments until `count` hit the running stage."""
-        chance, hits = random.Random(self.name), 0
+    def disturb(self, signals):
+        """Send each of the signals at random moments until it hits the running stage."""
+        chance, signals = random.Random(self.name), [*signals]
         self.renew()
-        while hits < count:
+        while signals:
             script = self.start()
             time.sleep(chance.uniform(0, self.seconds))
-            sent = chance.choice(signals)
-            script.send(sent)
+            script.send(signals[-1])
             code = script.wait(5)                            # seconds to save and to leave
             if code == 0:                                    # it was faster
                 self.check_end()
                 self.renew()
+                self.seconds /= 1.5
                 continue
-            hits += 1
+            sent = signals.pop()
             assert code == -sent or sent != signal.SIGKILL and code in (130, 143), script.err
             assert 'Traceback' not in script.err, script.err
             self.check_middle()
         self.finish()
 
 
-@pytest.fixture(scope='module', params=[*list(STAGES)[:-1], pytest.param('compare', marks=LONG)])
+# A recogniser's training is the MAE's, but for its steps
+@pytest.fixture(scope='module', params=[
+    pytest.param(name, marks=LONG if name in ('teacher', 'student', 'compare') else ())
+    for name in STAGES])
 def stage(request, finished, tmp_path_factory):
     return Stage(request.param, finished[0], tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize('count', [1, pytest.param(25, marks=LONG)])
-def test_a_killed_stage_ends_like_an_undisturbed_one(stage, count):
-    stage.disturb(count, [signal.SIGKILL])
-
-
-@pytest.mark.parametrize('count', [1, pytest.param(15, marks=LONG)])
-def test_a_stage_that_is_asked_to_stop_leaves_within_seconds(stage, count):
-    stage.disturb(count, [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('signals', [
+    [signal.SIGTERM, signal.SIGKILL], pytest.param([signal.SIGKILL] * 25, marks=LONG),
+    pytest.param([signal.SIGTERM, signal.SIGINT] * 8, marks=LONG)])
+def test_a_stage_that_is_killed_or_stopped_ends_like_an_undisturbed_one(stage, signals):
+    """Who is asked to stop leaves within seconds."""
+    stage.disturb(signals)
 
 
 def check_sentence(script):
@@ -164,11 +165,9 @@ def check_sentence(script):
 def test_a_file_that_cannot_grow_is_one_sentence(stage, every):
     """No file may become as long as the main one; in the long tests, as others, or half (but the
     page, whose length depends on the wall times in it)."""
-    stage.renew()
-    stage.finish()
     made = [stage.main] if not every else [name for name in stage.result if not name.startswith(
         (*stage.finds, 'run/log')) and not name.endswith(('.lock', '.html'))]
-    limits = {int((stage.folder / name).stat().st_size * share) - 1
+    limits = {int(stage.sizes[name] * share) - 1
               for name in made for share in (1, 0.5)[:every + 1]}
     for limit in random.Random(stage.name).sample(sorted(limits), min(len(limits), 10)):
         code, step = 0, 0
@@ -185,33 +184,26 @@ def test_a_file_that_cannot_grow_is_one_sentence(stage, every):
         stage.finish()
 
 
-@pytest.fixture
-def disk(stage):
-    """Puts the stage's folder on a disk of its own, whose size, in bytes, can be changed."""
-    def mount(size, *how):
+@LONG
+def test_a_full_disk_is_one_sentence(stage, request):
+    """The stage's folder is a disk of its own, whose size can be changed."""
+    def disk(size, *how):
         return subprocess.run(['mount', '-t', 'tmpfs', '-o', ','.join([*how, f'size={size}']),
-                               'tmpfs', stage.folder], capture_output=True, check=True)
+                               'tmpfs', stage.folder], capture_output=True).returncode
 
-    try:
-        mount(1 << 28)
-    except (OSError, subprocess.CalledProcessError):
+    if disk(1 << 28):
         pytest.skip('only root may mount a small disk')
-    yield lambda size: mount(size, 'remount')
-    subprocess.run(['umount', '-l', stage.folder], check=True)
-
-
-@pytest.mark.parametrize('count', [1, pytest.param(6, marks=LONG)])
-def test_a_full_disk_is_one_sentence(stage, disk, count):
+    request.addfinalizer(lambda: subprocess.run(['umount', '-l', stage.folder], check=True))
     stage.renew()
     before = shutil.disk_usage(stage.folder).used
     stage.finish()
     after, chance = shutil.disk_usage(stage.folder).used, random.Random(stage.name)
-    for share in [0.2] if count == 1 else [chance.random() for _ in range(count)]:
+    for share in [chance.random() for _ in range(6)]:
         stage.renew()
-        disk(int(before + share * (after - before)))
+        disk(int(before + share * (after - before)), 'remount')
         check_sentence(stage.start())
         stage.check_middle()
-        disk(1 << 28)
+        disk(1 << 28, 'remount')
         stage.finish()
 
 
@@ -250,21 +242,11 @@ def test_steps_in_pieces_are_the_same_steps(copied, arguments, line, result):
     assert (content(path), log_lines(copied, line)) == undisturbed
 
 
-def together(folder, *arguments, count=2, largest=None, **environment):
-    """The processes of a run, of which the later ones cannot write one byte into any file."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    return [Script(folder, *arguments, largest=limit, RANK=rank, LOCAL_RANK=rank,
-                   WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=port, **environment)
-            for rank, limit in zip('0123'[:count], (largest, 0, 0, 0))]
-
-
 @pytest.mark.parametrize('arguments, line, result, epoch, counts', [
-    (['train_mae.py', 'mae.batch=12', 'mae.epochs=9'], 'train_mae/fold0/mae', 'fold0/mae.pt', 6,
-     (2, 1, 3)),
-    (['train_fr.py', 'run.row=mask', 'fr.batch=8', 'fr.norm_batch=4', 'fr.epochs=7'],
-     'student/mask', 'mask/fr.pt', 9, (2, 1, 2)),
+    pytest.param(['train_mae.py', 'mae.batch=12', 'mae.epochs=9'], 'train_mae/fold0/mae',
+                 'fold0/mae.pt', 6, (2, 1, 3), marks=LONG),
+    pytest.param(['train_fr.py', 'run.row=mask', 'fr.batch=8', 'fr.norm_batch=4', 'fr.epochs=7'],
+                 'student/mask', 'mask/fr.pt', 9, (2, 1, 2), marks=LONG),
     (['train_fr.py', 'run.row=mask', 'fr.batch=24', 'fr.norm_batch=4', 'fr.epochs=17',
       'fr.lr=1e-5', 'fr.shard_classes=true', 'fr.sample_rate=0.5'], 'student/mask', 'mask/fr.pt',
      1000, (3, 1, 2))])         # at a usual lr this net amplifies the rounding of three sums
@@ -306,14 +288,18 @@ def test_processes_may_be_more_or_less_after_an_interruption(copied, arguments, 
 
 
 IN_PARTS = """
-import os, signal, reconstruct
+import os, pathlib, signal, time, reconstruct
 from facekit.base.launch import launch
-reconstruct.PART, real = 8, reconstruct.make_part
+reconstruct.PART = 60 if 'SLOW' in os.environ else 8
+real = reconstruct.make_part
 
 def make_part(number, *others):
     if str(number) == os.environ.get('AT'):
         os.kill(os.getpid(), getattr(signal, os.environ['SIGNAL']))
-    return real(number, *others)
+    made = real(number, *others)
+    pathlib.Path('made').touch()
+    time.sleep(int(os.environ.get('SLOW', 0)))
+    return made
 
 reconstruct.make_part = make_part
 launch(reconstruct.main, None)
@@ -325,10 +311,7 @@ def test_an_interrupted_release_is_made_anew_with_any_number_of_processes(copied
     shutil.copy(finished[0] / 'run' / 'fold0' / 'mae.pt', copied / 'run' / 'fold0' / 'mae.pt')
     script, release = copied / 'parts.py', copied / 'run' / 'reconstructed'
     script.write_text(IN_PARTS)
-    run(copied, script)
-    undisturbed = {path.name: path.read_bytes() for path in release.iterdir()}
-    shutil.rmtree(release)
-    for number, code in (('SIGKILL', -signal.SIGKILL), ('SIGTERM', 130), ('SIGINT', 130)):
+    for number, code in (('SIGKILL', -signal.SIGKILL), ('SIGTERM', 130)):
         one = Script(copied, script, AT='3', SIGNAL=number)
         assert one.wait(30) == code and 'Traceback' not in one.err, one.err
         assert not release.exists()
@@ -337,11 +320,14 @@ def test_an_interrupted_release_is_made_anew_with_any_number_of_processes(copied
     assert not release.exists()
     scripts = together(copied, script, 'run.log_every=3', 'evaluate.batch=9')
     assert [one.wait() for one in scripts] == [0, 0], scripts[0].err + scripts[1].err
-    assert {path.name: path.read_bytes() for path in release.iterdir()} == undisturbed
+    assert {path.name: path.read_bytes() for path in release.iterdir()} == {
+        path.name: path.read_bytes() for path in (finished[0] / 'run/reconstructed').iterdir()}
     assert not list(release.parent.glob('*.tmp'))
 
 
-@pytest.mark.parametrize('dies, cause', [(0, 'killed'), (1, 'killed'), (0, 'full disk')])
+@pytest.mark.parametrize('dies, cause', [
+    (1, 'killed'), pytest.param(0, 'killed', marks=LONG),
+    pytest.param(0, 'full disk', marks=LONG)])
 def test_when_a_process_dies_the_others_say_so_and_end(copied, dies, cause):
     scripts = together(copied, 'train_mae.py', 'mae.epochs=100000', 'run.save_minutes=0',
                        'mae.preview_epochs=0', largest=100000 if cause == 'full disk' else None)
@@ -359,23 +345,18 @@ def test_when_a_process_dies_the_others_say_so_and_end(copied, dies, cause):
 
 # -------------------------------------------------------------------- two starts of one thing
 
-def test_weights_that_exploded_do_not_replace_the_last_good_ones(copied):
+def test_weights_that_exploded_do_not_replace_the_last_good_ones(copied, monkeypatch):
     """A finite loss can have a gradient whose update is not; it used to be saved."""
-    run(copied, 'train_mae.py', 'mae.epochs=2', 'run.save_minutes=0')
-    code = ('import torch, train_mae; from facekit import run, training; '
-            'real = training.Training.update\n'
-            'def update(self, losses, lr):\n'
-            '    first = self.optimizer.param_groups[0]["params"][0]\n'
-            '    first.grad.fill_(float("inf")) if self.step == 3 else None\n'
-            '    real(self, losses, lr)\n'
-            'training.Training.update = update\n'
-            'run.launch(train_mae.main, None)')
-    done = subprocess.run(
-        [sys.executable, '-c', code, '--config', str(TINY), 'run.folder=run', 'mae.name=hot',
-         'run.save_minutes=0'], cwd=copied, capture_output=True, text=True,
-        env=os.environ | ENVIRONMENT | {'PYTHONPATH': str(ROOT)})
-    assert done.returncode == 2 and 'a weight of model became' in done.stderr, done.stderr
-    state = torch.load(copied / 'run' / 'fold0' / 'hot.pt', weights_only=True)
+    real = training.Training.update
+
+    def update(self, losses, lr):
+        if self.step == 3:
+            self.optimizer.param_groups[0]['params'][0].grad.fill_(float('inf'))
+        real(self, losses, lr)
+
+    monkeypatch.setattr(training.Training, 'update', update)
+    assert 'a weight of model became' in run(copied, 'train_mae.py', 'run.save_minutes=0', code=2)
+    state = torch.load(copied / 'run' / 'fold0' / 'mae.pt', weights_only=True)
     assert state['step'] == 3 and all(t.isfinite().all() for t in state['model'].values())
 
 
@@ -391,17 +372,10 @@ def test_a_second_start_waits_for_the_first_and_finds_its_work_done(copied):
 def test_another_method_in_the_folder_of_a_release_never_mixes_with_it(copied, finished):
     """A held-up run's part used to end in the other one's release: originals in a masked set."""
     shutil.copy(finished[0] / 'run' / 'fold0' / 'mae.pt', copied / 'run' / 'fold0' / 'mae.pt')
-    held_up = ('import time, reconstruct; from facekit import run; real = reconstruct.make_part\n'
-               'def slow(*a):\n'
-               '    made = real(*a); print("made", flush=True); time.sleep(4); return made\n'
-               'reconstruct.make_part = slow\n'
-               'run.launch(reconstruct.main, None)')
-    first = subprocess.Popen(
-        [sys.executable, '-c', held_up, '--config', str(TINY), 'run.folder=run',
-         'reconstruct.method=none'], cwd=copied, stdout=subprocess.PIPE, text=True,
-        env=os.environ | ENVIRONMENT | {'PYTHONPATH': str(ROOT)})
-    while 'made' not in first.stdout.readline():
-        pass
+    (copied / 'parts.py').write_text(IN_PARTS)
+    first = Script(copied, copied / 'parts.py', 'reconstruct.method=none', SLOW='4')
+    while not (copied / 'made').exists():
+        time.sleep(0.01)
     second = Script(copied, 'reconstruct.py', 'reconstruct.method=mask')
     assert first.wait(60) == 0
     assert second.wait() == 2 and 'another run is making' in second.out
@@ -432,6 +406,7 @@ def test_two_rows_are_evaluated_side_by_side(finished, tmp_path):
         assert (tmp_path / 'run' / 'figures' / f'{row}_roc.png').exists()
 
 
+@LONG
 def test_ranks_that_outlive_their_launcher_are_noticed_by_the_next_start(copied):
     """SIGKILL of torchrun left its ranks training, and the same command ran beside them."""
     endless = 'mae.epochs=100000', 'mae.preview_epochs=0'

@@ -1,19 +1,20 @@
 """Nobody is released by mistake: names, exclusions, what is passed over, the secret, the check."""
 import hashlib
-import os
 import re
 import shutil
 import stat
+import subprocess
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_data import make_config, write_faces
 
 import train_mae
 from conftest import TINY, run
 from facekit import check
-from facekit.base import config
+from facekit.base import config, launch
 from facekit.base.errors import InputError
 from facekit.data import batches, faces, images, records, toy
 from facekit.data.people import count_release, split
@@ -78,8 +79,8 @@ def test_an_unknown_label_is_refused_and_a_known_one_taken_out(tmp_path):
     write_faces(tmp_path / 'faces')
     with pytest.raises(InputError, match='999'):
         split(make_config(tmp_path, 'data.exclude=[999]'))
-    assert '5' not in released_people(make_config(tmp_path, 'data.exclude=[5]',
-                                                  'data.release_folds=[]'))
+    cfg = make_config(tmp_path, 'data.exclude=[5]', 'data.release_folds=[]')
+    assert '5' not in released_people(cfg)
 
 
 def test_what_will_be_released_is_said_with_everybody_who_is_not(tmp_path):
@@ -97,17 +98,13 @@ def test_what_will_be_released_is_said_with_everybody_who_is_not(tmp_path):
 
 def test_what_a_folder_holds_beside_images_is_counted_and_named(tmp_path, capsys):
     root = folder_of_people(tmp_path / 'faces', people=3)
-    image = images.decode((root / 'id_000' / '0.png').read_bytes(), '')
-    from PIL import Image
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    for name in ('a.webp', 'a.bmp', 'A.JPG', 'a.jfif', 'a.jpeg'):
-        form = {'.webp': 'WEBP', '.bmp': 'BMP'}.get(name[-5:].lower(), 'JPEG')
-        form = 'BMP' if name.endswith('bmp') else form
-        picture.save(root / 'id_001' / name, form)
+    for name, form in (('a.webp', 'WEBP'), ('a.bmp', 'BMP'), ('A.JPG', 'JPEG'),
+                       ('a.jfif', 'JPEG'), ('a.jpeg', 'JPEG')):
+        Image.open(root / 'id_000' / '0.png').save(root / 'id_001' / name, form)
     for name in ('x.heic', 'y.heic', 'notes.txt', '.DS_Store'):
         (root / 'id_002' / name).write_bytes(b'x')
     (root / '__MACOSX').mkdir()
-    (root / 'list.txt').write_text('x')
+    (root / 'list.txt').touch()
     (root / 'link').symlink_to(root / 'id_000')
     (root / 'id_001' / 'loop').symlink_to(root)
     (root / 'nobody').mkdir()
@@ -344,38 +341,32 @@ def test_a_method_that_reads_hidden_pixels_is_not_released(tmp_path, monkeypatch
         check_release_images(*arguments)
 
 
-def test_a_kit_inside_another_repository_does_not_name_that(finished, tmp_path):
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-    shutil.copytree(ROOT, tmp_path / 'outer' / 'kit', ignore=shutil.ignore_patterns(
-        '.git', '.venv', 'results', 'runs', 'datasets', '__pycache__'))
+def test_a_kit_inside_another_repository_does_not_name_that(tmp_path, monkeypatch):
+    monkeypatch.delenv('GIT_DIR', raising=False)
     for words in (['init', '-q'], ['-c', 'user.name=x', '-c', 'user.email=x', 'commit', '-q',
                                    '--allow-empty', '-m', 'secret']):
-        subprocess.run(['git', *words], cwd=tmp_path / 'outer', check=True)
-    told = subprocess.run(
-        [sys.executable, '-c', 'from facekit import run; print(run.commit())'],
-        cwd=tmp_path / 'outer' / 'kit', capture_output=True, text=True, check=True,
-        env={k: v for k, v in os.environ.items() if k != 'GIT_DIR'}).stdout.strip()
-    assert told == 'version 2.0'
+        subprocess.run(['git', *words], cwd=tmp_path, check=True)
+    (tmp_path / 'kit' / 'configs').mkdir(parents=True)
+    monkeypatch.setattr(launch, 'CONFIGS', tmp_path / 'kit' / 'configs')
+    assert launch.commit() == 'version 2.0'
+    monkeypatch.setattr(launch, 'CONFIGS', tmp_path / 'kit')           # the repository's own
+    assert re.fullmatch('[0-9a-f]{12}', launch.commit())
 
 
 def test_a_photo_that_is_too_large_is_told_the_limit():
-    import io
-
-    from PIL import Image
-    file = io.BytesIO()
-    Image.new('L', (6000, 4000)).save(file, 'PNG')
     with pytest.raises(InputError, match='6000 x 4000 pixels, not 1 to 16777216: shrink'):
-        images.decode(file.getvalue(), 'photo.png')
+        images.decode(images.encode(torch.zeros(3, 4000, 6000, dtype=torch.uint8)), 'photo.jpg')
 
 
-def test_the_data_card_says_what_the_key_protects(finished):
-    text = (finished[0] / 'run' / 'reconstructed' / 'README.md').read_text()
+def test_the_data_cards_say_what_the_key_protects_and_which_release_is_photos(finished):
+    folder, printed = finished
+    card, photos = (' '.join((folder / row / 'reconstructed' / 'README.md').read_text().split())
+                    for row in ('run', 'run/originals'))
     for words in ('not anonymous', 'Two releases of the same photos', 'cannot be called back',
                   'can be read off'):
-        assert words in ' '.join(text.split())
+        assert words in card
+    assert 'Never publish' in photos
+    assert 'originals/reconstructed will hold the photos themselves' in ' '.join(printed.split())
 
 
 def test_attackers_learn_first_from_people_whom_no_recogniser_saw(tmp_path):
@@ -406,17 +397,15 @@ def test_a_foreign_release_in_another_order_is_refused(tmp_path):
 
 
 def test_who_is_excluded_stays_excluded_whatever_is_typed(tmp_path):
-    """A hurried hand gives the key twice, forgets the config's list or its base's, or writes 010."""
+    """A quick hand gives the key twice, forgets the list of the config or base, or writes 010."""
     folder_of_people(tmp_path / 'faces')
-    root = f'data: {{root: {tmp_path}/faces, release_folds: [], '
-    (tmp_path / 'base.yaml').write_text(f'base: {TINY}\n{root}exclude: [id_000]}}\n')
+    (tmp_path / 'faces' / 'id_003').rename(tmp_path / 'faces' / '010')
+    (tmp_path / 'base.yaml').write_text(f'base: {TINY}\ndata: {{root: {tmp_path}/faces, '
+                                        'release_folds: [], exclude: [id_000]}\n')
     (tmp_path / 'my.yaml').write_text('base: base.yaml\ndata: {exclude: [id_001]}\n')
     cfg = config.namespace(config.resolve(tmp_path / 'my.yaml', [
-        'data.exclude=[id_002, id_003]', 'data.exclude=[id_002]', 'data={exclude: []}']))
+        'data.exclude=[010, id_002]', 'data.exclude=[010]', 'data={exclude: []}']))
     assert released_people(cfg).keys() == {f'id_{i:03}' for i in range(4, 12)}
-    (tmp_path / 'faces' / 'id_003').rename(tmp_path / 'faces' / '010')
-    cfg = config.namespace(config.resolve(tmp_path / 'my.yaml', ['data.exclude=[010]']))
-    assert released_people(cfg).keys() == {f'id_{i:03}' for i in (2, *range(4, 12))}
     cfg = config.namespace(config.resolve(tmp_path / 'my.yaml', ['data.exclude=[10]']))
     with pytest.raises(InputError, match="'10'.* such as 010"):
         split(cfg)
@@ -446,10 +435,3 @@ def test_what_only_the_user_can_tell_of_the_people_is_said(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r'other has 3 names of .*faces, too \(id_000\)', printed)
     assert 'attackers learn from 3 people' in printed
-
-
-def test_photos_that_are_released_to_compare_with_say_that_they_are_photos(finished):
-    card = (finished[0] / 'run' / 'originals' / 'reconstructed' / 'README.md').read_text()
-    assert 'Never publish' in card
-    assert 'originals/reconstructed will hold the photos themselves' in ' '.join(
-        finished[1].split())

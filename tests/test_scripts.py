@@ -20,7 +20,8 @@ from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run, tensors
 from facekit.base import process
 from facekit.base.config import namespace, resolve, variants
 from facekit.base.errors import InputError
-from facekit.data import images, records, toy
+from facekit.check import check_experiment
+from facekit.data import batches, images, records, toy
 from facekit.privacy import attacks, protect
 
 
@@ -113,27 +114,17 @@ def test_two_processes_give_what_one_gives(copied, finished):
         assert (a - b).abs().max() <= 1
     for count in (1, 2):        # other thread counts round otherwise, and SGD amplifies that
         run(copied, 'train_fr.py', 'release=run/mask/reconstructed', f'run.folder=run{count}',
-            'run.threads=1', processes=count)
+            processes=count)
     one, two = (torch.load(copied / f'run{n}' / 'fr.pt', weights_only=True) for n in (1, 2))
     for key, value in one['net'].items():
         if 'num_batches' not in key:       # counts the parts that this process saw; never used
             torch.testing.assert_close(value, two['net'][key], rtol=1e-5, atol=1e-6, msg=key)
-    shutil.copy(finished[0] / 'run' / 'fr.pt', copied / 'run' / 'fr.pt')
-    run(copied, 'evaluate.py', processes=2)
-    results = [json.loads((f / 'run' / 'results.json').read_text()) for f in
-               (finished[0], copied)]
-    for name, figure in results[0]['verification']['toy'].items():
-        assert figure == pytest.approx(results[1]['verification']['toy'][name], abs=0.03), name
 
 
-def test_streaming_gives_bit_for_bit_what_memory_gives(copied, finished):
-    for script in ('train_mae', 'reconstruct', 'train_fr'):
-        (copied / 'streaming.py').write_text(
-            f'import {script}; from facekit import batches, run\n'
-            'batches.fits = lambda *_: False; run.launch('
-            f'{script}.main, None)\n')
-        assert ('decoded as they are read' in run(copied, copied / 'streaming.py')) == (
-            script != 'reconstruct')
+def test_streaming_gives_bit_for_bit_what_memory_gives(copied, finished, monkeypatch):
+    monkeypatch.setattr(batches, 'fits', lambda *_: False)
+    for script in ('train_mae.py', 'reconstruct.py', 'train_fr.py'):
+        assert ('decoded as they are read' in run(copied, script)) == (script != 'reconstruct.py')
     for name in ('fold0/mae.pt', 'fr.pt'):
         one, two = (torch.load(f / 'run' / name, weights_only=True) for f in (finished[0], copied))
         assert one['made_from'] == two['made_from']
@@ -200,6 +191,7 @@ def test_people_held_back_are_watched_in_training_and_verified(tmp_path, finishe
     assert found['verification']['held back']['pairs'] == 6000
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a compiler')
 def test_a_compiled_recogniser_learns_the_same(finished, tmp_path):
     """The plain twin of run.compile: equal losses until rounding grows, here in the third step."""
@@ -221,26 +213,31 @@ def test_micro_batches_do_not_change_the_gradient(copied, finished):
         np.testing.assert_allclose([x[key] for x in one], [x[key] for x in two], rtol=1e-3)
 
 
-@pytest.mark.parametrize('script, arguments, words', [
-    ('train_mae.py', ['run.folder=empty'], ['teacher.pt', 'missing', 'stage=teacher']),
-    ('reconstruct.py', ['run.folder=empty'], ['mae.pt', 'python train_mae.py']),
-    ('train_fr.py', ['run.folder=empty'], ['reconstructed', 'python reconstruct.py']),
-    ('evaluate.py', ['run.folder=empty'], ['reconstructed', 'python reconstruct.py']),
-    ('evaluate.py', ['evaluate.sets=[nowhere.bin]'], ['nowhere.bin', 'evaluate.sets']),
-    ('evaluate.py', ['evaluate.attacks=[psychic]'], ['psychic', 'pixels']),
-    ('train_fr.py', ['stage=teacher', 'run.folder=other', 'fr.batch=2000'], ['2000', 'fr.batch']),
-    ('train_fr.py', ['stage=teacher', 'run.folder=other', 'teacher.depth=12'], ['12', '10 | 18']),
-    ('train_mae.py', ['run.folder=other', 'mae.patch=5', 'irm.weight=0'], ['32', '5']),
-    ('train_mae.py', ['data.folds=1'], ['data.folds', 'data.public']),
-])
-def test_a_wrong_input_is_one_sentence_with_exit_code_2(finished, script, arguments, words):
-    printed = run(finished[0], script, *arguments, code=2)
+@pytest.mark.parametrize('script, arguments, told', [
+    ('train_mae.py', 'run.folder=empty', 'teacher.pt is missing.*stage=teacher'),
+    ('reconstruct.py', 'run.folder=empty', 'mae.pt.*python train_mae.py'),
+    ('train_fr.py', 'run.folder=empty', 'reconstructed.*python reconstruct.py'),
+    ('evaluate.py', 'run.folder=empty', 'reconstructed.*python reconstruct.py'),
+    ('evaluate.py', 'evaluate.sets=[nowhere.bin]',
+     'nowhere.bin is neither there .* evaluate.sets .* relative to /'),
+    ('evaluate.py', 'evaluate.attacks=[psychic]', 'psychic.*pixels'),
+    ('train_fr.py', 'stage=teacher run.folder=other fr.batch=2000', '(?=.*2000).*fr.batch'),
+    ('train_fr.py', 'stage=teacher run.folder=other teacher.depth=12', r'(?=.*12).*10 \| 18'),
+    ('train_mae.py', 'run.folder=other mae.patch=5 irm.weight=0', '(?=.*32).*5'),
+    ('train_mae.py', 'data.folds=1', '(?=.*data.folds).*data.public'),
+    ('reconstruct.py', 'reconstruct.photos=nowhere', 'nowhere does not exist'),
+    ('reconstruct.py', 'reconstruct.photos=run/log', 'holds no photo'),
+    ('evaluate.py', 'judge.checkpoint=run/none.pt',
+     'run/none.pt is missing: first run .* by judge.checkpoint=PATH'),
+    ('evaluate.py', 'data.exclude=0,1', 'data.exclude = .0,1. does not fit: give list of')])
+def test_a_wrong_input_is_one_sentence_with_exit_code_2(finished, script, arguments, told):
+    printed = run(finished[0], script, *arguments.split(), code=2)
     last = printed.strip().splitlines()[-1]
     assert last.startswith('error: ') and 'Traceback' not in printed
-    assert all(word in last for word in words), last
+    assert re.search(told, last), last
 
 
-@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+@pytest.mark.parametrize('precision', ['bf16', pytest.param('fp16', marks=pytest.mark.long)])
 def test_half_precision_trains(copied, precision):
     run(copied, 'train_mae.py', f'run.precision={precision}', 'mae.name=half', 'mae.epochs=2')
     losses = [x['mse'] for x in log_lines(copied, 'train_mae/fold0/half')]
@@ -260,17 +257,6 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(copied):
     printed = run(copied, 'train_mae.py', 'mae.lr=1e30', 'mae.name=hot', code=2)
     assert 'mse' in printed and 'smaller lr' in printed
     assert not (copied / 'run' / 'fold0' / 'hot.pt').exists()
-
-
-@pytest.mark.parametrize('settings', [{'heads': 0}, {'depth': 10**7}, {'depth': 1 << 10,
-                         'dim': 1 << 14}, {'decoder_dim': 'a'}, {'dim': 30}])
-def test_a_mae_that_claims_an_absurd_shape_is_refused(finished, tmp_path, settings):
-    saved = torch.load(finished[0] / 'run' / 'fold0' / 'mae.pt', weights_only=True)
-    saved['config']['mae'] |= settings
-    torch.save(saved, tmp_path / 'mae.pt')
-    cfg = namespace(resolve(TINY, []))
-    with pytest.raises(InputError, match='damaged config|does not fit'):
-        protect.load_mae(tmp_path / 'mae.pt', cfg, torch.device('cpu'), 'python train_mae.py')
 
 
 def test_published_checkpoints_and_foreign_releases_are_evaluated(finished, tmp_path):
@@ -300,39 +286,19 @@ def test_photos_become_a_picture(finished, tmp_path):
     assert 'photos.png' in printed and (finished[0] / 'run' / 'figures' / 'photos.png').exists()
 
 
-@pytest.mark.parametrize('script, words, told', [
-    ('reconstruct.py', ['reconstruct.photos=nowhere'], 'nowhere does not exist'),
-    ('reconstruct.py', ['reconstruct.photos=run/log'], 'holds no photo'),
-    ('evaluate.py', ['evaluate.sets=[toy.bim]'], r'toy.bim is neither there .* relative to /'),
-    ('evaluate.py', ['judge.checkpoint=run/none.pt'],
-     r'run/none.pt is missing: first run .* by judge.checkpoint=PATH'),
-    ('evaluate.py', ['data.exclude=0,1'], r'data.exclude = .0,1. does not fit: give list of')])
-def test_what_is_not_there_is_said_with_a_way_on(finished, script, words, told):
-    assert re.search(told, run(finished[0], script, *words, code=2))
-
-
-def test_tiny_names_only_known_keys():
-    known = yaml.safe_load((ROOT / 'configs' / 'casia.yaml').read_text())
-    for section, content in yaml.safe_load(TINY.read_text()).items():
-        assert section == 'compare' or set(content) <= set(known[section])
-
-
-def test_another_teacher_does_not_continue_a_half_trained_mae(copied):
-    run(copied, 'train_mae.py')
-    path = copied / 'run' / 'fold0' / 'teacher.pt'
-    state = torch.load(path, weights_only=True)
-    state['net']['fc.bias'] += 0.1
-    torch.save(state, path)
-    assert 'another teacher' in run(copied, 'train_mae.py', code=2)
-
-
-def test_more_epochs_are_a_new_training_from_the_finished_weights(finished, copied):
+def test_more_epochs_are_a_new_training_and_a_key_that_is_new_is_not(finished, copied):
     shutil.copytree(finished[0] / 'run', copied / 'run', dirs_exist_ok=True)
     printed = run(copied, 'train_fr.py', 'fr.epochs=8', code=2)
     assert 'fr.epochs (5.0 then, 8.0 now)' in printed and 'fr.init=run/fr.pt' in printed
     words = 'run.folder=further', 'release=run/mask/reconstructed', 'fr.epochs=1'
     printed = run(copied, 'train_fr.py', 'fr.init=run/fr.pt', *words)
     assert 'training further/fr.pt' in printed
+    state = torch.load(copied / 'run' / 'fr.pt', weights_only=True)        # from before a key was
+    del state['made_from']['fr.sample_rate']
+    torch.save(state, copied / 'run' / 'fr.pt')
+    assert 'nothing to do' in run(copied, 'train_fr.py', 'fr.shard_classes=true')
+    assert 'sample_rate (1.0 then, 0.5 now)' in run(copied, 'train_fr.py', 'fr.sample_rate=0.5',
+                                                    code=2)
 
 
 @pytest.mark.parametrize('environment, words', [
@@ -351,21 +317,23 @@ def test_two_processes_on_one_gpu_are_refused(monkeypatch):
         process.choose_device(cfg)
 
 
-def test_the_whole_experiment_is_checked_in_seconds_before_the_first_stage(finished, tmp_path):
+def test_the_whole_experiment_is_checked_in_seconds_before_the_first_stage(finished, monkeypatch):
     assert 'releases 10 of 24 people' in run(finished[0], 'evaluate.py', '--check', '--compare')
+    before = {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
+    run(finished[0], 'train_mae.py', '--check', 'run.folder=new')
+    monkeypatch.chdir(finished[0])
     for words, sentence in (
             ('evaluate.sets=[nowhere.bin]', 'nowhere.bin'), ('fr.batch=400', 'fr.batch = 400'),
             ('data.root=no/faces', 'does not exist'), ('teacher.checkpoint=no.pt', 'no.pt'),
             ('evaluate.attacks=[psychic]', 'psychic'),
             ('data.exclude=[999]', '999'), ('fr.depth=12', 'fr.depth'),
             ('mae.heads=5', 'does not divide by 5'), ('data.validation=0.01', 'held back')):
-        assert sentence in run(finished[0], 'evaluate.py', '--check', words, code=2)
-    before = {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
-    run(finished[0], 'train_mae.py', '--check', 'run.folder=new')
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            check_experiment(namespace(resolve(TINY, [words])), compare=False)
     assert before == {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
 
 
-def test_a_checkpoint_damaged_in_structure_is_one_sentence(copied):
+def test_a_checkpoint_damaged_in_structure_or_of_another_teacher_is_one_sentence(copied):
     run(copied, 'train_mae.py', 'mae.epochs=3')
     path = copied / 'run' / 'fold0' / 'mae.pt'
     whole = torch.load(path, weights_only=True)
@@ -376,17 +344,24 @@ def test_a_checkpoint_damaged_in_structure_is_one_sentence(copied):
         printed = run(copied, 'train_mae.py', 'mae.epochs=3', code=2)
         assert 'Traceback' not in printed and 'error: ' in printed, damage
     cfg = namespace(config_)
+    absurd = [{'config': {**config_, 'mae': {**config_['mae'], **claim}}} for claim in (
+        {'depth': 'x'}, {'heads': 0}, {'depth': 10**7}, {'depth': 1 << 10, 'dim': 1 << 14},
+        {'decoder_dim': 'a'}, {'dim': 30})]
     for damage in ({'model': {'a': {'b': torch.ones(1)}}}, {'mean': torch.ones(2, 2)},
-                   {'std': -1.0}, {'std': 'a'}, {'config': {}}, {'step': 'a'}, {'config': {
-                       **config_, 'mae': {**config_['mae'], 'depth': 'x'}}}):
+                   {'std': -1.0}, {'std': 'a'}, {'config': {}}, {'step': 'a'}, *absurd):
         torch.save({**whole, **damage}, path)
-        with pytest.raises(InputError):
+        words = 'damaged config|does not fit' if damage in absurd else None
+        with pytest.raises(InputError, match=words):
             protect.load_mae(path, cfg, torch.device('cpu'), '')
     torch.save(whole, path)
     assert protect.load_mae(path, cfg, torch.device('cpu'), '').std == 0.25
     cfg.mae.patch = 4
     with pytest.raises(InputError, match='mae.patch = 8'):
         protect.load_mae(path, cfg, torch.device('cpu'), '')
+    teacher = torch.load(path.with_name('teacher.pt'), weights_only=True)
+    teacher['net']['fc.bias'] += 0.1
+    torch.save(teacher, path.with_name('teacher.pt'))
+    assert 'another teacher' in run(copied, 'train_mae.py', 'mae.epochs=3', code=2)
 
 
 def test_what_only_changes_how_a_recogniser_is_made_makes_no_other_one(copied, finished):
@@ -426,11 +401,11 @@ def test_a_change_of_the_plots_discards_no_attack_and_a_change_of_the_attacks_do
             b'#' if path.name == name else b''))
         return attacks.code_digest() != before
 
-    assert not changed('plots.py') and not changed('report.py')
-    assert changed('attacks.py') and changed('protect.py') and changed('models.py')
-    assert changed('published.py')
+    assert not any(map(changed, ('pictures.py', 'tables.py', 'page.py')))
+    assert all(map(changed, ('attacks.py', 'protect.py', 'models.py', 'published.py')))
 
 
+@pytest.mark.long
 def test_ones_own_faces_end_with_utility_and_leakage(tmp_path):
     """The README's command on a folder of drawn people, at the size of the tests."""
     for person in range(36):
@@ -438,9 +413,9 @@ def test_ones_own_faces_end_with_utility_and_leakage(tmp_path):
         folder.mkdir(parents=True)
         for i, image in enumerate(toy.draw(np.full(6, person), np.arange(6), 40)):
             (folder / f'{i}.JPG').write_bytes(images.encode(image))
-    small = [assignment for section, keys in yaml.safe_load(TINY.read_text()).items()
-             if section in ('teacher', 'judge', 'mae', 'irm', 'fr') for assignment in (
-                 f'{section}.{key}={value}' for key, value in keys.items())]
+    small = [f'{section}.{key}={value}' for section, keys in yaml.safe_load(
+        TINY.read_text()).items() if section in ('teacher', 'judge', 'mae', 'irm', 'fr')
+        for key, value in keys.items()]
     done = subprocess.run(
         ['bash', ROOT / 'reproduce.sh', 'configs/own.yaml', f'data.root={tmp_path}/faces',
          f'run.folder={tmp_path}/own', 'data.size=32', 'run.threads=1', 'evaluate.attack_steps=3',
