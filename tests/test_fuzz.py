@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def in_child(action, seconds, name):
 def read_all(kind, folder, evil):
     """Every case of a kind; a line of <folder>/log for each, which a crash leaves unfinished."""
     import hostile
-    from facekit.errors import InputError
+    from facekit.base.errors import InputError
     chance = random.Random(kind)
     sound, made, read = getattr(hostile, f'{kind}_files')(folder, evil)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -126,7 +127,7 @@ def main(folder):
     evil = hostile.Call(os.system, f'touch {folder}/canary')
     for kind in CASES:
         (folder / kind).mkdir()
-        code = in_child(lambda: read_all(kind, folder / kind, evil), 60, folder / kind / kind)
+        code = in_child(partial(read_all, kind, folder / kind, evil), 60, folder / kind / kind)
         (folder / kind / 'code').write_text(str(code))
 
     def script(words, name):
