@@ -299,14 +299,13 @@ def wrong_bins(target):
     """What is no .bin, and what a sentence names of it: calls, which leave `target` behind where
     they are made, and other contents. Absurd lengths are among hostile.py's."""
     touch, arrays = f"open({str(target)!r}, 'w').write('x')", [np.frombuffer(x, 'B') for x in PAIR]
-    for protocol in range(5):
-        for content, name in (
-                (Call(os.system, f'touch {target}'), 'system'),
-                ((PAIR + [[Call(eval, touch)]], SAME), 'eval'),
-                ((PAIR, [True, Call(exec, touch)]), 'exec'),
-                ((PAIR, Call(getattr, 'text', 'join')), 'getattr')):
-            yield pickle.dumps(content, protocol), [name, 'malicious']
-        yield pickle.dumps((arrays, SAME), protocol), ['tobytes']
+    for content, words in (
+            (Call(os.system, f'touch {target}'), ['system', 'malicious']),
+            ((PAIR + [[Call(eval, touch)]], SAME), ['eval', 'malicious']),
+            ((PAIR, [True, Call(exec, touch)]), ['exec', 'malicious']),
+            ((PAIR, Call(getattr, 'text', 'join')), ['getattr', 'malicious']),
+            ((arrays, SAME), ['tobytes'])):
+        yield from ((pickle.dumps(content, protocol), words) for protocol in range(5))
     yield b"cos\nsystem\n(S'touch " + str(target).encode() + b"'\nt\x92.", ['system', 'malicious']
     yield b'\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.', ['system', 'malicious']
     yield b'cbuiltins\neval\n(V' + touch.encode() + b'\nt\x81.', ['eval', 'malicious']
