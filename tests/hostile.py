@@ -46,9 +46,10 @@ SPECIAL = [os.mkfifo, os.mkdir, Path.touch, lambda path: path.symlink_to(path.na
 
 
 class Call:
-    """Pickles as a call, which a careless reader makes."""
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
+    """Pickles as a call, which a careless reader makes, and attributes for its result."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.call = (function, arguments, state)[:3 if state else 2]
 
     def __reduce__(self):
         return self.call
@@ -235,18 +236,10 @@ def bombs():
         'bytearray': with_pickle(pickle.dumps(Call(bytearray, 1 << 30), 2)),
         'new tensor': with_pickle(start + b'ctorch\nFloatTensor\nJ\0\0\0\x10\x85R.'),
         'copies': with_pickle(pickle.dumps([Call(OrderedDict, many) for _ in range(999)], 2)),
-        'copied state': with_pickle(pickle.dumps([Stated(many) for _ in range(999)], 2)),
+        'copied state': with_pickle(pickle.dumps([Call(Namespace, state=many)
+                                                  for _ in range(999)], 2)),
         'memo': with_pickle(start + b'}r\xff\xff\xff\xff.'),
         'old form': old, 'old form before a zip file': old + sound}
-
-
-class Stated:
-    """Pickles as an argparse.Namespace with another's attributes."""
-    def __init__(self, state):
-        self.call = Namespace, (), state
-
-    def __reduce__(self):
-        return self.call
 
 
 def checkpoint_files(folder, evil):

@@ -15,7 +15,7 @@ import models
 from facekit.base.errors import InputError, printable
 from facekit.base.log import StageLog, read_log, stage_seconds
 from facekit.data import bins, images, toy
-from facekit.data.faces import FaceSet, ImageRows
+from facekit.data.faces import FaceSet
 from facekit.data.pairs import PairSet, held_back, load_pairs
 from facekit.measure import verification
 from facekit.measure.statistics import auc, tar_at_far
@@ -200,19 +200,6 @@ def test_pairs_that_are_not_square_are_cut_with_a_warning_not_stretched(tmp_path
     loaded = load_pairs(tmp_path / 'a.bin', 96)
     assert (loaded.images[0] == 200).all() and len(loaded.images) == 2
     assert 'not square' in capsys.readouterr().out
-
-
-def test_a_full_size_net_is_given_small_batches_on_a_laptop(monkeypatch):
-    asked = []
-    monkeypatch.setattr(embed, 'embed_all', lambda net, store, batch, precision, joined: (
-        asked.append(batch) or [torch.ones(1, 2)]))
-    cfg = SimpleNamespace(evaluate=SimpleNamespace(batch=256),
-                          run=SimpleNamespace(precision='fp32'))
-    for width, size in ((64, 112), (16, 48)):
-        net = models.iresnet(10, width, size, 16)
-        embed.unit_embeddings(net, ImageRows(np.zeros((1, 8, 8, 3), np.uint8), np.arange(1)), cfg,
-                              torch.device('cpu'))
-    assert asked[0] < 100 and asked[1] == 256
 
 
 def test_a_damaged_log_harms_nothing(tmp_path):
