@@ -149,7 +149,7 @@ def memory(monkeypatch, classes, dim, rows, ranks, rate=1.0):
 
 def test_memory_of_two_million_classes_is_what_the_page_says(monkeypatch):
     """Told by tensors that have shapes but no content."""
-    page = (ROOT / 'docs' / 'casia.md').read_text()
+    page = (ROOT / 'docs' / 'scale.md').read_text()
     for ranks, rate, stays, comes in ((1, 1.0, 12.7, 25.3), (8, 1.0, 1.6, 3.2),
                                       (8, 0.1, 1.6, 0.6)):
         found = memory(monkeypatch, 2_060_000, 512, 512, ranks, rate)
