@@ -132,8 +132,8 @@ def say_what_is_released(variant, counts):
     """Say what will be released, of whom, before it is made."""
     c = variant.cfg.reconstruct
     if c.method == 'none':
-        process.say(f'warning: {variant.release} will hold the photos themselves, to compare with: '
-                    'never publish it')
+        process.say(f'warning: {variant.release} will hold the photos themselves, to compare '
+                    'with: never publish it')
     if protect.method_of(variant.cfg).draws_mask:
         visible, patches = protect.visible_count(variant.cfg.data.size, variant.cfg.mae.patch,
                                                  c.mask_ratio)

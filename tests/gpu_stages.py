@@ -58,7 +58,7 @@ def stages(patch):
     patch: pytest's MonkeyPatch.
     """
     tell_steps(patch)
-    for curves in ('save_roc', 'save_tradeoff'):            # drawn on the host alone, for seconds
+    for curves in ('save_roc', 'save_tradeoff'):               # which are drawn on the host alone
         patch.setattr(pictures, curves, lambda *_: None)
     patch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     threads, cuda, cudnn = torch.get_num_threads(), torch.backends.cuda, torch.backends.cudnn
@@ -87,11 +87,11 @@ def tell_steps(patch):
             return result
         patch.setattr(training.Training, name, method)
 
-    followed('update', lambda _: 'step')
-    followed('log_due', lambda due: 'log line' if due else 'step')
-    followed('save_due', lambda due: 'checkpoint' if due else 'step')
-    followed('save', lambda _: 'step')
-    followed('end', lambda _: 'end')
+    for name, phase in {
+            'update': lambda _: 'step', 'log_due': lambda due: 'log line' if due else 'step',
+            'save_due': lambda due: 'checkpoint' if due else 'step', 'save': lambda _: 'step',
+            'end': lambda _: 'end'}.items():
+        followed(name, phase)
 
     def save_grid(*args, real=pictures.save_grid, **kwargs):
         before, simcuda.watch.phase = simcuda.watch.phase, 'picture'

@@ -44,9 +44,10 @@ SPECIAL = [os.mkfifo, os.mkdir, Path.touch, lambda path: path.symlink_to(path.na
 
 
 class Call:
-    """Pickles as a call, which a careless reader makes."""
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
+    """Pickles as a call, which a careless reader makes, and attributes for its result."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.call = (function, arguments, state)[:3 if state else 2]
 
     def __reduce__(self):
         return self.call
@@ -106,7 +107,14 @@ def bin_files(folder, evil):
     hostile = [pickle.dumps(x, protocol) for protocol in range(5) for x in (
         evil, (pair, [True, evil]), (pair, []), Call(bytearray, 1 << 40), {'a': 1})]
     hostile += [b']' * MANY + b'a' * MANY + b'.', b'(' * MANY + b'.', b'L' + b'9' * MANY,
-                b'N' + b'q\0h\0' * MANY + b'.', b'Np%d\n.' % 10 ** 12, *SPECIAL]
+                b'N' + b'q\0h\0' * MANY + b'.', b'Np%d\n.' % 10 ** 12, b'P1\n.',
+                b'cnumpy\ndtype\n(Vevil\ntR.', b'cnumpy\ndtype\n(VO8\nI0\nI1\ntR.',
+                b'c_codecs\nencode\n(Vabc\nVrot13\ntR.', b'\x80\x02\x82\x01.',
+                *(b'\x80\x04' + op + struct.pack('<Q', 1 << 34) + b'abc' for op in (
+                    b'\x8e', b'\x8d', b'\x96', b'\x95')), b'\x80\x04Nr\xff\xff\xff\x3f.',
+                *(op + b'\xff\xff\xff\x7fabc' for op in (b'\x80\x04B', b'T', b'X', b'\x8b')),
+                b'X' + struct.pack('<I', 1 << 20) + b'a' * (1 << 20) + b'q\0'
+                + b'c_codecs\nencode\nq\1h\0X\6\0\0\0latin1\x86R' * 1000 + b'.', *SPECIAL]
 
     def read():
         for i, image in enumerate(bins.read_bin(path)[0]):
@@ -118,7 +126,10 @@ def chunk(kind, body):
     return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
 
 
-def png(*chunks, width=16, height=16, pixels=zlib.compress(bytes(17 * 16))):
+PIXELS = zlib.compress(bytes(17 * 16))
+
+
+def png(*chunks, width=16, height=16, pixels=PIXELS):
     head = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0))
     return b''.join([b'\x89PNG\r\n\x1a\n', head, *chunks, chunk(b'IDAT', pixels),
                      chunk(b'IEND', b'')])
@@ -253,8 +264,8 @@ def checkpoint_files(folder, evil):
         {'bn2.weight': torch.zeros(0)}, {1: fc}, {'a\n' * 9999: fc}, {'layer1.': fc})]
     parts += [{'net': 3}, {1: fc}, [net], 3, {}, {'net': []}, {'net': {'net': net}}]
     return ([(path, saved(state), None), (path, entries['archive/data.pkl'], with_pickle)],
-            [(path, x) for x in (*map(with_pickle, pickles), *pickles, *map(saved, parts), *SPECIAL,
-                                 *bombs().values(), *lies().values(), bomb)],
+            [(path, x) for x in (*map(with_pickle, pickles), *pickles, *map(saved, parts),
+                                 *SPECIAL, *bombs().values(), *lies().values(), bomb)],
             lambda: recogniser(path, torch.device('cpu')))
 
 

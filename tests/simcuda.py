@@ -43,11 +43,11 @@ LOWER = {'conv1d', 'conv2d', 'conv3d', 'convolution', '_convolution', 'prelu', '
 
 
 class Watch:
-    """What is noted of one use of the device."""
+    """What is noted of one use of the device. Phase and steps are set from outside."""
 
     def __init__(self):
-        self.phase = ''                         # of the kit's work, set from outside
-        self.steps = collections.Counter()      # {phase: steps of a training}, set from outside
+        self.phase = ''                         # of the kit's work
+        self.steps = collections.Counter()      # {phase: steps of a training}
         self.waits = collections.Counter()      # {(phase, 'what at place'): waits of the host}
         self.copies = collections.Counter()     # {phase: copies to the device without a wait}
         self.faults = []                        # what no CUDA device would do
@@ -56,9 +56,8 @@ class Watch:
     def wait(self, what):
         """The host waits for the device, so that every copy is done."""
         self.waits[self.phase, f'{what} at {place()}'] += 1
-        early = any(not torch.equal(source, content) for source, content in self.pending)
-        self.pending.clear()
-        if early:
+        pending, self.pending = self.pending, []
+        if any(not torch.equal(source, content) for source, content in pending):
             self.fault('pinned memory was changed before it was copied')
 
     def fault(self, text):
@@ -131,10 +130,8 @@ class Cuda(torch.Tensor):
 
 class Device(TorchDispatchMode):
     """While inside, device='cuda' makes Cuda tensors."""
-
-    @classmethod
-    def _should_skip_dynamo(cls):       # else torch would import its compiler, for seconds
-        return False
+    # Else torch would import its compiler, for seconds
+    _should_skip_dynamo = classmethod(lambda cls: False)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return execute(func, args, kwargs or {})
@@ -199,7 +196,15 @@ def check(func, name, args, tensors):
     indices = []
     if name in ('index', 'index_put', 'index_put_', '_unsafe_index', '_index_put_impl_'):
         indices = [x for x in args[1] if x is not None]
-        check_indices(name, args, indices)
+        if not on_gpu(args[0]):
+            watch.fault(f'{name}: indices on cuda, indexed tensor on the cpu')
+    # The host must know how many rows a mask takes, but not where they are set to one number
+    sets_number = indices and len(args) > 2 and not on_gpu(args[2]) and args[2].numel() == 1
+    for index in indices:
+        if not on_gpu(index):
+            watch.copy(index, True, False, f'{name}: index')
+        if index.dtype in (torch.bool, torch.uint8) and not sets_number:
+            watch.wait(f'{name}: boolean index')
     pointwise = torch.Tag.pointwise in func.tags or name.startswith(SCALARS)
     for x in tensors:
         if not on_gpu(x) and not any(x is index for index in indices) and (
@@ -213,18 +218,6 @@ def check(func, name, args, tensors):
         watch.fault(f'"{name}_cuda" not implemented for integers')
     if name in NOT_DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
         watch.fault(f'{name} does not have a deterministic implementation')
-
-
-def check_indices(name, args, indices):
-    if not on_gpu(args[0]):
-        watch.fault(f'{name}: indices on cuda, indexed tensor on the cpu')
-    # The host must know how many rows a mask takes, but not where they are set to one number
-    sets_number = len(args) > 2 and not on_gpu(args[2]) and args[2].numel() == 1
-    for index in indices:
-        if not on_gpu(index):
-            watch.copy(index, True, False, f'{name}: index')
-        if index.dtype in (torch.bool, torch.uint8) and not sets_number:
-            watch.wait(f'{name}: boolean index')
 
 
 @functools.cache

@@ -56,8 +56,9 @@ def test_a_text_becomes_what_its_key_says(assignment, value):
     ('fr.depth=12', '18'), ('run.compile=yes', r'true \| false'), ('mae.name=a/b', 'name'),
     ('reconstruct.mask_ratio=1.0', r'same \| float 0..0.99'), ('data.root=a\nb', 'path'),
     ('mae.epochs', 'section.key=value'), ('run.folder=[', 'quote'), ('run.folder="a', 'quote'),
-    ('base=lfw.yaml', 'section.key=value'), ('run.row=no', 'no row'), ('data.exclude=a', 'list of'),
-    ('fr.lr_drops=[] fr.lr_drops=[a]', "'a'"), ('data.release_folds=[x]', 'int 0..'),
+    ('base=lfw.yaml', 'section.key=value'), ('run.row=no', 'no row'),
+    ('data.exclude=a', 'list of'), ('fr.lr_drops=[] fr.lr_drops=[a]', "'a'"),
+    ('data.release_folds=[x]', 'int 0..'),
     ('fr.margin_warmup=[0.1]', 'two of'), ('fr.margin_warmup=ab', 'two of'),
     ('compare=map', 'map of'), ('evaluate.sets={a:b}', 'list of'), ('data.folds=9999', '1000'),
     ('fr.weight_decay=1e308', '1000'), ('mae.preview_epochs=1e308', '1e9'),
@@ -67,8 +68,8 @@ def test_a_text_becomes_what_its_key_says(assignment, value):
     ('reconstruct.method=blur reconstruct.blur_sigma=60', 'blur_sigma'),
     ('reconstruct.method=pixelate reconstruct.pixelate_block=4096', 'pixelate_block'),
     *((f'compare={{a:[{change}]}}', f'compare.a.*{key}') for change, key in {
-        'run.folder=b': 'run.folder', '"data={exclude: [x]}"': 'data', 'mae.lr': 'mae.lr',
-        '"toy={seed: 3}"': 'toy', '"teacher={epochs: 3}"': 'teacher', '[]': 'text',
+        'run.folder=b': 'run.folder', '"data={exclude: [x]}"': 'data.exclude', 'mae.lr': 'mae.lr',
+        '"toy={seed: 3}"': 'toy.seed', '"teacher={epochs: 3}"': 'teacher.epochs', '[]': 'text',
         'judge.seed=9': 'judge.seed', 'stage=judge': 'stage', 'mae.x=1': 'mae.x'}.items())])
 def test_what_cannot_be_is_one_sentence_before_anything_begins(assignments, words):
     with pytest.raises(InputError, match=words) as error:
@@ -82,8 +83,9 @@ def test_what_cannot_be_is_one_sentence_before_anything_begins(assignments, word
     ('mae: {epochs: {a: 1}}', 'mae.epochs'), ('fr: {lr: {}}', 'fr.lr'),
     ('base: nowhere.yaml', 'nowhere.yaml .*No such file'), ('base: [x]', 'bad.yaml: base'),
     ('base: bad.yaml', 'circle'), ('compare: {x: 3}', 'list of text'),
-    ('compare: {x: [mae.lr]}', 'section.key=value'), ('compare: {reconstructed: []}', 'begin with'),
-    ('compare: {facemae: []}', 'rename'), ('reference: {a: {lfw: 3}}', 'reference.a'),
+    ('compare: {x: [mae.lr]}', 'section.key=value'),
+    ('compare: {reconstructed: []}', 'begin with'), ('compare: {facemae: []}', 'rename'),
+    ('reference: {a: {lfw: 3}}', 'reference.a'),
     ('data: {exclude: &a [x], cache: *a}', 'alias'), ('a: {<<: &b {}}\nc: *b', 'alias'),
     ('mae:\n  epochs: 3\nirm: {}\nmae:\n  batch: 8', r"'mae' twice \(lines 1 and 4\)"),
     ('mae:\n  epochs: 3\n  batch: 8\n  epochs: 4\n', r"'epochs' twice \(lines 2 and 4\)")])

@@ -1,8 +1,10 @@
 """Image files as people have them: turned, transparent, with a film behind the picture."""
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, TiffImagePlugin
 
 from facekit.base.errors import InputError
@@ -17,9 +19,9 @@ def photo(height=24, width=16):
     return np.stack([8 * y, 12 * x, 4 * (x + y)], 2).clip(0, 255).astype(np.uint8)
 
 
-def saved(pixels, form, **options):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, form, **options)
+def saved(pixels, form, mode=None, **options):
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    (image.convert(mode) if mode else image).save(file, form, **options)
     return file.getvalue()
 
 
@@ -65,12 +67,46 @@ def test_bytes_behind_a_jpeg_are_passed_over():
             np.testing.assert_array_equal(decoded(data + more), decoded(data))
 
 
-@pytest.mark.parametrize('damage', [
-    lambda x: x[:-2], lambda x: x[:len(x) // 2], lambda x: x[:-200] + bytes(200)])
-def test_a_jpeg_whose_scan_does_not_end_is_damaged(damage):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    with pytest.raises(InputError, match='damaged or cut off'):
-        decoded(damage(saved(noise, 'JPEG')))
+def test_truncated_and_foreign_images_are_refused():
+    noise = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
+    jpeg, png = saved(noise, 'JPEG'), saved(noise, 'PNG')
+    cases = [data[:length] for data in (jpeg, png) for length in (
+        0, 1, 2, 3, 10, 24, 100, 300, len(data) // 2, len(data) - 40)]
+    cases += [saved(noise, form) for form in ('GIF', 'BMP', 'WEBP')] + [b'GIF89a' + bytes(100)]
+    scans = jpeg[:-2], jpeg[:-1], jpeg[:-200] + bytes(200), jpeg[:2000] + bytes(len(jpeg) - 2000)
+    for data, words in (*((x, 'image 7') for x in cases), *((x, 'damaged or') for x in scans)):
+        with pytest.raises(InputError, match=words) as error:
+            images.decode(data, 'image 7')
+        assert '\n' not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_grey_palette_alpha_and_16_bit_become_rgb():
+    colour = np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    grey = colour[..., 0]
+    files = [saved(grey, 'PNG'), saved(grey.astype(np.uint16) * 256 + 17, 'PNG'),
+             saved(colour, 'PNG'), *(saved(colour, 'PNG', mode) for mode in ('RGBA', 'LA', 'P')),
+             saved(grey, 'JPEG'), saved(colour, 'JPEG', 'CMYK')]
+    files.append(files[6][:2] + b'\xff' * 7 + files[6][2:])  # fill bytes before a marker are legal
+    found = [images.decode(memoryview(data), 'x') for data in files]
+    assert all(x.dtype == torch.uint8 and x.shape == (3, 20, 30) for x in found)
+    for image, expected in zip(found, (grey, grey, colour.transpose(2, 0, 1))):
+        assert (image.numpy() == expected).all()
+
+
+def test_encoded_images_come_back():
+    smooth = torch.from_numpy(photo().transpose(2, 0, 1).copy())
+    assert torch.equal(images.decode(images.encode(smooth, 'png'), 'x'), smooth)
+    coarse, fine = ((images.decode(images.encode(smooth, quality=q), 'x').float() - smooth).abs()
+                    .mean() for q in (50, 95))
+    assert fine < coarse and fine < 4
+    assert b'Exif' not in images.encode(smooth) and images.encode(smooth) == images.encode(smooth)
+    for form, quality in (('gif', 95), ('jpeg', 0), ('jpeg', 101)):
+        with pytest.raises(InputError, match=form):
+            images.encode(smooth, form, quality)
+    files = [images.encode(torch.roll(smooth, i, 1)) for i in range(50)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda x: images.decode(x, 'x'), files))
+    assert all(torch.equal(a, images.decode(x, 'x')) for a, x in zip(together, files))
 
 
 def test_what_is_transparent_is_grey_whatever_colour_it_had():
@@ -81,11 +117,8 @@ def test_what_is_transparent_is_grey_whatever_colour_it_had():
                                                if form == 'WEBP' else {})))
         assert (found[:12] == 128).all()
         np.testing.assert_array_equal(found[12:], photo()[12:])
-    palette = Image.fromarray(photo()).quantize(8)
-    file = io.BytesIO()
-    palette.save(file, 'PNG', transparency=palette.getpixel((0, 0)))
-    assert (decoded(file.getvalue())[0, 0] == 128).all()
-    grey = Image.fromarray(photo()[:, :, 0])
-    file = io.BytesIO()
-    grey.save(file, 'PNG', transparency=0)
-    assert (decoded(file.getvalue())[0] == 128).all()
+    palette, grey = Image.fromarray(photo()).quantize(8), Image.fromarray(photo()[:, :, 0])
+    for image, clear in (palette, palette.getpixel((0, 0))), (grey, 0):
+        file = io.BytesIO()
+        image.save(file, 'PNG', transparency=clear)
+        assert (decoded(file.getvalue())[0, 0] == 128).all()

@@ -115,13 +115,10 @@ def test_references_of_another_form_are_refused(values):
         config.check_value('reference', {'row': values}, config.SPECS['reference'])
 
 
-def test_tables_say_how_many_patches_are_visible():
+def test_tables_say_how_many_patches_are_visible_and_are_not_broken_at_80_columns():
     rows = {'facemae': [result('facemae', 0.9, 0.1, 0.4)], 'blur': [result('blur', 0.9, 0.1, 0.4)]}
     quality = {row[0]: row[1] for row in sheet(rows, 'image quality')}
     assert quality == {'facemae': '4 of 36', 'blur': 'all'}      # 36 - round(32.4)
-
-
-def test_tables_are_not_broken_at_80_columns():
     rows = [Row(name, [result('facemae', 0.9, 0.1, 0.3)] * 3)
             for name in ('facemae', 'originals', 'a_row_of_a_long_name')]
     text = io.StringIO()

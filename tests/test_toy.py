@@ -1,7 +1,4 @@
-"""The toy faces: the same in every batch and process, people who differ, files to be read."""
-import subprocess
-import sys
-from pathlib import Path
+"""The toy faces: the same in every batch and process, files to be read."""
 
 import numpy as np
 import pytest
@@ -12,10 +9,10 @@ from facekit.data import bins, images, records, toy
 
 def test_an_image_does_not_depend_on_its_batch_or_on_threads():
     rng = np.random.default_rng(0)
-    identities, poses = rng.integers(20000, size=(2, 40))
-    for size in (64, 112):
+    identities, poses = rng.integers(20000, size=(2, 20))
+    for size in (48, 64):
         batch = toy.draw(identities, poses, size)
-        assert batch.shape == (40, 3, size, size) and batch.dtype == torch.uint8
+        assert batch.shape == (20, 3, size, size) and batch.dtype == torch.uint8
         alone = [toy.draw([i], [p], size)[0] for i, p in zip(identities, poses)]
         assert torch.equal(batch, torch.stack(alone))
         threads = torch.get_num_threads()
@@ -23,47 +20,9 @@ def test_an_image_does_not_depend_on_its_batch_or_on_threads():
         assert torch.equal(batch[7:], toy.draw(identities[7:], poses[7:], size))
         assert torch.get_num_threads() == 3
         torch.set_num_threads(threads)
-
-
-def test_another_process_draws_the_same():
-    code = ('from facekit import toy; '
-            'print(toy.draw([3, 5], [0, 9], 32, seed=4).flatten().tolist())')
-    run = subprocess.run([sys.executable, '-c', code], cwd=Path(toy.__file__).parent.parent,
-                         capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == str(toy.draw([3, 5], [0, 9], 32, seed=4).flatten().tolist())
-
-
-def test_seed_identity_and_pose_each_change_the_image():
-    images = torch.stack([toy.draw([i], [p], 32, seed)[0]
-                          for i in (0, 1) for p in (0, 1) for seed in (0, 1)])
-    assert len(torch.unique(images.flatten(1), dim=0)) == 8
-
-
-def test_people_differ_and_light_hides_it(monkeypatch):
-    """With the nuisances narrowed to their middle two images of one person are far closer than
-    those of two; as drawn, mean colours hardly tell which pairs are of one person."""
-    def distances():
-        faces = toy.draw(np.arange(120) // 2, np.arange(120) % 2, 32).float()
-        return torch.cdist(faces.flatten(1), faces.flatten(1)), faces.mean((2, 3))
-
-    _, colour = distances()
-    apart = torch.cdist(colour[::2], colour[1::2])
-    others = apart[~torch.eye(60, dtype=bool)]
-    assert 0.35 < (apart.diagonal()[:, None] < others).float().mean() < 0.75
-    still = {name: ((low + high) / 2,) * 2 for name, (low, high) in toy.SHOT.items()}
-    monkeypatch.setattr(toy, 'SHOT', {**still, 'gaze': toy.SHOT['gaze'], 'grain': (0, 2**17)})
-    pixels, _ = distances()
-    same = pixels[torch.arange(0, 120, 2), torch.arange(1, 120, 2)]
-    pixels.fill_diagonal_(torch.inf)
-    pixels[torch.arange(0, 120, 2), torch.arange(1, 120, 2)] = torch.inf
-    assert (pixels[::2].min(1).values > same).all()
-
-
-def test_parameters_of_many_images_are_uniform():
-    keys = np.stack(np.broadcast_arrays(0, np.arange(2000), 1), 1)
-    yaw = toy._uniform(keys, toy.SHOT).yaw.flatten()
-    low, high = toy.SHOT['yaw']
-    assert low <= yaw.min() and yaw.max() <= high and abs(yaw.mean()) < (high - low) / 30
+    drawn = torch.stack([toy.draw([i], [p], 32, seed)[0]
+                         for i in (0, 1) for p in (0, 1) for seed in (0, 1)])
+    assert len(torch.unique(drawn.flatten(1), dim=0)) == 8    # each of the three changes the image
 
 
 def test_draw_set(tmp_path, capsys):

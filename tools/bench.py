@@ -7,9 +7,9 @@
 
 Writes  results/speed/<device>-<config>.json
 
-The stages run as a user runs them, in a folder that is deleted. Each training makes --steps steps
-(40), and its log tells its speed from the first line on, before which come set-up, compilation and
-the choice of kernels; slowest and fastest are between two lines. A few batches of people are drawn,
+The stages run as a user runs them, in a folder that is deleted. Each training makes --steps
+steps (40), and its log tells its speed from the first line on, before which come set-up,
+compilation and the choice of kernels; slowest and fastest are between two lines. A few batches of people are drawn,
 so that a class layer of a million is not measured. Memory is the most that a GPU allocated or, on a
 CPU, that the process held, with what earlier stages left.
 """
@@ -30,17 +30,17 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import evaluate  # noqa: E402
-import peers  # noqa: E402
-import reconstruct  # noqa: E402
-import train_fr  # noqa: E402
-import train_mae  # noqa: E402
-from facekit.base import process  # noqa: E402
-from facekit.base.config import as_dict, variants  # noqa: E402
-from facekit.base.errors import InputError  # noqa: E402
-from facekit.base.launch import launch, provenance  # noqa: E402
-from facekit.base.log import read_log  # noqa: E402
-from facekit.data.people import split  # noqa: E402
+import evaluate
+import peers
+import reconstruct
+import train_fr
+import train_mae
+from facekit.base import process
+from facekit.base.config import as_dict, variants
+from facekit.base.errors import InputError
+from facekit.base.launch import launch, provenance
+from facekit.base.log import read_log
+from facekit.data.people import split
 
 EPOCH = 3       # batches that the public and that the private images make, about
 

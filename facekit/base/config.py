@@ -176,8 +176,10 @@ def config_of_row(config, name):
     row, where = copy.deepcopy(config), f'{config["run"]["config"]}: compare.{name}'
     for change in config['compare'][name]:
         assign(row, change, where)
-        key = change.partition('=')[0]
-        if not f'{key}.'.startswith(OF_ROWS):
+    for key in SPECS:
+        section, _, last = key.rpartition('.')
+        before, after = (c[section][last] if section else c[last] for c in (config, row))
+        if before != after and not key.startswith(OF_ROWS):
             raise InputError(f'{where} sets {key}, which all rows share: set it for all of them')
     return row
 

@@ -1,4 +1,4 @@
-"""Verification pairs: insightface's .bin, LFW's pairs.txt, or people held back."""
+"""Verification pairs: insightface's .bin, LFW's pairs.txt, a list, or people held back."""
 import glob
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,28 +44,34 @@ def load_pair_sets(cfg, size):
 def read_pairs(path):
     """The pairs of a verification set: 2P image files (bytes-like) and bool (P,).
 
-    path: insightface's .bin, or a folder with LFW's pairs.txt and its images, NAME/NAME_0001.jpg.
+    path: insightface's .bin; a folder with LFW's pairs.txt and its images, NAME/NAME_0001.jpg; or
+    a list, .txt, of lines `first.jpg second.jpg 1` (1 = one person), relative to where it lies.
     """
     if not path.exists():
         raise InputError(f'verification set {path} is neither there nor in data.root: name it in '
                          f'evaluate.sets by a path relative to {Path.cwd()}, or whole')
-    if not path.is_dir():
+    if not path.is_dir() and path.suffix != '.txt':
         return read_bin(path)
-    lines, files_of_pairs, same = path / 'pairs.txt', [], []
+    lines = path / 'pairs.txt' if path.is_dir() else path
+    files_of_pairs, same = [], []
     for number, line in enumerate(bytes(files.open_bytes(lines)).decode('latin1').splitlines(), 1):
-        words = line.split('\t')
-        if len(words) <= 2:                             # the first line: folds and pairs
-            continue
-        one_person = len(words) == 3
-        people = words[0], words[0] if one_person else words[2]
+        words = line.split('\t') if path.is_dir() else line.split()
         try:
-            files_of_pairs += [
-                next(path.glob(f'{glob.escape(name)}/{glob.escape(name)}_{int(i):04}.*'))
-                for name, i in zip(people, (words[1], words[-1]))]
-        except (ValueError, StopIteration):
+            if path.is_dir():
+                if len(words) <= 2:                     # the first line: folds and pairs
+                    continue
+                one_person = len(words) == 3
+                people = words[0], words[0] if one_person else words[2]
+                pair = [next(path.glob(f'{glob.escape(name)}/{glob.escape(name)}_{int(i):04}.*'))
+                        for name, i in zip(people, (words[1], words[-1]))]
+                same.append(one_person)
+            else:
+                pair = [path.parent / word for word in words[:2]]
+                same.append(bool({'1': 1, '0': 0}[words[2]]))
+        except (ValueError, IndexError, KeyError, StopIteration):
             raise InputError(f'{lines}: line {number} is no pair of images that are there: see '
                              'docs/usage.md for the form') from None
-        same.append(one_person)
+        files_of_pairs += pair
     return [files.open_bytes(file) for file in files_of_pairs], np.array(same, bool)
 
 

@@ -137,10 +137,13 @@ def linear(group, owned, cfg):
                         lambda z: F.normalize(z.double() - target), x.device)
     ways = {}
     for name, fit in (('ridge', ridge), ('rotation', procrustes)):
-        map_ = fit(x - centre, y - target)
-        ways[name] = group.search(in_blocks(
-            group.probe_embeddings(embedder),
-            lambda z: F.normalize((z.double() - centre) @ map_), x.device), gallery)
+        matrix = fit(x - centre, y - target)
+
+        def mapped(z, matrix=matrix):
+            return F.normalize((z.double() - centre) @ matrix)
+
+        probes = in_blocks(group.probe_embeddings(embedder), mapped, x.device)
+        ways[name] = group.search(probes, gallery)
     return ways
 
 

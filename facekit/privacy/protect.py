@@ -1,5 +1,8 @@
-"""The protections: FaceMAE and what it is compared with. Stages 2 and 4 share them: an attacker who
-learns from other people's photos protects them exactly as the release was protected."""
+"""The protections: FaceMAE and what it is compared with.
+
+Stages 2 and 4 share them: an attacker who learns from other people's photos protects them exactly
+as the release was protected.
+"""
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -139,8 +142,9 @@ def greyed(x, hidden):
 
 
 # ------------------------------------------------------------------------- protections
-# Functions of one signature. x: float images (B, 3, H, W) in 0..1; seeds int64 (B,): of each image,
-# what masks and noise follow from; mae: the FaceMAE of the fold, or None. They return such images.
+# Functions of one signature. x: float images (B, 3, H, W) in 0..1; seeds int64 (B,): what masks
+# and noise of each image follow from; mae: the FaceMAE of the fold, or None. They return such
+# images.
 
 def reconstructed(x, seeds, cfg, mae):
     """What a masked autoencoder makes of the visible patches."""

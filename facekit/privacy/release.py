@@ -200,7 +200,8 @@ def check_release_files(folder, plan, secret, facts, card):
     refuse(not np.array_equal(released.labels, plan.label), folder,
            f'has {len(released)} images whose labels are not the {len(plan.label)} of its plan')
     keys = secret, key_of(secret)
-    forms = [form for key in keys for form in (key, key.hex().encode(), key.hex().upper().encode())]
+    forms = [form for key in keys
+             for form in (key, key.hex().encode(), key.hex().upper().encode())]
     for path in folder.iterdir():
         content = files.open_bytes(path)
         refuse(any(content.find(form) >= 0 for form in forms), path, 'holds the secret')
