@@ -289,11 +289,11 @@ def test_who_knows_or_sees_the_mask_sees_through_it():
 
 def test_an_attacker_trained_on_other_peoples_pairs_undoes_a_fixed_change():
     """A negative with two colours exchanged: not one face looks like itself to the stock judge."""
-    private, public = drawn(np.arange(96)), drawn(np.arange(500, 596))
+    private, public = drawn(np.arange(64)), drawn(np.arange(500, 564))
     torch.manual_seed(0)
-    net, n = models.iresnet(10, 8, 32, 32), np.arange(96)
+    net, n = models.iresnet(10, 8, 32, 32), np.arange(64)
     net.train()(torch.from_numpy(public).permute(0, 3, 1, 2) / 127.5 - 1)  # BatchNorm's statistics
-    cfg = SimpleNamespace(evaluate=SimpleNamespace(attack_steps=40, batch=96),
+    cfg = SimpleNamespace(evaluate=SimpleNamespace(attack_steps=40, batch=64),
                           run=SimpleNamespace(precision='fp32'))
     owned = Same(Embedder('judge', net.eval(), cfg, CPU))
     group = AttackGroup(
@@ -301,7 +301,7 @@ def test_an_attacker_trained_on_other_peoples_pairs_undoes_a_fixed_change():
         ImageRows(public, n), n + 500, pair_released=ImageRows(255 - public[..., ::-1], n))
     before = {k: v.clone() for k, v in net.state_dict().items()}
     stock = figures('judge', group, owned)['same_image']['rank1']
-    assert figures('trained', group, owned, cfg)['same_image']['rank1'] > stock + 0.3
+    assert figures('trained', group, owned, cfg)['same_image']['rank1'] > stock + 0.2
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())   # a copy learnt
 
 
