@@ -74,7 +74,7 @@ class Objective:
     """The two losses of a batch, with everything they need that is not trained."""
 
     def __init__(self, cfg, mae, teacher, store):
-        """mae: FaceMAE; teacher: frozen recogniser or None; store: of the images that will come."""
+        """mae: FaceMAE; teacher: frozen recogniser or None; store: of the images to come."""
         self.cfg, self.mae, self.teacher = cfg, mae, teacher
         self.model = process.parallel(mae.model)
         self.cached_originals = embed_originals(cfg, teacher, store)

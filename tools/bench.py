@@ -9,9 +9,9 @@ Writes  results/speed/<device>-<config>.json
 
 The stages run as a user runs them, in a folder that is deleted. Each training makes --steps
 steps (40), and its log tells its speed from the first line on, before which come set-up,
-compilation and the choice of kernels; slowest and fastest are between two lines. A few batches of people are drawn,
-so that a class layer of a million is not measured. Memory is the most that a GPU allocated or, on a
-CPU, that the process held, with what earlier stages left.
+compilation and the choice of kernels; slowest and fastest are between two lines. A few batches of
+people are drawn, so that a class layer of a million is not measured. Memory is the most that a
+GPU allocated or, on a CPU, that the process held, with what earlier stages left.
 """
 import argparse
 import copy
