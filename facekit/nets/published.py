@@ -5,6 +5,7 @@ They stand wherever a checkpoint of a judge or attacker is named, and need one m
 give embeddings float32 (B, d).
 """
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -74,9 +75,12 @@ class OnnxRecogniser(torch.nn.Module):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
         content = bytes(files.open_bytes(path))      # a file could name other files to read
+        # Each process has a GPU of its own; without its number all would take the first
+        gpu = {'device_id': os.environ.get('LOCAL_RANK', '0')}
+        providers = [(name, gpu) if name == 'CUDAExecutionProvider' else name
+                     for name in onnxruntime.get_available_providers()]
         try:
-            self.session = onnxruntime.InferenceSession(
-                content, options, onnxruntime.get_available_providers())
+            self.session = onnxruntime.InferenceSession(content, options, providers)
             face, = self.session.get_inputs()
             self.input, (self.batch, channels, self.size, width) = face.name, face.shape
             good = (channels, width) == (3, self.size) and face.type == 'tensor(float)'
