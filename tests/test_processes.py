@@ -23,7 +23,7 @@ def main(cfg, device, compare):
     def alone():
         with process.only_writer('alone'):        # each of these would wait for the other process
             process.barrier()
-            return process.broadcast(process.world()) + len(process.dealt(2, str))
+            return process.broadcast(process.world()) + len(process.dealt(1, str))
 
     assert process.on_rank_0(alone) == 2 and process.world() == 2
     print('done alone', flush=True)
