@@ -364,13 +364,6 @@ def test_a_checkpoint_damaged_in_structure_or_of_another_teacher_is_one_sentence
     assert 'another teacher' in run(copied, 'train_mae.py', 'mae.epochs=3', code=2)
 
 
-def test_what_only_changes_how_a_recogniser_is_made_makes_no_other_one(copied, finished):
-    shutil.copytree(finished[0] / 'run', copied / 'run', dirs_exist_ok=True)
-    assert 'nothing to do' in run(copied, 'train_fr.py', 'fr.shard_classes=true')
-    assert 'sample_rate (1.0 then, 0.5 now)' in run(copied, 'train_fr.py', 'fr.sample_rate=0.5',
-                                                    code=2)
-
-
 def test_threads_are_shared_by_the_processes_of_a_node_not_of_the_world(monkeypatch):
     cfg = namespace(resolve(TINY, ['run.device=cpu', 'run.threads=0']))
     threads = torch.get_num_threads()

@@ -5,7 +5,7 @@ images, nets and secret that went into it.
 """
 import re
 
-from facekit.base.config import as_dict
+from facekit.base.config import CONFIGS, as_dict, namespace, resolve
 from facekit.base.errors import InputError, quoted
 
 # Keys that change how a thing is made but not what it is
@@ -25,8 +25,10 @@ def settings(cfg, keys):
 
 def differences(then, now):
     """What is another one now, a list of texts for a sentence; both {what: text}, `then` from a
-    file, which can hold anything."""
-    differ = []
+    file, which can hold anything. A key that did not exist then equals its default."""
+    differ, new = [], [what for what in now if what not in then and '.' in what]
+    if new:
+        then = settings(namespace(resolve(CONFIGS / 'casia.yaml')), new) | then
     for what, text in now.items():
         before = then.get(what)
         if before != text and re.fullmatch(r'[0-9a-f]{16,}', text):
