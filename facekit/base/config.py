@@ -44,6 +44,8 @@ class TextLoader(yaml.BaseLoader):
 
 def read_yaml(path):
     """The mapping in a YAML file, with texts for values."""
+    if not os.path.isfile(path):           # False, too, for a path that no file can have
+        raise InputError(f'config {path} does not exist: name a file such as configs/toy.yaml')
     try:
         content = yaml.load(path.read_text(encoding='utf-8'), TextLoader)
     except Exception as e:                 # bytes and deep nesting raise errors of many kinds
