@@ -28,6 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]       # tests run from anywhere 
 STOPS = signal.SIGINT, signal.SIGTERM
 # Without GIT_DIR a commit during the tests would change what a release says about its maker
 ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'GIT_DIR': os.devnull}
+# Before torch is imported: nets so small only wait for more threads
+os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(['torch.distributed', 'torch._dynamo', 'torchvision.transforms.v2',
                               'rich.progress', 'rich.table', 'matplotlib.pyplot', 'einops', 'yaml',
