@@ -249,7 +249,7 @@ def register_casts(library):
         if known and key.startswith('aten::'):
             name, _, overload = key.removeprefix('aten::').partition('.')
             op = getattr(getattr(aten, name), overload or 'default')
-            library.impl(op, functools.partial(cast, op), allow_override=True)
+            library.impl(op, functools.partial(cast, op))
 
 
 # ------------------------------------------------------------------- what needs a driver
@@ -319,7 +319,8 @@ def device(free=140 << 30):
     answers = {'is_available': True, 'device_count': 8, 'set_device': None, '_lazy_init': None,
                'manual_seed_all': None, 'get_device_name': 'NVIDIA simulated',
                'mem_get_info': (free, 141 << 30), 'memory_reserved': 0, 'memory_allocated': 0,
-               'max_memory_allocated': 0, 'is_bf16_supported': True}
+               'max_memory_allocated': 0, 'is_bf16_supported': True,
+               'is_current_stream_capturing': False}
     stand_ins = {(torch.cuda, name): lambda *_, answer=answer, **__: answer
                  for name, answer in answers.items()} | {
         (torch, 'save'): save, (torch, 'tensor'): made(torch.tensor),
