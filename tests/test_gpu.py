@@ -114,7 +114,7 @@ def test_all_stages_make_what_the_cpu_makes_and_no_step_waits(on_gpu, tmp_path):
     check_steps(on_gpu[1])
 
 
-@pytest.mark.parametrize('where', ['gallery', *long('probes', 'gallery and probes')])
+@pytest.mark.parametrize('where', ['gallery', 'probes', *long('gallery and probes')])
 def test_embeddings_on_the_host_change_no_figure(copied, monkeypatch, where):
     """Every attack takes either side from the host, where those of large sets are."""
     def embed_all(net, store, *args, joined=False, real=embed.embed_all, **kwargs):
