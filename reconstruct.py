@@ -46,7 +46,6 @@ from facekit.privacy.release import (
     check_release, check_release_files, check_release_images, plan_release, release_made_from,
     release_secret)
 from facekit.report import pictures
-from facekit.check import check_experiment
 
 PART = 2048     # images that a process makes between two times that all send theirs to process 0
 
@@ -245,4 +244,4 @@ def main(cfg, device, compare):
 
 
 if __name__ == '__main__':
-    launch(main, check_experiment)
+    launch(main)

@@ -302,7 +302,7 @@ def make_part(number, *others):
     return made
 
 reconstruct.make_part = make_part
-launch(reconstruct.main, None)
+launch(reconstruct.main)
 """
 
 

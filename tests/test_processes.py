@@ -32,7 +32,7 @@ def main(cfg, device, compare):
     process.barrier()
 
 
-launch(main, None)
+launch(main)
 """
 
 

@@ -1,6 +1,6 @@
 """How a stage begins and ends: command line, signals, errors as sentences.
 
-A stage ends with `launch(main, check_experiment)`.
+A stage ends with `launch(main)`.
 """
 import argparse
 import contextlib
@@ -94,8 +94,9 @@ def provenance(device):
             'numpy': np.__version__}
 
 
-def launch(main, check):
-    """Parse the command line and run `main(cfg, device, compare)`, or `check(cfg, compare)`.
+def launch(main, check=None):
+    """Parse the command line and run `main(cfg, device, compare)`, or, with --check, which only a
+    stage that gives a `check` has, check(cfg, compare).
 
     Exit code 0 = done, 2 = wrong input, which becomes one sentence, 130 = stopped by the keyboard.
     base/start.py answers --help.
@@ -103,7 +104,8 @@ def launch(main, check):
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('--config')
     parser.add_argument('--compare', action='store_true')
-    parser.add_argument('--check', action='store_true')
+    if check:
+        parser.add_argument('--check', action='store_true')
     parser.add_argument('set', nargs='*')
     args = parser.parse_intermixed_args()
     signal.signal(signal.SIGINT, Stop.interrupt)
@@ -112,7 +114,7 @@ def launch(main, check):
         if not args.config and words and '=' not in words[0]:
             args.config, *words = words
         cfg = namespace(resolve(args.config or CONFIGS / 'toy.yaml', words))
-        if args.check:
+        if check and args.check:
             check(cfg, args.compare)
         else:
             main(cfg, start_processes(cfg), args.compare)

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from facekit.base import files, process
-from facekit.base.errors import optional
 
 
 class StageLog:
@@ -21,15 +20,11 @@ class StageLog:
     A stage that continues from `step` first drops its later lines.
     """
 
-    def __init__(self, folder, stage, total, step=0, tensorboard=False):
+    def __init__(self, folder, stage, total, step=0):
         self.path, self.stage, self.total = Path(folder, 'log', f'{stage}.jsonl'), stage, total
-        self.begin, self.first, self.writer = time.time(), step, None
+        self.begin, self.first = time.time(), step
         if process.rank():
             return
-        if tensorboard:                  # which drops what it has of later steps, too
-            optional('tensorboard', 'tensorboard')
-            from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(Path(folder, 'tensorboard', stage), purge_step=step + 1)
         with files.replacing(self.path) as file:
             for line, entry in read_log(self.path):
                 if entry['step'] <= step:
@@ -53,11 +48,6 @@ class StageLog:
                  'memory_gib': round(peak_memory() / 2 ** 30, 2)}
         with open(self.path, 'a') as file:
             file.write(json.dumps(entry) + '\n')
-        if self.writer:
-            for name, value in entry.items():
-                if isinstance(value, (int, float)) and name != 'step':
-                    self.writer.add_scalar(name, value, step)
-            self.writer.flush()
         left = seconds / max(step - self.first, 1) * (self.total - step)
         self.show(step, f'{images / seconds:,.0f} img/s', left, values)
 

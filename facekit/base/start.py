@@ -6,12 +6,11 @@ import sys
 PACKAGES = 'torch', 'torchvision', 'einops', 'numpy', 'PIL', 'yaml', 'rich'
 
 if {'-h', '--help'} & set(sys.argv[1:]):
-    print(f'''usage: {sys.argv[0]} [CONFIG.yaml] [--compare] [--check] [section.key=value ...]
+    print(f'''usage: {sys.argv[0]} [CONFIG.yaml] [--compare] [section.key=value ...]
 
 {sys.modules['__main__'].__doc__}
 CONFIG.yaml        the experiment (default: the toy); configs/casia.yaml explains every key
 --compare          all rows of the config's comparison
---check            only check, in seconds, whether the whole experiment can be run
 section.key=value  sets a key of the config, for example mae.epochs=100''')
     sys.exit()
 if missing := [name for name in PACKAGES if not importlib.util.find_spec(name)]:

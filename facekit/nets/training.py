@@ -45,7 +45,7 @@ class Training:
             self.resume(saved)
         self.first_step = self.step                                 # of this process
         self.saved_at = 0.0                                         # seconds since the start
-        self.log = StageLog(cfg.run.folder, stage, steps, self.step, cfg.run.tensorboard)
+        self.log = StageLog(cfg.run.folder, stage, steps, self.step)
         self.stop = Stop()
 
     def resume(self, saved):
