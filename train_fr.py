@@ -34,7 +34,7 @@ from facekit.base import process
 from facekit.base.errors import InputError
 from facekit.base.config import variants
 from facekit.base.made_from import settings
-from facekit.base.launch import launch
+from facekit.base.launch import launch, made_by
 from facekit.data import batches, faces
 from facekit.data.faces import FaceSet
 from facekit.data.people import split
@@ -193,7 +193,8 @@ def train(cfg, task, device):
     steps = max(1, round(getattr(cfg, task.section).epochs * order.steps_per_epoch))
     made_from = settings(cfg, FIXED + task.fixed) | {
         'set of images': task.faces.digest(task.rows)}
-    saved = load_unfinished(path, made_from, ['net', 'head'])
+    code = made_by('train_fr.py')
+    saved = load_unfinished(path, made_from, code, ['net', 'head'])
     if saved and saved['step'] >= steps:
         return process.say(f'{path} is finished ({steps} steps): nothing to do')
     people, labels = np.unique(task.faces.labels[task.rows], return_inverse=True)
@@ -245,7 +246,7 @@ def train(cfg, task, device):
         if training.log_due():
             training.write_log(margin=current_margin)
         if training.save_due():
-            training.save(made_from=made_from)
+            training.save(made_from=made_from, made_by=code)
     training.end()
 
 

@@ -29,7 +29,7 @@ import models
 from facekit.base import process
 from facekit.base.config import variants
 from facekit.base.made_from import settings
-from facekit.base.launch import command, launch
+from facekit.base.launch import command, launch, made_by
 from facekit.data import batches
 from facekit.data.images import to_float
 from facekit.data.people import split
@@ -207,7 +207,8 @@ def train(variant, fold, device):
     made_from = settings(cfg, FIXED) | {'set of images': fold.public.digest(fold.mae)}
     if teacher:
         made_from['teacher'] = teacher_digest
-    saved = load_unfinished(path, made_from, ['model', 'mean', 'std'])
+    code = made_by('train_mae.py')
+    saved = load_unfinished(path, made_from, code, ['model', 'mean', 'std'])
     if saved and saved['step'] >= steps:
         return process.say(f'{path} is finished ({steps} steps): nothing to do')
     process.say(f'training {path} on {len(fold.mae)} public images, {steps} steps')
@@ -240,7 +241,7 @@ def train(variant, fold, device):
         if training.log_due():
             write_log(training, originals, z, cfg.irm.relations)
         if training.save_due():
-            training.save(mean=mae.mean.cpu(), std=mae.std, made_from=made_from)
+            training.save(mean=mae.mean.cpu(), std=mae.std, made_from=made_from, made_by=code)
     training.end()
 
 

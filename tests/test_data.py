@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from facekit.base import config, process
+from facekit.base import config, machine, process
 from facekit.base.errors import InputError
 from facekit.data import batches, faces, images, records, toy
 from facekit.data.people import split
@@ -121,8 +121,8 @@ def test_a_containers_limit_counts(tmp_path):
     (tmp_path / 'memory.stat').write_text('anon 400\ninactive_file 300\n')
     for limit, left in (('1000\n', 600), ('max\n', float('inf'))):
         (tmp_path / 'memory.max').write_text(limit)
-        assert process.left_in(tmp_path) == left
-    assert process.left_in(tmp_path / 'none') == float('inf')
+        assert machine.left_in(tmp_path) == left
+    assert machine.left_in(tmp_path / 'none') == float('inf')
     assert 0 < process.free_memory(torch.device('cpu')) < 1 << 50
 
 

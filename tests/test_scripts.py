@@ -53,7 +53,7 @@ def test_the_pipeline_writes_what_it_promises(finished):
     for figure in ('release.png', 'mask.png', 'mae_fold0.png', 'roc.png', 'tradeoff.png',
                    'release_most_linked.png', 'mask_most_linked.png'):
         assert (folder / 'run' / 'figures' / figure).stat().st_size > 1000
-    assert 'facemae' in printed and ' left  ' in printed
+    assert 'facemae' in printed and ' left ' in printed
     table = (folder / 'run' / 'table.txt').read_text().splitlines()
     assert max(map(len, table)) <= 80 and any('originals' in line for line in table)
     page = (folder / 'run' / 'report.html').read_text()
@@ -154,7 +154,7 @@ def test_attacks_are_kept_until_something_changes(copied, finished):
     for net, attacked in (('judge', True), ('judge', False), ('teacher', True)):
         shutil.copy(copied / f'run/fold0/{net}.pt', copied / 'backbone.pt')
         printed = run(copied, 'evaluate.py', few[0], 'evaluate.attacks=[backbone.pt]')
-        assert ('[evaluate/mask] 1/1' in printed) == attacked
+        assert ('[evaluate/mask] 100 %' in printed) == attacked
     assert comparison.read_bytes() == table
     # Rows that are still to come are named, and the table is of the others
     printed = run(copied, 'evaluate.py', '--compare', 'compare_seeds=[0, 1]', few[1],
@@ -202,9 +202,9 @@ def test_micro_batches_do_not_change_the_gradient(copied, finished):
 
 @pytest.mark.parametrize('script, arguments, told', [
     ('train_mae.py', 'run.folder=empty', 'teacher.pt is missing.*stage=teacher'),
-    ('reconstruct.py', 'run.folder=empty', 'mae.pt.*python train_mae.py'),
-    ('train_fr.py', 'run.folder=empty', 'reconstructed.*python reconstruct.py'),
-    ('evaluate.py', 'run.folder=empty', 'reconstructed.*python reconstruct.py'),
+    ('reconstruct.py', 'run.folder=empty', 'mae.pt.*python .*train_mae.py'),
+    ('train_fr.py', 'run.folder=empty', 'reconstructed.*python .*reconstruct.py'),
+    ('evaluate.py', 'run.folder=empty', 'reconstructed.*python .*reconstruct.py'),
     ('evaluate.py', 'evaluate.sets=[nowhere.bin]',
      'nowhere.bin is neither there .* evaluate.sets .* relative to /'),
     ('evaluate.py', 'evaluate.attacks=[psychic]', 'psychic.*pixels'),
@@ -231,12 +231,15 @@ def test_half_precision_trains(copied):
 
 
 @pytest.mark.parametrize('supported', [True, False])
-def test_a_device_that_emulates_bf16_is_named(monkeypatch, capsys, supported):
+def test_the_device_is_said_and_named_if_it_emulates_bf16(monkeypatch, capsys, supported):
     monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: supported)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: supported)
-    for device, remedy in (('cpu', 'fp32'), ('cuda', 'fp16')):
-        process.say_if_emulated('bf16', torch.device(device))
-        assert (f'use run.precision={remedy}' in capsys.readouterr().out) != supported
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA T4')
+    for device, name, remedy in (('cpu', 'CPU, 1 of', 'fp32'), ('cuda', 'NVIDIA T4', 'fp16')):
+        process.say_device('bf16', torch.device(device))
+        said = capsys.readouterr().out
+        assert said.startswith(f'device: {name}') and 'precision: bf16; processes: 1\n' in said
+        assert (f'use run.precision={remedy}' in said) != supported
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(copied):
@@ -349,6 +352,8 @@ def test_threads_are_shared_by_the_processes_of_a_node_not_of_the_world(monkeypa
                         ('MASTER_ADDR', 'x'), ('MASTER_PORT', '1')):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(process.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(process, 'rank', lambda: 1)
+    monkeypatch.setattr(process, 'world', lambda: 16)
     monkeypatch.setattr(process, 'cores', lambda: 8)
     process.start_processes(cfg)
     assert torch.get_num_threads() == 4
