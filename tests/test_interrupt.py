@@ -178,7 +178,10 @@ def reach(path, step):
 @pytest.mark.parametrize('arguments, line, result', [
     (['train_mae.py', 'mae.epochs=12'], 'train_mae/fold0/mae', 'fold0/mae.pt'),
     (['train_fr.py', 'run.row=mask', 'fr.epochs=9'], 'student/mask', 'mask/fr.pt')])
-def test_steps_in_pieces_are_the_same_steps(copied, arguments, line, result):
+@pytest.mark.parametrize('asked', [
+    signal.SIGUSR1, *(pytest.param(number, marks=LONG) for number in (
+        signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2))])
+def test_steps_in_pieces_are_the_same_steps(copied, arguments, line, result, asked):
     """Bit for bit; and who is asked to stop saves, even if a checkpoint is not yet due."""
     path, log = copied / 'run' / result, copied / 'run' / 'log' / f'{line}.jsonl'
     path.unlink(missing_ok=True)
@@ -189,7 +192,7 @@ def test_steps_in_pieces_are_the_same_steps(copied, arguments, line, result):
     script = Script(copied, *arguments)
     while not log.exists() or not log.read_text():
         time.sleep(0.005)
-    script.send(signal.SIGTERM)
+    script.send(asked)
     assert script.wait(30) == 130 and 'the same command continues' in script.out
     step, script = reach(path, 1), Script(copied, *arguments, 'run.save_minutes=0')
     reach(path, step + 3)
@@ -263,7 +266,7 @@ def test_an_interrupted_release_is_made_anew_with_any_number_of_processes(copied
     shutil.copy(finished[0] / 'run' / 'fold0' / 'mae.pt', copied / 'run' / 'fold0' / 'mae.pt')
     script, release = copied / 'parts.py', copied / 'run' / 'reconstructed'
     script.write_text(IN_PARTS)
-    for number, code in (('SIGKILL', -signal.SIGKILL), ('SIGTERM', 130)):
+    for number, code in (('SIGKILL', -signal.SIGKILL), ('SIGHUP', 130)):
         one = Script(copied, script, AT='3', SIGNAL=number)
         assert one.wait(30) == code and 'Traceback' not in one.err, one.err
         assert not release.exists()
