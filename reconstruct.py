@@ -22,7 +22,6 @@ import json
 import math
 import os
 import shutil
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ import torch
 from facekit.base import files, process
 from facekit.base.errors import InputError
 from facekit.base.config import as_dict, variants
-from facekit.base.launch import Stop, command, commit, launch
+from facekit.base.launch import Stop, command, commit, launch, on_ending_signals
 from facekit.base.log import StageLog
 from facekit.data import batches, faces, images
 from facekit.data.images import to_float
@@ -46,7 +45,6 @@ from facekit.privacy.release import (
     check_release, check_release_files, check_release_images, plan_release, release_made_from,
     release_secret)
 from facekit.report import pictures
-from facekit.check import check_experiment
 
 PART = 2048     # images that a process makes between two times that all send theirs to process 0
 
@@ -235,7 +233,7 @@ def picture_of_photos(variant, device):
 
 
 def main(cfg, device, compare):
-    signal.signal(signal.SIGTERM, Stop.interrupt)      # there is nothing to save
+    on_ending_signals(Stop.interrupt)                  # there is nothing to save
     if cfg.reconstruct.photos:
         return picture_of_photos(variants(cfg, False)[0], device)
     folds = split(cfg)
@@ -245,4 +243,4 @@ def main(cfg, device, compare):
 
 
 if __name__ == '__main__':
-    launch(main, check_experiment)
+    launch(main)

@@ -6,7 +6,7 @@
 # the interpreter.
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
-cd "$(dirname "$0")"
+kit=$(cd "$(dirname "$0")" > /dev/null && pwd)
 if [ $# -eq 0 ]; then
     echo "usage: ./reproduce.sh configs/NAME.yaml [section.key=value ...]" >&2
     exit 2
@@ -14,20 +14,22 @@ fi
 [ "$1" = --config ] && shift
 config=$1
 shift
-python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+# Paths are relative to the caller's folder; a config that is not there may be one of the kit's
+if [ ! -e "$config" ] && [ -e "$kit/$config" ]; then config=$kit/$config; fi
+python=${PYTHON:-$([ -x "$kit/.venv/bin/python" ] && echo "$kit/.venv/bin/python" || echo python)}
 stage=0
 run() {
-    local script=$1
+    local script=$kit/$1
     shift
     stage=$((stage + 1))
-    export STAGE="stage $stage of 6:"
+    export STAGE="$stage/6"
     if [ "${GPUS:-1}" -gt 1 ]; then
         "$python" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" "$script" "$@"
     else
         "$python" "$script" "$@"
     fi
 }
-"$python" evaluate.py "$config" --compare --check "$@"
+"$python" "$kit/evaluate.py" "$config" --compare --check "$@"
 run train_fr.py "$config" stage=teacher "$@"
 run train_fr.py "$config" stage=judge "$@"
 run train_mae.py "$config" --compare "$@"

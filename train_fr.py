@@ -6,12 +6,11 @@ $ python train_fr.py stage=teacher     # on public faces; stage=judge: a second,
 $ python train_fr.py                   # the student, on the released faces alone
 $ python train_fr.py release=PATH run.folder=runs/mine     # on anybody's records or folders
 
-On the 8 GPUs of one machine (on several, as in train_mae.py):
+On the 8 GPUs of one machine (on several: docs/casia.md):
 $ torchrun --nproc_per_node=8 train_fr.py --config configs/casia.yaml
 
-Time: with one thread of an AMD EPYC, beside another job, the toy's teacher (390 steps of 64
-images) took 100 s, a student (492 steps) 83 to 94 s (nine of them, results/toy). Not yet run on a
-GPU; docs/scale.md has projections.
+Time: the toy's teacher took 100 s with one thread of an AMD EPYC, its student 83 to 94 s. Not yet
+run on a GPU; docs/scale.md has projections.
 
 Reads   teacher, judge: data.root (or data.public); student: <run>/<row>/reconstructed
 Writes  <run>/fold<k>/teacher.pt, <run>/fold<k>/judge.pt, <run>/<row>/fr.pt, <run>/log/
@@ -35,7 +34,7 @@ from facekit.base import process
 from facekit.base.errors import InputError
 from facekit.base.config import variants
 from facekit.base.made_from import settings
-from facekit.base.launch import launch
+from facekit.base.launch import launch, made_by
 from facekit.data import batches, faces
 from facekit.data.faces import FaceSet
 from facekit.data.people import split
@@ -43,7 +42,6 @@ from facekit.nets import embed
 from facekit.nets.weights import load_checkpoint, load_weights
 from facekit.nets.classes import DividedHead
 from facekit.nets.training import Training, load_unfinished
-from facekit.check import check_experiment
 
 DIVIDE_FROM = 100_000     # people; with fewer the class layer is small beside the net
 FIXED = ['data.size', 'run.precision']     # refuse to resume if one changed; roles add their own
@@ -56,13 +54,9 @@ class Recogniser:
     path: Path                # of its checkpoint
     faces: FaceSet
     rows: np.ndarray          # of `faces` that it learns from
-    depth: int                # IResNet
-    width: int                # channels of the first stage
-    epochs: float
+    section: str              # of the config, with depth, width and epochs: teacher, judge or fr
     seed: int                 # of initialisation and data order
     fixed: list               # sections and keys of the config that must not change
-    key: str                  # section of the config: teacher, judge or fr
-    init: str = ''            # backbone to start from
 
 
 def learning_rate(step, total, steps_per_epoch, cfg):
@@ -163,13 +157,11 @@ def classify(head, z, labels, margin):
 
 
 def make_net(cfg, task, resumed):
-    """The backbone to train, with new weights or those of fr.init."""
-    try:
-        net = models.iresnet(task.depth, task.width, cfg.data.size, cfg.fr.dim)
-    except ValueError as error:
-        raise InputError(f'{task.key}.depth: {error}') from None
-    if task.init and not resumed:
-        load_weights(net, load_checkpoint(task.init), task.init)
+    """The backbone to train, with new weights or, for a student, those of fr.init."""
+    c, init = getattr(cfg, task.section), cfg.fr.init
+    net = models.iresnet(c.depth, c.width, cfg.data.size, cfg.fr.dim)
+    if init and task.section == 'fr' and not resumed:
+        load_weights(net, load_checkpoint(init), init)
     return net
 
 
@@ -186,11 +178,10 @@ def make_optimizer(net, head, c, device):
 
 def random_numbers(task, epoch, rows):
     """Which images are mirrored, bool (B,), and numbers in (0, 1) for augmented(), (B, 10)."""
-    def draw(purpose, columns):
-        start = batches.stream(task.seed, f'{task.key} {purpose}', epoch)
-        return batches.hashed(start, rows, columns)
-
-    return draw('flips', 1)[:, 0] > 0, batches.uniform(draw('augmentation', 10))
+    flips, augmentation = (batches.stream(task.seed, f'{task.section} {purpose}', epoch)
+                           for purpose in ('flips', 'augmentation'))
+    return (batches.hashed(flips, rows, 1)[:, 0] > 0,
+            batches.uniform(batches.hashed(augmentation, rows, 10)))
 
 
 def train(cfg, task, device):
@@ -199,17 +190,18 @@ def train(cfg, task, device):
     own = process.own_share(c.batch, 'fr.batch')           # this process's slice of a global batch
     size = norm_batch(own, c)
     order = batches.Order(len(task.rows), c.batch, task.seed, 'fr.batch')
-    steps = max(1, round(task.epochs * order.steps_per_epoch))
+    steps = max(1, round(getattr(cfg, task.section).epochs * order.steps_per_epoch))
     made_from = settings(cfg, FIXED + task.fixed) | {
         'set of images': task.faces.digest(task.rows)}
-    saved = load_unfinished(path, made_from, ['net', 'head'])
+    code = made_by('train_fr.py')
+    saved = load_unfinished(path, made_from, code, ['net', 'head'])
     if saved and saved['step'] >= steps:
         return process.say(f'{path} is finished ({steps} steps): nothing to do')
     people, labels = np.unique(task.faces.labels[task.rows], return_inverse=True)
     process.say(f'training {path} on {len(task.rows)} images of {len(people)} people, '
                 f'{steps} steps')
 
-    torch.manual_seed(batches.stream(task.seed, f'{task.key} weights'))
+    torch.manual_seed(batches.stream(task.seed, f'{task.section} weights'))
     net = make_net(cfg, task, resumed=saved is not None)
     head, divided = class_layer(len(people), c)
     net, head = net.to(device, memory_format=torch.channels_last), head.to(device)
@@ -233,7 +225,7 @@ def train(cfg, task, device):
         current_margin = margin(step, steps, c)
         losses = torch.zeros(2, device=device)         # loss, accuracy
         if c.sample_rate < 1:
-            centres = batches.stream(task.seed, f'{task.key} centres', step)
+            centres = batches.stream(task.seed, f'{task.section} centres', step)
             head.sample(centres, labels[batch])
         statistics.begin()
         for number, (x, y, u) in enumerate(parts):
@@ -254,7 +246,7 @@ def train(cfg, task, device):
         if training.log_due():
             training.write_log(margin=current_margin)
         if training.save_due():
-            training.save(made_from=made_from)
+            training.save(made_from=made_from, made_by=code)
     training.end()
 
 
@@ -268,8 +260,8 @@ def train_public(cfg, role, device):
     fixed = [role, *(f'fr.{key}' for key in shared)]
     for fold in split(cfg):
         path = Path(cfg.run.folder, f'fold{fold.k}', f'{role}.pt')
-        task = Recogniser(f'{role}/fold{fold.k}', path, fold.public, fold.train, c.depth, c.width,
-                          c.epochs, c.seed, fixed, role)
+        task = Recogniser(f'{role}/fold{fold.k}', path, fold.public, fold.train, role, c.seed,
+                          fixed)
         with process.only_writer(path):
             train(cfg, task, device)
 
@@ -278,10 +270,9 @@ def train_student(variant, device):
     """The recogniser of a release."""
     cfg = variant.cfg
     released = faces.load_release(variant)
-    train(cfg, Recogniser(
-        f'student/{variant.label}'.rstrip('/'), variant.student, released,
-        np.arange(len(released)), cfg.fr.depth, cfg.fr.width, cfg.fr.epochs, cfg.run.seed,
-        ['fr', 'run.seed'], 'fr', cfg.fr.init), device)
+    task = Recogniser(f'student/{variant.label}'.rstrip('/'), variant.student, released,
+                      np.arange(len(released)), 'fr', cfg.run.seed, ['fr', 'run.seed'])
+    train(cfg, task, device)
 
 
 def main(cfg, device, compare):
@@ -293,4 +284,4 @@ def main(cfg, device, compare):
 
 
 if __name__ == '__main__':
-    launch(main, check_experiment)
+    launch(main)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-r"""Stage 1 of FaceMAE: train a masked autoencoder on public faces with instance relation matching.
+"""Stage 1 of FaceMAE: train a masked autoencoder on public faces with instance relation matching.
 
 On one device, GPU or CPU; without a config it takes toy faces, which it draws:
 $ python train_mae.py
@@ -9,12 +9,8 @@ $ python train_mae.py --config configs/casia.yaml irm.weight=0 mae.name=mae_mse 
 On the 8 GPUs of one machine:
 $ torchrun --nproc_per_node=8 train_mae.py --config configs/casia.yaml
 
-On two machines that share a file system, on each with its RANK, 0 or 1, and the FIRST's address:
-$ torchrun --nnodes=2 --node_rank=RANK --nproc_per_node=8 --master_addr=FIRST --master_port=29500 \
-      train_mae.py --config configs/casia.yaml
-
-Time: the toy's 936 steps of 64 images took 165 to 200 s with one thread of an AMD EPYC, beside
-another job (three seeds, results/toy). Not yet run on a GPU; docs/scale.md has projections.
+On several machines: docs/casia.md. Time: the toy's 936 steps took 165 to 200 s with one thread of
+an AMD EPYC. Not yet run on a GPU; docs/scale.md has projections.
 
 Reads   data.root (or data.public), <run>/fold<k>/teacher.pt
 Writes  <run>/fold<k>/mae.pt, <run>/log/train_mae/, <run>/figures/mae_fold<k>.png
@@ -33,7 +29,7 @@ import models
 from facekit.base import process
 from facekit.base.config import variants
 from facekit.base.made_from import settings
-from facekit.base.launch import command, launch
+from facekit.base.launch import command, launch, made_by
 from facekit.data import batches
 from facekit.data.images import to_float
 from facekit.data.people import split
@@ -43,9 +39,7 @@ from facekit.nets.weights import digest_of_weights, load_checkpoint, load_weight
 from facekit.nets.training import Training, load_unfinished
 from facekit.privacy import protect
 from facekit.privacy.protect import FaceMAE
-from facekit.privacy.validation import ValidationBatch
 from facekit.report import pictures
-from facekit.check import check_experiment
 from irm import gather_rows, irm_loss, relation_correlation
 
 # Refuse to resume if one of these changed
@@ -107,13 +101,6 @@ class Objective:
             reconstructed = self.mae.to_pixels(pred)
             return mse, self.teacher(embed.for_recogniser(reconstructed, self.teacher)).float()
 
-    @torch.no_grad()
-    def embeddings(self, images, noise):
-        """The teacher's embeddings (B, d) of the reconstructions, without a graph."""
-        size = self.cfg.mae.micro_batch
-        return torch.cat([self.forward(x, n, relate=True)[1]
-                          for x, n in zip(images.split(size), noise.split(size))])
-
     def backward(self, training, images, noise, originals):
         """Accumulate the gradient of a batch's loss, one micro-batch after another.
 
@@ -131,7 +118,9 @@ class Objective:
         mse = irm = torch.zeros((), device=images.device)
         z = None
         if relate and len(parts) > 1:
-            z = self.embeddings(images, noise).requires_grad_()
+            with torch.no_grad():
+                z = torch.cat([self.forward(x, n, relate)[1] for x, n in parts])
+            z.requires_grad_()
             irm = irm_loss(originals, z, c.irm.relations)
             z_gradients = torch.autograd.grad(irm, z)[0].split(size)
 
@@ -154,8 +143,8 @@ class Objective:
 
 
 def load_teacher(cfg, fold, device):
-    """The frozen recogniser phi and the digest of its weights; None twice if nothing needs it."""
-    if not cfg.irm.weight and not len(fold.validation):
+    """The frozen recogniser phi and the digest of its weights; None twice without relations."""
+    if not cfg.irm.weight:
         return None, None
     path = cfg.teacher.checkpoint or f'{cfg.run.folder}/fold{fold.k}/teacher.pt'
     refuse_published(path, 'the teacher shapes the MAE')
@@ -212,14 +201,14 @@ def train(variant, fold, device):
     cfg, c, path = variant.cfg, variant.cfg.mae, variant.mae(fold.k)
     own = process.own_share(c.batch, 'mae.batch')          # this process's slice of a global batch
     protect.visible_count(cfg.data.size, c.patch, c.mask_ratio)       # refuses a wrong ratio
-    order = batches.Order(len(fold.mae), c.batch, cfg.run.seed, 'mae.batch',
-                          fold.public.labels[fold.mae], cfg.irm.images_per_identity)
+    order = batches.Order(len(fold.mae), c.batch, cfg.run.seed, 'mae.batch')
     steps = max(1, round(c.epochs * order.steps_per_epoch))
     teacher, teacher_digest = load_teacher(cfg, fold, device)
     made_from = settings(cfg, FIXED) | {'set of images': fold.public.digest(fold.mae)}
     if teacher:
         made_from['teacher'] = teacher_digest
-    saved = load_unfinished(path, made_from, ['model', 'mean', 'std'])
+    code = made_by('train_mae.py')
+    saved = load_unfinished(path, made_from, code, ['model', 'mean', 'std'])
     if saved and saved['step'] >= steps:
         return process.say(f'{path} is finished ({steps} steps): nothing to do')
     process.say(f'training {path} on {len(fold.mae)} public images, {steps} steps')
@@ -227,7 +216,6 @@ def train(variant, fold, device):
     store = batches.Store(fold.public.select(fold.mae), device)
     mae = make_mae(cfg, store, device, resumed=saved is not None)
     objective = Objective(cfg, mae, teacher, store)
-    validation = ValidationBatch.of(fold, teacher, cfg, device)
     training = Training(
         cfg, path, f'train_mae/fold{fold.k}/{path.stem}', {'model': mae.model},
         make_optimizer(mae.model, cfg, device), steps, c.batch, ['mse', 'irm'], device, saved)
@@ -251,21 +239,19 @@ def train(variant, fold, device):
             save_preview(mae, images[:8], noise[:8], cfg,
                          variant.run / 'figures' / f'{path.stem}_fold{fold.k}.png')
         if training.log_due():
-            write_log(training, originals, z, validation, objective)
+            write_log(training, originals, z, cfg.irm.relations)
         if training.save_due():
-            training.save(mean=mae.mean.cpu(), std=mae.std, made_from=made_from)
+            training.save(mean=mae.mean.cpu(), std=mae.std, made_from=made_from, made_by=code)
     training.end()
 
 
-def write_log(training, originals, z, validation, objective):
+def write_log(training, originals, z, kind):
     """A log line, with the correlation of the relations of the last batch's embeddings, originals
     and z (B, d), if they act."""
-    figures = validation.figures(objective) if validation else {}
     if originals is None:
-        return training.write_log(inactive=['irm'], relations=None, **figures)
-    correlation = relation_correlation(gather_rows(originals), gather_rows(z.detach()),
-                                       objective.cfg.irm.relations)
-    training.write_log(relations=correlation.nan_to_num().item(), **figures)
+        return training.write_log(inactive=['irm'], relations=None)
+    correlation = relation_correlation(gather_rows(originals), gather_rows(z.detach()), kind)
+    training.write_log(relations=correlation.nan_to_num().item())
 
 
 def main(cfg, device, compare):
@@ -279,4 +265,4 @@ def main(cfg, device, compare):
 
 
 if __name__ == '__main__':
-    launch(main, check_experiment)
+    launch(main)

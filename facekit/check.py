@@ -6,7 +6,7 @@ import torch
 
 from facekit.base import process
 from facekit.base.config import variants
-from facekit.base.errors import InputError, counted, optional
+from facekit.base.errors import InputError, counted
 from facekit.data.faces import FaceSet
 from facekit.data.pairs import check_held_back, find_set, read_pairs
 from facekit.data.people import count_release, make_folds
@@ -26,8 +26,6 @@ def check_experiment(cfg, compare):
         check_models(variant.cfg)
         attacks.check_attacks(variant.cfg)
         check_checkpoints(variant.cfg)
-    if cfg.run.tensorboard:
-        optional('tensorboard', 'tensorboard')
     if cfg.reconstruct.key:
         read_secret(Path(cfg.reconstruct.key))
     drawn = cfg.data.root == cfg.toy.root and not Path(cfg.data.root).exists()

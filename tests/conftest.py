@@ -135,6 +135,14 @@ def together(folder, *arguments, count=2, largest=None, **environment):
             for rank, limit in zip('0123'[:count], (largest, 0, 0, 0))]
 
 
+def torchrun(folder, script, *assignments, options=('--standalone', '--nproc_per_node=1')):
+    """torchrun with a script in `folder` on the tiny config, running; printed together."""
+    return subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', *options, str(script), '--config',
+         str(TINY), 'run.folder=run', *assignments], cwd=folder, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env=os.environ | ENVIRONMENT)
+
+
 @pytest.fixture(scope='session')
 def finished(tmp_path_factory):
     """A folder with all that reproduce.sh runs of the tiny experiment, and what it printed."""

@@ -50,32 +50,8 @@ def test_every_stage_is_measured_and_missing_peers_are_named(tmp_path, monkeypat
                ('facebookresearch/mae', 'facebookresearch/mae, insightface', 'insightface'))
 
 
-def test_peers_take_turns_with_the_kit(monkeypatch):
-    rows, order = [], []
-
-    def kit(folder, name=''):
-        order.append(folder)
-        return bench.Speed(20.0 + len(order), 0.0, 0.0)
-
-    def measured(do, *_):
-        order.append(do)
-        return 10.0
-
-    b = object.__new__(bench.Bench)
-    b.rows, b.mae, b.teacher, b.device = rows, kit, kit, None
-    b.cfg = namespace(resolve(TINY))
-    monkeypatch.setattr(sys, 'path', sys.path[:])
-    monkeypatch.setattr(bench.peers, 'made', lambda stage, *_: (
-        {'theirs': 'theirs'} if stage == '0 teacher' else {}))
-    monkeypatch.setattr(bench.peers, 'rate', measured)
-    bench.peers.compare(b, ROOT, 8)
-    assert order == ['turn0', 'theirs', 'turn1', 'theirs', 'turn2', 'theirs']
-    assert [(row['what'], row['images_per_second'], row['ratio']) for row in rows] == [
-        ('the kit', 23.0, 1.0), ('theirs', 10.0, 2.3)]
-
-
 @pytest.mark.parametrize('arguments, sentence', [
-    (['--check'], 'nothing to check'), (['--steps', '1'], 'use 8 or more'),
+    (['--steps', '1'], 'use 8 or more'),
     (['mae.epoch=3'], 'did you mean mae.epochs')])
 def test_what_bench_cannot_do_is_a_sentence(tmp_path, monkeypatch, capsys, arguments, sentence):
     monkeypatch.chdir(tmp_path)

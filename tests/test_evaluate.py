@@ -224,21 +224,6 @@ def test_a_damaged_log_harms_nothing(tmp_path):
     assert printable('a\x1b[31m\nb\udcff') == 'a\\x1b[31m\\nb\\udcff'
 
 
-def test_tensorboard_shows_the_log_of_an_interrupted_training_once(tmp_path):
-    from tensorboard.backend.event_processing import event_accumulator as events
-    log = StageLog(tmp_path, 'train_mae/mae', 4, tensorboard=True)
-    for step, loss in ((1, 0.9), (2, 0.8), (3, 0.7)):
-        log(step, step, mse=loss, irm=None)
-    log = StageLog(tmp_path, 'train_mae/mae', 4, step=2, tensorboard=True)
-    for step, loss in ((3, 0.65), (4, 0.6)):
-        log(step, step, mse=loss, irm=0.1)
-    shown = events.EventAccumulator(str(tmp_path / 'tensorboard' / 'train_mae' / 'mae')).Reload()
-    lines = [entry for _, entry in read_log(log.path)]
-    for name in ('mse', 'irm'):
-        expected = [(e['step'], e[name]) for e in lines if e[name] is not None]
-        assert [(s.step, pytest.approx(s.value)) for s in shown.Scalars(name)] == expected
-
-
 def test_pairs_come_from_a_bin_from_lfws_form_and_from_a_list_alike(tmp_path):
     drawn = toy.draw(np.arange(8) // 2, np.arange(8), 32)
     encoded = [images.encode(x, 'png') for x in drawn]

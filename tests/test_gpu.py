@@ -201,7 +201,7 @@ def test_a_recognisers_step_waits_for_nothing(on_gpu, tmp_path, more):
 @pytest.mark.parametrize('more, cached', [
     ('irm.relations=l2 run.precision=bf16', True), ('mae.micro_batch=10', False),
     *long(*itertools.product((
-        '', 'irm.relations=centred mae.mse_on=hidden', 'irm.weight=0 irm.images_per_identity=4',
+        '', 'irm.relations=centred mae.mse_on=hidden', 'irm.weight=0',
         'irm.relations=direct reconstruct.paste_visible=true run.precision=fp16'),
         (True, False)))])
 def test_a_step_of_the_mae_waits_for_nothing(on_gpu, tmp_path, monkeypatch, more, cached):

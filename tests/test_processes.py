@@ -1,16 +1,14 @@
 """Several processes: what they give together, what one does alone, and how a failure ends them."""
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
-from conftest import ENVIRONMENT, ROOT, TINY, run
+from conftest import ROOT, run, torchrun
+from facekit.base.log import read_log
 
 TOGETHER = f"""
 import sys
@@ -32,7 +30,7 @@ def main(cfg, device, compare):
     process.barrier()
 
 
-launch(main, None)
+launch(main)
 """
 
 
@@ -69,13 +67,11 @@ def test_two_processes_compare_as_one_does(finished, tmp_path):
 def test_what_rank_0_does_alone_waits_for_nobody_and_a_failure_ends_all(tmp_path):
     (tmp_path / 'together.py').write_text(TOGETHER)
     begin = time.time()
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-         'together.py', '--config', str(TINY), 'run.folder=run'], cwd=tmp_path, text=True,
-        capture_output=True, env=os.environ | ENVIRONMENT, timeout=100)
-    assert done.stdout.count('done alone') == 2, done.stderr
-    assert done.returncode and time.time() - begin < 60
-    assert "KeyError: 'planted fault'" in done.stderr
+    launcher = torchrun(tmp_path, 'together.py', options=('--standalone', '--nproc_per_node=2'))
+    printed = launcher.communicate(timeout=100)[0]
+    assert printed.count('done alone') == 2, printed
+    assert launcher.returncode and time.time() - begin < 60
+    assert "KeyError: 'planted fault'" in printed
 
 
 @pytest.mark.long
@@ -85,16 +81,12 @@ def test_two_nodes_train_what_one_does(copied):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    nodes = [subprocess.Popen(
-        [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', f'--node_rank={number}',
-         '--nproc_per_node=1', '--master_addr=127.0.0.1', f'--master_port={port}',
-         str(ROOT / 'train_fr.py'), '--config', str(TINY), 'run.folder=two', *arguments],
-        cwd=copied, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | ENVIRONMENT) for number in range(2)]
+    nodes = [torchrun(copied, ROOT / 'train_fr.py', 'run.folder=two', *arguments, options=(
+        '--nnodes=2', f'--node_rank={number}', '--nproc_per_node=1', '--master_addr=127.0.0.1',
+        f'--master_port={port}')) for number in range(2)]
     printed = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], printed
     run(copied, 'train_fr.py', 'run.folder=one', *arguments)
-    one, two = ([json.loads(line)['loss'] for line in (
-        copied / name / 'log/teacher/fold0.jsonl').read_text().splitlines()]
-        for name in ('one', 'two'))
+    one, two = ([entry['loss'] for _, entry in read_log(
+        copied / name / 'log/teacher/fold0.jsonl')] for name in ('one', 'two'))
     np.testing.assert_allclose(one, two, rtol=1e-4)

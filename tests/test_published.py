@@ -97,8 +97,7 @@ def config(*assignments):
     (['evaluate.model=dlib'], 'face_recognition_models', 'face-recognition-models'),
     (['evaluate.attacks=[judge, net.onnx]'], 'onnxruntime', 'onnxruntime'),
     (['evaluate.attacks=[judge]', 'judge.checkpoint=net.onnx'], 'onnxruntime', 'onnxruntime'),
-    (['evaluate.model=net.onnx'], 'onnxruntime', 'onnxruntime'),
-    (['run.tensorboard=true'], 'tensorboard', 'tensorboard')])
+    (['evaluate.model=net.onnx'], 'onnxruntime', 'onnxruntime')])
 def test_a_missing_package_is_told_before_the_first_stage_and_by_the_evaluation(
         folder, monkeypatch, assignments, module, package):
     find_spec = importlib.util.find_spec
@@ -107,7 +106,7 @@ def test_a_missing_package_is_told_before_the_first_stage_and_by_the_evaluation(
         None if name == module else find_spec(name)))
     starts = [lambda: check.check_experiment(config(*assignments), compare=True),
               lambda: evaluate.main(config(*assignments), CPU, compare=False)]
-    for start in starts[:1 if module == 'tensorboard' else 2]:
+    for start in starts:
         with pytest.raises(InputError, match=f'not installed: run `pip install {package}`'):
             start()
         assert [path.name for path in folder.iterdir()] == ['net.onnx']

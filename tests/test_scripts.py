@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 import train_mae
-from conftest import ENVIRONMENT, ROOT, TINY, Script, log_lines, run, tensors
+from conftest import ENVIRONMENT, ROOT, TINY, log_lines, run, tensors
 from facekit.base import process
 from facekit.base.config import namespace, resolve, variants
 from facekit.base.errors import InputError
@@ -37,7 +37,7 @@ def test_the_pipeline_writes_what_it_promises(finished):
     toy = results['verification']['toy']
     assert {'accuracy', 'std', 'auc', 'tar@far=1e-3', 'sha256'} <= set(toy)
     assert {'rank1', 'each_person_once', 'chance', 'ceiling', 'way'} <= set(
-        results['privacy']['judge_same_image']) and 'pixels_same_person' in results['privacy']
+        results['privacy']['judge_same_image'])
     assert results['privacy']['pixels_same_image']['chance'] == pytest.approx(1 / 60)
     assert originals['privacy']['pixels_same_image']['rank1'] == 1
     assert originals['reconstruction']['psnr'] > 90                  # PNG: nothing is lost
@@ -46,14 +46,14 @@ def test_the_pipeline_writes_what_it_promises(finished):
     assert results['left_out']['private'] == {'damaged images': 0,
                                               'images equal to another one': 0}
     assert results['config']['mae']['dim'] == 32 and results['seconds']['train_mae/fold0/mae'] > 0
-    assert originals['privacy']['judge_same_image']['rank1'] == 1
     assert {'linear_same_image', 'masked_same_image', 'guess_same_image', 'trained_same_image',
-            'class_label', 'repeated_same_image', 'membership_recogniser'} <= set(
+            'class_label', 'repeated_same_image', 'membership_recogniser',
+            'pixels_same_person'} <= set(
                 results['privacy'])
     for figure in ('release.png', 'mask.png', 'mae_fold0.png', 'roc.png', 'tradeoff.png',
                    'release_most_linked.png', 'mask_most_linked.png'):
         assert (folder / 'run' / 'figures' / figure).stat().st_size > 1000
-    assert 'facemae' in printed and ' left  ' in printed
+    assert 'facemae' in printed and ' left ' in printed
     table = (folder / 'run' / 'table.txt').read_text().splitlines()
     assert max(map(len, table)) <= 80 and any('originals' in line for line in table)
     page = (folder / 'run' / 'report.html').read_text()
@@ -154,7 +154,7 @@ def test_attacks_are_kept_until_something_changes(copied, finished):
     for net, attacked in (('judge', True), ('judge', False), ('teacher', True)):
         shutil.copy(copied / f'run/fold0/{net}.pt', copied / 'backbone.pt')
         printed = run(copied, 'evaluate.py', few[0], 'evaluate.attacks=[backbone.pt]')
-        assert ('[evaluate/mask] 1/1' in printed) == attacked
+        assert ('[evaluate/mask] 100 %' in printed) == attacked
     assert comparison.read_bytes() == table
     # Rows that are still to come are named, and the table is of the others
     printed = run(copied, 'evaluate.py', '--compare', 'compare_seeds=[0, 1]', few[1],
@@ -178,30 +178,17 @@ def test_attacks_are_kept_until_something_changes(copied, finished):
     assert 'made with another secret' in run(copied, 'evaluate.py', *few, code=2)
 
 
-def test_people_held_back_are_watched_in_training_and_verified(tmp_path, finished):
-    shutil.copytree(finished[0] / 'faces', tmp_path / 'faces')
-    some = 'data.validation=0.4', 'evaluate.sets=[]', 'evaluate.attacks=[judge, pixels]'
-    for stage in ('teacher', 'judge'):
-        run(tmp_path, 'train_fr.py', f'stage={stage}', *some)
-    for script in ('train_mae.py', 'reconstruct.py', 'train_fr.py', 'evaluate.py'):
-        run(tmp_path, script, *some)
-    line = log_lines(tmp_path, 'train_mae/fold0/mae')[-1]
-    assert line['unrelated_irm'] > 1 / 32 and -1 <= line['validation_relations'] <= 1
-    found = json.loads((tmp_path / 'run' / 'results.json').read_text())
-    assert found['verification']['held back']['pairs'] == 6000
-
-
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a compiler')
 def test_a_compiled_recogniser_learns_the_same(finished, tmp_path):
     """The plain twin of run.compile: equal losses until rounding grows, here in the third step."""
     shutil.copytree(finished[0] / 'faces', tmp_path / 'faces')
     losses = []
-    for value in ('true', 'false'):
-        run(tmp_path, 'train_fr.py', 'stage=teacher', 'run.log_every=1', f'run.compile={value}',
-            f'run.folder=run_{value}')
-        log = (tmp_path / f'run_{value}/log/teacher/fold0.jsonl').read_text().splitlines()
-        losses.append([json.loads(line)['loss'] for line in log][:2])
+    for compiled in ('true', 'false'):
+        run(tmp_path, 'train_fr.py', 'stage=teacher', 'run.log_every=1',
+            f'run.compile={compiled}')
+        losses.append([line['loss'] for line in log_lines(tmp_path, 'teacher/fold0')][:2])
+        shutil.rmtree(tmp_path / 'run')
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
@@ -215,9 +202,9 @@ def test_micro_batches_do_not_change_the_gradient(copied, finished):
 
 @pytest.mark.parametrize('script, arguments, told', [
     ('train_mae.py', 'run.folder=empty', 'teacher.pt is missing.*stage=teacher'),
-    ('reconstruct.py', 'run.folder=empty', 'mae.pt.*python train_mae.py'),
-    ('train_fr.py', 'run.folder=empty', 'reconstructed.*python reconstruct.py'),
-    ('evaluate.py', 'run.folder=empty', 'reconstructed.*python reconstruct.py'),
+    ('reconstruct.py', 'run.folder=empty', 'mae.pt.*python .*train_mae.py'),
+    ('train_fr.py', 'run.folder=empty', 'reconstructed.*python .*reconstruct.py'),
+    ('evaluate.py', 'run.folder=empty', 'reconstructed.*python .*reconstruct.py'),
     ('evaluate.py', 'evaluate.sets=[nowhere.bin]',
      'nowhere.bin is neither there .* evaluate.sets .* relative to /'),
     ('evaluate.py', 'evaluate.attacks=[psychic]', 'psychic.*pixels'),
@@ -237,20 +224,22 @@ def test_a_wrong_input_is_one_sentence_with_exit_code_2(finished, script, argume
     assert re.search(told, last), last
 
 
-@pytest.mark.parametrize('precision', ['bf16', pytest.param('fp16', marks=pytest.mark.long)])
-def test_half_precision_trains(copied, precision):
-    run(copied, 'train_mae.py', f'run.precision={precision}', 'mae.name=half', 'mae.epochs=2')
+def test_half_precision_trains(copied):
+    run(copied, 'train_mae.py', 'run.precision=bf16', 'mae.name=half', 'mae.epochs=2')
     losses = [x['mse'] for x in log_lines(copied, 'train_mae/fold0/half')]
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize('supported', [True, False])
-def test_a_device_that_emulates_bf16_is_named(monkeypatch, capsys, supported):
+def test_the_device_is_said_and_named_if_it_emulates_bf16(monkeypatch, capsys, supported):
     monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: supported)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: supported)
-    for device, remedy in (('cpu', 'fp32'), ('cuda', 'fp16')):
-        process.say_if_emulated('bf16', torch.device(device))
-        assert (f'use run.precision={remedy}' in capsys.readouterr().out) != supported
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA T4')
+    for device, name, remedy in (('cpu', 'CPU, 1 of', 'fp32'), ('cuda', 'NVIDIA T4', 'fp16')):
+        process.say_device('bf16', torch.device(device))
+        said = capsys.readouterr().out
+        assert said.startswith(f'device: {name}') and 'precision: bf16; processes: 1\n' in said
+        assert (f'use run.precision={remedy}' in said) != supported
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(copied):
@@ -301,15 +290,12 @@ def test_more_epochs_are_a_new_training_and_a_key_that_is_new_is_not(finished, c
                                                     code=2)
 
 
-@pytest.mark.parametrize('environment, words', [
-    ({'WORLD_SIZE': '2'}, 'torchrun'), ({'WORLD_SIZE': '2', 'RANK': '0'}, 'torchrun')])
-def test_a_cluster_that_sets_half_of_the_environment_is_a_sentence(finished, environment, words):
-    script = Script(finished[0], 'train_fr.py', **environment)
-    assert script.wait(60) == 2 and words in script.err and 'Traceback' not in script.err
-
-
-def test_two_processes_on_one_gpu_are_refused(monkeypatch):
+def test_half_of_a_clusters_environment_and_too_few_gpus_are_a_sentence(monkeypatch):
     cfg = SimpleNamespace(run=SimpleNamespace(device='auto'))
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('RANK', '0')
+    with pytest.raises(InputError, match='with torchrun, or unset WORLD_SIZE'):
+        process.start_processes(cfg)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     monkeypatch.setenv('LOCAL_RANK', '1')
@@ -320,7 +306,6 @@ def test_two_processes_on_one_gpu_are_refused(monkeypatch):
 def test_the_whole_experiment_is_checked_in_seconds_before_the_first_stage(finished, monkeypatch):
     assert 'releases 10 of 24 people' in run(finished[0], 'evaluate.py', '--check', '--compare')
     before = {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
-    run(finished[0], 'train_mae.py', '--check', 'run.folder=new')
     monkeypatch.chdir(finished[0])
     for words, sentence in (
             ('evaluate.sets=[nowhere.bin]', 'nowhere.bin'), ('fr.batch=400', 'fr.batch = 400'),
@@ -333,31 +318,27 @@ def test_the_whole_experiment_is_checked_in_seconds_before_the_first_stage(finis
     assert before == {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
 
 
-def test_a_checkpoint_damaged_in_structure_or_of_another_teacher_is_one_sentence(copied):
+def test_a_damaged_checkpoint_or_one_of_another_teacher_is_one_sentence(copied):
     run(copied, 'train_mae.py', 'mae.epochs=3')
     path = copied / 'run' / 'fold0' / 'mae.pt'
     whole = torch.load(path, weights_only=True)
-    config_ = whole['config']
-    for damage in ({'optimizer': {}}, {'config': {**config_, 'mae': torch.ones(2)}}, {'step': -1},
-                   {'made_from': 3}, {'sums': torch.ones(7)}):
+    config = whole['config']
+    for damage in ({'optimizer': {}}, {'step': -1}, {'made_from': 3}, {'sums': torch.ones(7)}):
         torch.save({**whole, 'step': 5, **damage}, path)
         printed = run(copied, 'train_mae.py', 'mae.epochs=3', code=2)
         assert 'Traceback' not in printed and 'error: ' in printed, damage
-    cfg = namespace(config_)
-    absurd = [{'config': {**config_, 'mae': {**config_['mae'], **claim}}} for claim in (
+    cfg = namespace(config)
+    claims = [{'config': config | {'mae': config['mae'] | claim}} for claim in (
         {'depth': 'x'}, {'heads': 0}, {'depth': 10**7}, {'depth': 1 << 10, 'dim': 1 << 14},
         {'decoder_dim': 'a'}, {'dim': 30})]
     for damage in ({'model': {'a': {'b': torch.ones(1)}}}, {'mean': torch.ones(2, 2)},
-                   {'std': -1.0}, {'std': 'a'}, {'config': {}}, {'step': 'a'}, *absurd):
-        torch.save({**whole, **damage}, path)
-        words = 'damaged config|does not fit' if damage in absurd else None
+                   {'std': -1.0}, {'std': 'a'}, {'config': {}}, {'step': 'a'}, *claims):
+        torch.save(whole | damage, path)
+        words = 'damaged config|does not fit' if damage in claims else None
         with pytest.raises(InputError, match=words):
             protect.load_mae(path, cfg, torch.device('cpu'), '')
     torch.save(whole, path)
     assert protect.load_mae(path, cfg, torch.device('cpu'), '').std == 0.25
-    cfg.mae.patch = 4
-    with pytest.raises(InputError, match='mae.patch = 8'):
-        protect.load_mae(path, cfg, torch.device('cpu'), '')
     teacher = torch.load(path.with_name('teacher.pt'), weights_only=True)
     teacher['net']['fc.bias'] += 0.1
     torch.save(teacher, path.with_name('teacher.pt'))
@@ -367,11 +348,12 @@ def test_a_checkpoint_damaged_in_structure_or_of_another_teacher_is_one_sentence
 def test_threads_are_shared_by_the_processes_of_a_node_not_of_the_world(monkeypatch):
     cfg = namespace(resolve(TINY, ['run.device=cpu', 'run.threads=0']))
     threads = torch.get_num_threads()
-    monkeypatch.setenv('WORLD_SIZE', '16')
-    for name, value in (('RANK', '0'), ('MASTER_ADDR', 'x'), ('MASTER_PORT', '1')):
+    for name, value in (('WORLD_SIZE', '16'), ('LOCAL_WORLD_SIZE', '2'), ('RANK', '0'),
+                        ('MASTER_ADDR', 'x'), ('MASTER_PORT', '1')):
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
     monkeypatch.setattr(process.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(process, 'rank', lambda: 1)
+    monkeypatch.setattr(process, 'world', lambda: 16)
     monkeypatch.setattr(process, 'cores', lambda: 8)
     process.start_processes(cfg)
     assert torch.get_num_threads() == 4

@@ -82,7 +82,7 @@ def on_drawn_faces(cfg, folder):
     return changed(
         cfg,
         run={'folder': str(folder / 'run'), 'save_minutes': 1e9},
-        data={'root': faces, 'public': '', 'cache': str(folder / 'cache'), 'folds': 2,
+        data={'root': faces, 'public': '', 'folds': 2,
               'release_folds': [0], 'validation': 0.0, 'exclude': [], 'min_images': 1},
         toy={'root': faces, 'identities': max(24, people), 'images': 8,
              'test_identities': 24, 'test_pairs': 200},
@@ -194,14 +194,10 @@ def main(own, cfg, device, compare):
     process.say(path)
 
 
-def check(cfg, compare):
-    raise InputError('bench.py draws its own faces, there is nothing to check: leave out --check')
-
-
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--peers', default='')
     parser.add_argument('--steps', type=int, default=40)
     parser.set_defaults(command=' '.join(['python', *sys.argv]))
     arguments, sys.argv[1:] = parser.parse_known_args()
-    launch(lambda *rest: main(arguments, *rest), check)
+    launch(lambda *rest: main(arguments, *rest))

@@ -199,10 +199,9 @@ def as_dict(cfg):
 def check_together(config):
     """Refuse values that cannot go together, whatever the data."""
     size, mae, fr = config['data']['size'], config['mae'], config['fr']
-    c, group = config['reconstruct'], config['irm']['images_per_identity']
+    c = config['reconstruct']
     for name, value, other, divisor in (
             ('data.size', size, 'mae.patch', mae['patch']),
-            ('mae.batch', mae['batch'], 'irm.images_per_identity', group or 1),
             ('fr.batch', fr['batch'], 'fr.norm_batch', min(fr['norm_batch'], fr['batch']))):
         if value % divisor:
             raise InputError(f'{name} = {value} does not divide by {other} = {divisor}: change '

@@ -23,6 +23,9 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())     # a power cut shall not leave an empty file behind a name
         draft.replace(path)
+    except OSError as error:            # one of write() does not name the file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         draft.unlink(missing_ok=True)
 
@@ -51,7 +54,10 @@ def open_bytes(path):
         if not Path(path).is_file():    # to open a pipe would wait for ever
             raise ValueError('no such file')
         with open(path, 'rb') as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError:             # of a file system that maps none
+                return file.read()
     except (OSError, ValueError) as error:          # ValueError: an empty file cannot be mapped
         raise InputError(f'{str(path)!r} cannot be read ({error}): check the path, copy the file '
                          'again; a .rec needs its .idx beside it') from None

@@ -1,10 +1,9 @@
 """How a stage begins and ends: command line, signals, errors as sentences.
 
-A stage ends with `launch(main, check_experiment)`.
+A stage ends with `launch(main)`.
 """
 import argparse
 import contextlib
-import errno
 import os
 import re
 import shlex
@@ -19,20 +18,31 @@ import torch.distributed as dist
 
 from facekit.base.config import CONFIGS, namespace, resolve
 from facekit.base.errors import InputError, printable
+from facekit.base.files import digest
 from facekit.base.process import Group, barrier, say, start_processes, world
 
 VERSION = '2.0'
+# What torchrun, Slurm and a terminal that closes send to a run that has to leave
+ENDING = signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+
+
+def on_ending_signals(action):
+    """Let `action` answer the signals that end a run, but for those that nohup lets pass."""
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, action)
 
 
 class Stop:
-    """SIGTERM and Ctrl-C ask for a last checkpoint; Ctrl-C again ends the process at once."""
+    """A cluster's signals and Ctrl-C ask for a last checkpoint; Ctrl-C again ends the process at
+    once."""
     requested = False                # of the process, not of one training in it
     interrupted = False              # whether Ctrl-C is ending the process
 
     def __init__(self):
         self.agreed = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.request)
+        on_ending_signals(self.request)
+        signal.signal(signal.SIGINT, self.request)
 
     @staticmethod
     def request(number, frame):
@@ -63,7 +73,7 @@ class Stop:
     @staticmethod
     def end():
         """After the loop a signal ends the process at once again."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        on_ending_signals(signal.SIG_DFL)
         signal.signal(signal.SIGINT, Stop.interrupt)
         if Stop.requested:
             raise KeyboardInterrupt
@@ -72,7 +82,8 @@ class Stop:
 def command(script, *extra):
     """The command that runs another script with this one's arguments, for a sentence."""
     arguments = [a for a in sys.argv[1:] if not a.startswith('stage=')]
-    return shlex.join(['python', script, *arguments, *extra])
+    return shlex.join(['python', os.path.join(os.path.dirname(sys.argv[0]), script), *arguments,
+                       *extra])
 
 
 def commit():
@@ -85,6 +96,14 @@ def commit():
     return name or f'version {VERSION}'
 
 
+def made_by(script):
+    """What code makes a checkpoint: the kit's commit, and a digest of the nets, the loss and the
+    steps of a stage, whose file is `script`, whatever their line ends."""
+    paths = 'models.py', 'irm.py', 'facekit/nets/training.py', script
+    texts = [(CONFIGS.parent / path).read_bytes().replace(b'\r\n', b'\n') for path in paths]
+    return {'commit': commit(), 'code': digest(b'\0'.join(texts))}
+
+
 def provenance(device):
     """What a result depends on beside the config: versions, hardware, commit."""
     name = (torch.cuda.get_device_name(device) if device.type == 'cuda'
@@ -94,8 +113,33 @@ def provenance(device):
             'numpy': np.__version__}
 
 
-def launch(main, check):
-    """Parse the command line and run `main(cfg, device, compare)`, or `check(cfg, compare)`.
+class Screen:
+    """Standard output, or another stream, that costs nothing that was computed: once it is closed
+    or full, what is written to it is lost, and the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        with contextlib.suppress(OSError, AttributeError):     # of what is no file
+            stream.reconfigure(errors='backslashreplace')      # Cyrillic names, ASCII screen
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):              # ValueError: it was closed by this process
+            nowhere = open(os.devnull, 'w')
+            with contextlib.suppress(OSError, ValueError):      # what is still in its buffer, too
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+            self.stream = nowhere
+        return len(text)
+
+
+def launch(main, check=None):
+    """Parse the command line and run `main(cfg, device, compare)`, or, with --check, which only a
+    stage that gives a `check` has, check(cfg, compare).
 
     Exit code 0 = done, 2 = wrong input, which becomes one sentence, 130 = stopped by the keyboard.
     base/start.py answers --help.
@@ -103,16 +147,19 @@ def launch(main, check):
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('--config')
     parser.add_argument('--compare', action='store_true')
-    parser.add_argument('--check', action='store_true')
+    if check:
+        parser.add_argument('--check', action='store_true')
     parser.add_argument('set', nargs='*')
     args = parser.parse_intermixed_args()
     signal.signal(signal.SIGINT, Stop.interrupt)
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    cfg = None
     try:
         words = args.set
         if not args.config and words and '=' not in words[0]:
             args.config, *words = words
         cfg = namespace(resolve(args.config or CONFIGS / 'toy.yaml', words))
-        if args.check:
+        if check and args.check:
             check(cfg, args.compare)
         else:
             main(cfg, start_processes(cfg), args.compare)
@@ -122,7 +169,7 @@ def launch(main, check):
     except Exception as error:
         if Stop.interrupted:               # a library's C code can make another exception of it
             leave(130)
-        if sentence := explanation(error):
+        if sentence := explanation(error, cfg):
             print(f'error: {printable(sentence)}', file=sys.stderr)
             leave(2)
         traceback.print_exc()
@@ -144,15 +191,22 @@ def leave(code):
     sys.exit(code)
 
 
-def explanation(error):
-    """The sentence that tells a user what an exception means, or '' for a fault of the code."""
+def explanation(error, cfg):
+    """The sentence that tells a user what an exception means, or '' for a fault of the code; cfg:
+    the config, or None if that could not be read."""
     if isinstance(error, InputError):
         return str(error)
     text = ' '.join(str(error).split())[:150]
-    full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-    if isinstance(error, OSError) and (error.filename or error.errno in full):
-        return (f'{error.filename or "the run folder"}: {error.strerror}: check path, rights and '
-                'space, then run the same command again')
+    if isinstance(error, OSError):
+        folder = cfg.run.folder if cfg else os.getcwd()
+        return (f'{error.filename or f"a file below {folder}"}: {error.strerror or text}: check '
+                'path, rights and space, then run the same command again')
+    if type(error).__module__.startswith(('torch._inductor', 'torch._dynamo')):
+        return (f'run.compile=true fails ({text}): install a C++ compiler and the headers of '
+                'Python (g++, python3-dev), or use run.compile=false')
+    if re.search('EADDRINUSE|[Aa]ddress already in use', str(error)):
+        return (f'port {os.environ.get("MASTER_PORT")} is taken by another run: start torchrun '
+                'with --standalone, or with another --master_port')
     if isinstance(error, MemoryError) or re.search('out of memory|allocate memory', text):
         return (f'memory is too small ({text}): choose a smaller net, mae.micro_batch, '
                 'fr.norm_batch or reconstruct.batch')

@@ -3,7 +3,6 @@ import contextlib
 import datetime
 import json
 import os
-import resource
 import shutil
 import sys
 import time
@@ -11,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from facekit.base import files, process
-from facekit.base.errors import optional
+from facekit.base import files, machine, process
 
 
 class StageLog:
@@ -21,15 +19,11 @@ class StageLog:
     A stage that continues from `step` first drops its later lines.
     """
 
-    def __init__(self, folder, stage, total, step=0, tensorboard=False):
+    def __init__(self, folder, stage, total, step=0):
         self.path, self.stage, self.total = Path(folder, 'log', f'{stage}.jsonl'), stage, total
-        self.begin, self.first, self.writer = time.time(), step, None
+        self.begin, self.first = time.time(), step
         if process.rank():
             return
-        if tensorboard:                  # which drops what it has of later steps, too
-            optional('tensorboard', 'tensorboard')
-            from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(Path(folder, 'tensorboard', stage), purge_step=step + 1)
         with files.replacing(self.path) as file:
             for line, entry in read_log(self.path):
                 if entry['step'] <= step:
@@ -53,32 +47,43 @@ class StageLog:
                  'memory_gib': round(peak_memory() / 2 ** 30, 2)}
         with open(self.path, 'a') as file:
             file.write(json.dumps(entry) + '\n')
-        if self.writer:
-            for name, value in entry.items():
-                if isinstance(value, (int, float)) and name != 'step':
-                    self.writer.add_scalar(name, value, step)
-            self.writer.flush()
-        left = seconds / max(step - self.first, 1) * (self.total - step)
-        self.show(step, f'{images / seconds:,.0f} img/s', left, values)
-
-    def show(self, step, speed, left, values):
-        """A line that is overwritten in a terminal, or one of its own elsewhere; `left`: seconds
-        until the end of the stage."""
-        texts = {k: f'{v:.3g}' if isinstance(v, (int, float)) else v or '-'
-                 for k, v in values.items() if k != 'lr'}
-        shown = '  '.join(f'{k} {text}' for k, text in texts.items())
-        left = datetime.timedelta(seconds=round(left))
-        stage = ' '.join(filter(None, [os.environ.get('STAGE'), self.stage]))
-        line = f'[{stage}] {step}/{self.total}  {left} left  {speed}  {shown}'
+        left = datetime.timedelta(seconds=round(seconds / max(step - self.first, 1)
+                                                * (self.total - step)))
+        figures = [figure_text(name, value) for name, value in values.items() if name != 'lr']
+        line = fitting(self.stage, [f'{100 * step // self.total} %', f'{left} left',
+                                    f'{images / seconds:,.0f} img/s', *figures])
         if sys.stdout.isatty():
             overwrite(line, '\n' if step == self.total else '')
         else:
-            print(line[:100], flush=True)
+            print(line, flush=True)
 
     def announce(self, text):
         """Say what is being done in a terminal's live line; it is not logged."""
         if process.rank() == 0 and sys.stdout.isatty():
             overwrite(f'[{self.stage}] {text} ...')
+
+
+def figure_text(name, value):
+    """A figure of the log for people: 'loss 0.123', 'accuracy 83.1 %', 'irm -' if not active."""
+    if not isinstance(value, (int, float)):
+        return f'{name} {value or "-"}'
+    return f'{name} {100 * value:.1f} %' if name == 'accuracy' else f'{name} {value:.3g}'
+
+
+def fitting(stage, parts):
+    """A line that is whole in a terminal, or in 79 columns elsewhere. Where there is too little
+    room, the stage loses its number and then the first parts of its name, and what comes after
+    progress, time, speed and two losses is left out."""
+    width = shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else 79
+    number = os.environ.get('STAGE', '')               # among all that reproduce.sh runs: 3/6
+    for name in (f'{number} {stage}'.strip(), stage, Path(stage).name):
+        line = ' '.join([f'[{name}]', *parts[:5]])
+        if len(line) <= width:
+            break
+    for part in parts[5:]:
+        if len(line) + 1 + len(part) <= width:
+            line += f' {part}'
+    return line
 
 
 def overwrite(line, end=''):
@@ -115,4 +120,4 @@ def peak_memory():
     """The most memory that was taken, bytes: by tensors on a GPU, else by this process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return machine.most_memory()

@@ -1,8 +1,6 @@
 """What several processes share: their number, the device, what they tell each other."""
 import contextlib
-import ctypes
 import datetime
-import fcntl
 import os
 from pathlib import Path
 
@@ -10,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from facekit.base import files
+from facekit.base import files, machine
 from facekit.base.errors import InputError, printable
+from facekit.base.machine import cores
 
 TIMEOUT = datetime.timedelta(days=1)    # of who waits for rank 0, which may look at 42 M images
 
@@ -87,19 +86,23 @@ def say(text):
         print('\n'.join(printable(line) for line in str(text).split('\n')), flush=True)
 
 
-def cores():
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def on_this_node():
     """Number of processes of this run that share this machine."""
-    return int(os.environ.get('LOCAL_WORLD_SIZE') or os.environ.get('WORLD_SIZE') or 1)
+    return from_launcher('LOCAL_WORLD_SIZE', from_launcher('WORLD_SIZE', 1))
+
+
+def from_launcher(name, default):
+    """The number that a launcher such as torchrun sets in the environment."""
+    text = os.environ.get(name, '').strip()
+    if text and not text.isdecimal():
+        raise InputError(f'{name} = {text!r} in the environment is no number: start the script '
+                         f'with torchrun, or unset {name}')
+    return int(text or default)
 
 
 def start_processes(cfg):
     """Join the other processes that torchrun started, if any; returns this one's device."""
-    wanted = int(os.environ.get('WORLD_SIZE', 1))
+    wanted = from_launcher('WORLD_SIZE', 1)
     if wanted > 1 and not {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys():
         raise InputError(f'WORLD_SIZE = {wanted} is set, but not RANK, MASTER_ADDR and '
                          'MASTER_PORT: start the script with torchrun, or unset WORLD_SIZE')
@@ -120,12 +123,8 @@ def start_processes(cfg):
         torch.backends.cudnn.allow_tf32 = cfg.run.precision != 'fp32'
         torch.backends.cudnn.benchmark = not cfg.run.deterministic
     else:
-        # Let glibc keep large buffers: to fault their pages in again at each step takes half of it
-        with contextlib.suppress(OSError, AttributeError):          # other C libraries
-            libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
-            libc.mallopt(mmap_threshold, 1 << 30)
-            libc.mallopt(trim_threshold, (1 << 31) - 1)
-    say_if_emulated(cfg.run.precision, device)
+        machine.keep_large_buffers()
+    say_device(cfg.run.precision, device)
     return device
 
 
@@ -133,7 +132,7 @@ def choose_device(cfg):
     """The device of this process by run.device: its own GPU, or the CPU."""
     if cfg.run.device == 'cpu' or cfg.run.device == 'auto' and not torch.cuda.is_available():
         return torch.device('cpu')
-    local, count = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+    local, count = from_launcher('LOCAL_RANK', 0), torch.cuda.device_count()
     if local >= count:
         raise InputError(f'process {local} of this machine has no GPU of its own, as torch sees '
                          f'{count}: start as many processes at most, or use run.device=cpu')
@@ -141,8 +140,14 @@ def choose_device(cfg):
     return torch.device('cuda', local)
 
 
-def say_if_emulated(precision, device):
-    """Say so where the device has no instructions for half precision, which is slow without."""
+def say_device(precision, device):
+    """Say what computes, in the first stage of a reproduce.sh or in one that runs alone; and where
+    the device has no instructions for half precision, which is slow without."""
+    if os.environ.get('STAGE', '1/').startswith('1/'):
+        name = f'CPU, {torch.get_num_threads()} of {cores()} cores'
+        if device.type == 'cuda':
+            name = torch.cuda.get_device_name(device)
+        say(f'device: {name}; precision: {precision}; processes: {world()}')
     remedy, supported = '', True
     if device.type == 'cuda' and precision == 'bf16':
         remedy, supported = 'fp16', torch.cuda.is_bf16_supported(including_emulation=False)
@@ -159,25 +164,7 @@ def free_memory(device):
     if device.type == 'cuda':
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    # Not SC_AVPHYS_PAGES, which counts no page that only caches a file
-    lines = dict(line.split(':') for line in Path('/proc/meminfo').read_text().splitlines())
-    free = [1024 * int(lines['MemAvailable'].split()[0])]
-    with contextlib.suppress(OSError):                    # a kernel without control groups
-        group = Path('/proc/self/cgroup').read_text().rpartition('::/')[2].strip()
-        folder = Path('/sys/fs/cgroup', group)
-        free += [left_in(place) for place in (folder, *folder.parents)]
-    return min(free)
-
-
-def left_in(folder):
-    """Bytes that a control group (version 2) leaves, a container's or a Slurm job's; infinity if
-    it sets no limit, or `folder` is none."""
-    try:
-        limit, used = (int((folder / f'memory.{name}').read_text()) for name in ('max', 'current'))
-        counts = dict(line.split() for line in (folder / 'memory.stat').read_text().splitlines())
-        return limit - used + int(counts['inactive_file'])
-    except (OSError, ValueError):                         # for example the limit "max"
-        return float('inf')
+    return machine.free_memory()
 
 
 def own_share(batch, key):
@@ -254,12 +241,12 @@ def only_writer(path):
             path = Path(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(path.with_name(path.name + '.lock'), 'ab'))
-            with contextlib.suppress(OSError):               # of a file system without locks
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+            try:
+                if not machine.lock(file, wait=False):
                     say(f'another run is making {path}: waiting for it')
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                    machine.lock(file, wait=True)
+            except OSError as error:
+                say(f'{path.parent} cannot be locked ({error.strerror}): start nothing twice')
         barrier()
         yield
 

@@ -110,17 +110,15 @@ def to_device(tensor, device):
 class Order:
     """Which images form the global batch of a step: a pure function of (seed, step).
 
-    Each epoch is a seeded permutation of 0..count-1 whose last incomplete batch is dropped. With
-    `per_identity` = k, batches hold k images of each of batch / k people, who are filled up by
-    repetition if they have fewer. `key` is the config's name of the batch size.
+    Each epoch is a seeded permutation of 0..count-1 whose last incomplete batch is dropped. `name`
+    is the config's name of the batch size.
     """
 
-    def __init__(self, count, batch, seed, key, labels=None, per_identity=0):
+    def __init__(self, count, batch, seed, name):
         if batch > count:
-            raise InputError(f'{key} = {batch} is larger than the set of {count} images: use a '
+            raise InputError(f'{name} = {batch} is larger than the set of {count} images: use a '
                              'smaller one')
         self.count, self.batch, self.seed = count, batch, seed
-        self.labels, self.per_identity = labels, per_identity
         self.steps_per_epoch = count // batch
         self.epoch = None
 
@@ -128,22 +126,9 @@ class Order:
         """Image numbers int64 (batch,) and the epoch of a step."""
         epoch, number = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            self.order = rng.permutation(self.count)
-            if self.per_identity:
-                self.order = self.grouped(rng)
+            self.order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
             self.epoch = epoch
         return self.order[number * self.batch:(number + 1) * self.batch], epoch
-
-    def grouped(self, rng):
-        """The epoch's order with each person's images in groups of per_identity."""
-        order = self.order[np.argsort(self.labels[self.order], kind='stable')]
-        groups = []
-        for person in np.split(order, np.flatnonzero(np.diff(self.labels[order])) + 1):
-            filling = rng.choice(person, -len(person) % self.per_identity)
-            groups.append(np.concatenate([person, filling]))
-        groups = np.concatenate(groups).reshape(-1, self.per_identity)
-        return groups[rng.permutation(len(groups))].reshape(-1)
 
 
 def in_order(order, store, steps, own):

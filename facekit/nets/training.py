@@ -8,7 +8,7 @@
         if training.log_due():
             training.write_log()
         if training.save_due():
-            training.save(made_from=made_from)
+            training.save(made_from=made_from, made_by=code)
     training.end()
 
 The loop itself stays in the script.
@@ -45,7 +45,7 @@ class Training:
             self.resume(saved)
         self.first_step = self.step                                 # of this process
         self.saved_at = 0.0                                         # seconds since the start
-        self.log = StageLog(cfg.run.folder, stage, steps, self.step, cfg.run.tensorboard)
+        self.log = StageLog(cfg.run.folder, stage, steps, self.step)
         self.stop = Stop()
 
     def resume(self, saved):
@@ -143,9 +143,10 @@ class Training:
         self.stop.end()
 
 
-def load_unfinished(path, made_from, needs):
+def load_unfinished(path, made_from, code, needs):
     """The checkpoint at `path` to continue from, or None; InputError if it lacks a key of `needs`
-    or was made from something else (see made_from.py)."""
+    or was made from something else (see made_from.py). A line warns if it was made by other code;
+    `code`: made_by() of the stage."""
     if not process.broadcast(path.exists()):
         return None
     saved = load_checkpoint(path, needs=('step', 'steps', 'logged', 'sums', 'optimizer',
@@ -154,6 +155,10 @@ def load_unfinished(path, made_from, needs):
     check_made_from(path, files.entry(saved, 'made_from'), made_from,
                     'use another run.folder or mae.name; to train on from finished weights: '
                     f'{section}.init={path} in another run.folder')
+    before = files.entry(saved, 'made_by')
+    if before.get('code') != code['code']:
+        process.say(f'warning: {path} was made by other code (commit {before.get("commit")} then, '
+                    f'{code["commit"]} now) and is used as it is: delete it to make it again')
     if not 0 <= saved['logged'] <= saved['step']:
         raise InputError(f'{path} has made {saved["step"]} steps and logged {saved["logged"]}: '
                          'delete it and make it again')
