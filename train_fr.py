@@ -210,6 +210,7 @@ def train(cfg, task, device):
         cfg, path, task.stage, {'net': net, 'head': head}, make_optimizer(net, head, c, device),
         steps, c.batch, ['loss', 'accuracy'], device, saved)
     if cfg.run.compile:
+        process.say('compiling the net: the first step takes a minute')
         net.compile()
     statistics = NormStatistics(net)
     targets = torch.as_tensor(labels, device=device)

@@ -73,6 +73,7 @@ class Objective:
         self.model = process.parallel(mae.model)
         self.cached_originals = embed_originals(cfg, teacher, store)
         if cfg.run.compile and store.device.type == 'cuda':   # slower than without on a CPU
+            process.say('compiling the nets: the first step takes a minute')
             mae.model.compile()
             if teacher:
                 teacher.compile()
@@ -161,6 +162,7 @@ def embed_originals(cfg, teacher, store):
     needed = 2 * len(store) * teacher.fc.out_features * 4
     if process.broadcast(needed > process.free_memory(store.device) / 4):
         return None
+    process.say(f'the teacher embeds {len(store)} originals and their mirror images')
     return embed.embed_all(teacher, store, cfg.mae.micro_batch, cfg.run.precision)
 
 

@@ -25,7 +25,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / 'tests' / 'tiny.yaml'
 sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]       # tests run from anywhere and find the kit
-STOPS = signal.SIGINT, signal.SIGTERM
+STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
 # Without GIT_DIR a commit during the tests would change what a release says about its maker
 ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'GIT_DIR': os.devnull}
 # Before torch is imported: nets so small only wait for more threads

@@ -193,7 +193,7 @@ def test_steps_in_pieces_are_the_same_steps(copied, arguments, line, result, ask
     while not log.exists() or not log.read_text():
         time.sleep(0.005)
     script.send(asked)
-    assert script.wait(30) == 130 and 'the same command continues' in script.out
+    assert script.wait(30) == 130 and 'the same command continues from' in script.out
     step, script = reach(path, 1), Script(copied, *arguments, 'run.save_minutes=0')
     reach(path, step + 3)
     script.send(signal.SIGKILL)

@@ -67,7 +67,6 @@ class Stop:
         """End the process if it was asked to, once the state is saved."""
         if self.agreed:
             barrier()          # torchrun ends them all with the first, and rank 0 still writes
-            say('stopped on request; the same command continues from here')
             raise KeyboardInterrupt
 
     @staticmethod
@@ -151,10 +150,10 @@ def launch(main, check=None):
         parser.add_argument('--check', action='store_true')
     parser.add_argument('set', nargs='*')
     args = parser.parse_intermixed_args()
-    signal.signal(signal.SIGINT, Stop.interrupt)
     sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     cfg = None
     try:
+        signal.signal(signal.SIGINT, Stop.interrupt)
         words = args.set
         if not args.config and words and '=' not in words[0]:
             args.config, *words = words
@@ -164,10 +163,10 @@ def launch(main, check=None):
         else:
             main(cfg, start_processes(cfg), args.compare)
             barrier()                  # torch 2.6 hangs where a group ends before its last message
-    except KeyboardInterrupt:
-        leave(130)
-    except Exception as error:
-        if Stop.interrupted:               # a library's C code can make another exception of it
+    except (Exception, KeyboardInterrupt) as error:
+        # A library's C code can make another exception of a Ctrl-C
+        if Stop.interrupted or isinstance(error, KeyboardInterrupt):
+            say('stopped: the same command continues from the last checkpoint, or begins again')
             leave(130)
         if sentence := explanation(error, cfg):
             print(f'error: {printable(sentence)}', file=sys.stderr)

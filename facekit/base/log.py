@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def fitting(stage, parts):
 def overwrite(line, end=''):
     """Replace the live line of a terminal; the last one of a stage remains."""
     width = shutil.get_terminal_size().columns - 1
-    print('\r\x1b[K' + line[:width], end=end, flush=True)
+    print('\r\x1b[K' + textwrap.shorten(line, width, placeholder=' ...'), end=end, flush=True)
 
 
 def read_log(path):

@@ -2,6 +2,7 @@
 import contextlib
 import datetime
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -83,6 +84,8 @@ def collect(value):
 def say(text):
     """Print on rank 0 only."""
     if rank() == 0:
+        if sys.stdout.isatty():
+            print('\r\x1b[K', end='')        # the live line of a stage (log.py)
         print('\n'.join(printable(line) for line in str(text).split('\n')), flush=True)
 
 

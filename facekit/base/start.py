@@ -33,3 +33,5 @@ section.key=value  sets a key of the config, for example mae.epochs=100''')
 if missing := [name for name in PACKAGES if not importlib.util.find_spec(name)]:
     sys.exit(f'error: {", ".join(missing)} not installed for {sys.executable}: run '
              '`source .venv/bin/activate` first, after `make .venv/ready` has made it')
+if sys.stdout.isatty():
+    print('loading torch ...', end='\r', flush=True)
