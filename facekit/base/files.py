@@ -1,5 +1,6 @@
 """Files of a run: written whole or not at all, and read without running code."""
 import contextlib
+import errno
 import hashlib
 import json
 import mmap
@@ -56,8 +57,10 @@ def open_bytes(path):
         with open(path, 'rb') as file:
             try:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except OSError:             # of a file system that maps none
-                return file.read()
+            except OSError as error:
+                if error.errno == errno.ENOMEM:
+                    raise
+                return file.read()      # the file system maps none
     except (OSError, ValueError) as error:          # ValueError: an empty file cannot be mapped
         raise InputError(f'{str(path)!r} cannot be read ({error}): check the path, copy the file '
                          'again; a .rec needs its .idx beside it') from None
