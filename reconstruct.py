@@ -36,14 +36,15 @@ from facekit.base.launch import Stop, command, commit, launch, on_ending_signals
 from facekit.base.log import StageLog
 from facekit.data import batches, faces, images
 from facekit.data.images import to_float
+from facekit.data.names import excluded_people
 from facekit.data.records import write_records
 from facekit.data.sources import FolderSource
 from facekit.data.people import count_release, split
 from facekit.privacy import protect
 from facekit.privacy.protect import Protection
 from facekit.privacy.release import (
-    check_release, check_release_files, check_release_images, plan_release, release_made_from,
-    release_secret)
+    check_release, check_release_files, check_release_images, check_strength, digests,
+    plan_release, release_made_from, release_secret)
 from facekit.report import pictures
 
 PART = 2048     # images that a process makes between two times that all send theirs to process 0
@@ -84,20 +85,18 @@ def release(variant, folds, device):
     facts = release_facts(plan, counts, cfg)
     if process.broadcast((variant.release / 'manifest.json').exists()):
         check_release(variant, made_from)
-        if cfg.reconstruct.check:
-            check_release_files(variant.release, plan, secret, facts, data_card)
+        check_release_files(variant.release, plan, secret, facts, data_card)
         # It may be of a Protection whose code was changed since
-        check_release_images(variant.release, plan, private, protections, device)
+        check_release_images(variant.release, plan, private, protections, device,
+                             all_images=cfg.reconstruct.check)
         sound = ' and sound' if cfg.reconstruct.check else ''
         return process.say(f'{variant.release} is finished{sound}: nothing to do')
     refuse_foreign(variant.release)
-    say_what_is_released(variant, counts)
+    check_sample(plan, private, protections, device)
+    say_what_is_released(variant, counts, private)
     draft = variant.release.with_name(f'{variant.release.name}.tmp')
     encoded = encoded_images(variant, plan, private, protections, device)
     if process.rank() == 0:
-        # release.json names the source: it is not released
-        files.write_json(variant.folder / 'release.json', {
-            'config': as_dict(cfg), 'made_from': made_from})
         shutil.rmtree(draft, ignore_errors=True)           # of an interrupted run
         write_records(draft, encoded, plan.label, cfg.data.size)
     else:
@@ -111,11 +110,24 @@ def release(variant, folds, device):
         check_release_files(draft, plan, secret, facts, data_card)
         check_release_images(draft, plan, private, protections, device)
         refuse_foreign(variant.release)     # that came in the meantime
+        # It names the source, and is not released
+        files.write_json(variant.folder / 'release.json', {
+            'config': as_dict(cfg), 'made_from': made_from, 'files': digests(draft)})
         os.sync()                           # a power cut shall not leave empty files in a release
         draft.rename(variant.release)
 
     process.on_rank_0(finish)
     process.say(f'released {len(plan.image)} images of {plan.people} people: {variant.release}')
+
+
+def check_sample(plan, private, protections, device):
+    """Refuse a protection that hardly changes a few originals, before anything is made."""
+    some = np.unique(np.linspace(0, len(plan.image) - 1, 16).astype(int))
+    for k in np.unique(plan.fold[some]):
+        chosen = some[plan.fold[some] == k]
+        originals = torch.from_numpy(private.select(plan.image[chosen]).pixels()).to(device)
+        protected = protections[k](originals, plan.seeds[chosen].to(device))
+        check_strength(protections[k].cfg, originals, protected)
 
 
 def refuse_foreign(folder):
@@ -126,7 +138,7 @@ def refuse_foreign(folder):
                          'manifest.json: move it away, or use another run.folder')
 
 
-def say_what_is_released(variant, counts):
+def say_what_is_released(variant, counts, private):
     """Say what will be released, of whom, before it is made."""
     c = variant.cfg.reconstruct
     if c.method == 'none':
@@ -139,7 +151,8 @@ def say_what_is_released(variant, counts):
         if c.method == 'mask' or c.paste_visible:
             copied = ', and are copied into the release'
         process.say(f'{visible} of {patches} patches of each photo are visible{copied}')
-    process.say(counts.sentence(variant.cfg.data.exclude))
+    out = excluded_people(private.people, variant.cfg)
+    process.say(counts.sentence(private.people[out]))
 
 
 def encoded_images(variant, plan, private, protections, device):

@@ -8,6 +8,7 @@ from facekit.base import process
 from facekit.base.config import variants
 from facekit.base.errors import InputError, counted
 from facekit.data.faces import FaceSet
+from facekit.data.names import excluded_people, looks_of
 from facekit.data.pairs import check_held_back, find_set, read_pairs
 from facekit.data.people import count_release, make_folds
 from facekit.data.sources import open_source
@@ -70,8 +71,9 @@ def check_people(cfg, rows):
     private = undecoded(cfg.data.root)
     public = undecoded(cfg.data.public, len(private)) if cfg.data.public else private
     folds = make_folds(private, public, cfg)
-    process.say(count_release(folds, cfg).sentence(cfg.data.exclude))
-    both = [name for name in np.intersect1d(public.people, private.people)
+    out = private.people[excluded_people(private.people, cfg)]
+    process.say(count_release(folds, cfg).sentence(out))
+    both = [name for name in np.intersect1d(looks_of(public.people), looks_of(private.people))
             if not name.isdecimal()]                            # 1, 2, ... are no names
     if public is not private and both:
         process.say(f'warning: {public.path} has {counted(len(both), "name")} of {private.path}, '

@@ -12,14 +12,18 @@ from facekit.base.errors import InputError
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, private=False):
     """A binary file to write that takes the place of `path` once it is whole; what a killed run
-    left of it is overwritten by the next. One run at a time, see process.only_writer()."""
+    left of it is overwritten by the next. One run at a time, see process.only_writer(). Others
+    than this user cannot read it if it is `private` and the file system knows rights."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + '.tmp')
     try:
         with open(draft, 'wb') as file:
+            if private:
+                with contextlib.suppress(OSError):
+                    os.fchmod(file.fileno(), 0o600)
             yield file
             file.flush()
             os.fsync(file.fileno())     # a power cut shall not leave an empty file behind a name

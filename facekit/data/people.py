@@ -1,7 +1,9 @@
 """Who is public and who is private: the folds of a cross-fit; nobody is both."""
 import difflib
 import hashlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -9,6 +11,8 @@ from facekit.base import files
 from facekit.base.errors import InputError, counted
 from facekit.data import faces
 from facekit.data.faces import FaceSet
+from facekit.data.names import excluded_people, look_of, looks_of, remember_excluded
+from facekit.data.sources import FolderSource
 
 
 @dataclass
@@ -33,30 +37,45 @@ class Fold:
 
 
 def not_excluded(faceset, cfg):
-    """Which images of a FaceSet are of nobody in data.exclude: bool (N,). InputError for a name
-    that nobody has."""
-    names = faceset.people.tolist()
-    if unknown := sorted(set(cfg.data.exclude) - set(names)):
+    """Which images of a FaceSet are of nobody who is excluded: bool (N,). InputError for a name in
+    data.exclude that nobody has."""
+    names, looks = faceset.people.tolist(), set(looks_of(faceset.people))
+    if unknown := sorted(name for name in cfg.data.exclude if look_of(name) not in looks):
         near = difflib.get_close_matches(unknown[0], names, 3) or names[:1]
         raise InputError(f'data.exclude has {unknown[0]!r}, with what base configs exclude, but '
                          f'nobody in {faceset.path} is called so: people there have names such as '
                          f'{" or ".join(near)}')
-    return ~np.isin(faceset.people, cfg.data.exclude)[faceset.labels]
+    return ~excluded_people(faceset.people, cfg)[faceset.labels]
 
 
 def split(cfg):
     """The Folds of a config, those of data.release_folds.
 
     With data.public there is one; otherwise the people of data.root fall into data.folds groups by
-    a seeded hash, and each group is private in its fold.
+    a seeded hash, and each group is private in its fold. The run folder remembers who is excluded.
     """
     private = faces.load(cfg.data.root, cfg)
     public = faces.load(cfg.data.public, cfg) if cfg.data.public else private
-    return make_folds(private, public, cfg)
+    folds = make_folds(private, public, cfg)
+    remember_excluded(cfg)
+    return folds
+
+
+def check_apart(faceset, cfg):
+    """Refuse a folder of people that holds the run folder, whose pictures would become a person of
+    it, or lies in it; drawn faces may."""
+    if not isinstance(faceset.source, FolderSource):
+        return
+    data, run = (Path(os.path.realpath(path)) for path in (faceset.path, cfg.run.folder))
+    if run.is_relative_to(data) or data.is_relative_to(run):
+        raise InputError(f'run.folder = {cfg.run.folder} and the photos in {faceset.path} contain '
+                         'one another: set run.folder to a place of its own')
 
 
 def make_folds(private, public, cfg):
     """split() of FaceSets; public is private where one set is both."""
+    check_apart(private, cfg)
+    check_apart(public, cfg)
     allowed = not_excluded(private, cfg)
     allowed &= ~is_copy(private, ~allowed)
     counts = np.bincount(private.labels, minlength=len(private.people))
@@ -151,10 +170,10 @@ class ReleaseCounts:
             'of_people', 'of_images', 'excluded_people', 'people_with_few', 'damaged_images')}
 
     def sentence(self, excluded):
-        """What will be released, in a line; `excluded`: the names in data.exclude."""
+        """What will be released, in a line; `excluded`: the names of those people."""
         parts = [f'releases {self.people} of {self.of_people} people, '
                  f'{counted(self.images, "image")}']
-        if excluded:
+        if len(excluded):
             parts.append(f'excluded: {", ".join(excluded)} '
                          f'({counted(self.excluded_images, "image")})')
         if self.excluded_copies:
@@ -171,7 +190,7 @@ def count_release(folds, cfg):
     """The ReleaseCounts of Folds."""
     private = folds[0].private
     images = np.bincount(private.labels, minlength=len(private.people))
-    excluded = np.isin(private.people, cfg.data.exclude)
+    excluded = excluded_people(private.people, cfg)
     few = ~excluded & (images < cfg.data.min_images)
     rows = np.concatenate([f.released for f in folds])
     released = np.bincount(private.labels[rows], minlength=len(images))

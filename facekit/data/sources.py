@@ -5,6 +5,7 @@ import numpy as np
 
 from facekit.base.errors import InputError
 from facekit.base.files import digest, open_bytes
+from facekit.data.names import check_looks
 from facekit.data.records import Records
 
 DRAWN = 'drawn.sha256'    # file beside a drawn train.rec: its SHA-256
@@ -82,6 +83,7 @@ def open_source(path):
         source = RecordSource(path)
     elif path.is_dir():
         source = FolderSource(path)
+        check_looks(source.people, path)
     else:
         raise InputError(f'data set {path} {"is no .rec" if path.exists() else "does not exist"}: '
                          'set data.root to a .rec, or to a folder with train.rec, or with one '

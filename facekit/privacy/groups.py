@@ -15,6 +15,7 @@ from facekit.data.people import not_excluded, share_of
 from facekit.measure.retrieval import Search
 from facekit.nets.embed import Embedder
 from facekit.nets.weights import load_checkpoint, recogniser
+from facekit.privacy.partners import check_alike, partners
 from facekit.privacy.protect import Protection, hidden_patches, method_of
 
 
@@ -216,14 +217,8 @@ def foreign_groups(cfg, release, device):
     if not (cfg.release and cfg.originals):
         raise InputError('release and originals belong together: give both paths')
     originals = faces.load(cfg.originals, cfg)
-    if len(release) != len(originals) or release.skipped != originals.skipped:
-        raise InputError(f'release has {len(release)} good images and originals '
-                         f'{len(originals)}: both need the same, in one order')
-    groups = [len(np.unique(labels, axis=-1).T) for labels in (
-        release.labels, originals.labels, np.stack([release.labels, originals.labels]))]
-    if len(set(groups)) > 1:
-        raise InputError('release and originals do not put the same images into one person: both '
-                         'need the same order (what this kit releases is shuffled on purpose)')
+    partner = partners(release, originals)             # int64 (N,): released row of each original
+    check_alike(release.select(partner), originals, device)
     half = np.array([share_of(name, 0) < 0.5 for name in originals.people])[originals.labels]
     probes = some_of(cfg, len(half))
     pairs = len(some_of(cfg, min(half.sum(), (~half).sum())))
@@ -237,8 +232,8 @@ def foreign_groups(cfg, release, device):
         gallery = searched(gallery, originals.labels, originals.labels[rows], cfg)
         known = np.random.default_rng(1).permutation(known)[:pairs]
         groups.append(AttackGroup(
-            released=release.select(rows), originals=originals.select(gallery),
+            released=release.select(partner[rows]), originals=originals.select(gallery),
             source=np.searchsorted(gallery, rows), person=originals.labels[gallery],
             pair_originals=originals.select(known), pair_person=originals.labels[known],
-            pair_released=release.select(known), device=device))
+            pair_released=release.select(partner[known]), device=device))
     return groups

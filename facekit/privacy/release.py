@@ -1,8 +1,6 @@
 """A release: its secret, its plan, and what is checked before it appears."""
-import contextlib
 import hashlib
 import itertools
-import os
 import re
 import secrets
 from dataclasses import dataclass
@@ -22,7 +20,11 @@ from facekit.data.sources import is_drawn
 from facekit.privacy import protect
 from facekit.privacy.protect import method_of
 
-SAMPLE = 16       # images of a release that are made once more
+SAMPLE = 16       # images of a release that are made once more, chosen anew each time
+# A protection that leaves more than this share of the grey levels within CLOSE of the original's
+# is none: JPEG at quality 95 alone moves them by less, a mask of 25 % leaves 75 %
+UNCHANGED, CLOSE = 0.9, 8
+PART = 512        # images that are made at a time
 
 
 def release_secret(cfg):
@@ -95,9 +97,7 @@ def draw_secret(path):
     if any(path.parent.rglob('release.json')):
         raise InputError(f'{path} is missing, but releases were made with it: put it back, or '
                          'use another run.folder')
-    with files.replacing(path) as file:
-        with contextlib.suppress(OSError):     # file systems without rights; a warning follows
-            os.fchmod(file.fileno(), 0o600)
+    with files.replacing(path, private=True) as file:
         file.write(secrets.token_hex(32).encode() + b'\n')
 
 
@@ -173,12 +173,20 @@ def release_made_from(cfg, folds, maes, secret):
 
 
 def check_release(variant, made_from):
-    """Refuse a finished release that was made with another config, secret, model, images or names:
-    its images would match no originals, and look private."""
+    """Refuse a finished release that was made with another config, secret, model, images or names,
+    whose images would match no originals, and look private; and one of which a file was changed
+    since it was published."""
     saved = files.read_json(variant.folder / 'release.json')
     check_made_from(variant.release, files.entry(saved, 'made_from'), made_from,
                     'give the other settings a row of their own (compare), or use another '
                     'run.folder')
+    refuse(process.on_rank_0(lambda: digests(variant.release)) != saved.get('files'),
+           variant.release, 'has other files than when it was published')
+
+
+def digests(folder):
+    """{name: SHA-256} of the files of a release."""
+    return {path.name: files.digest(files.open_bytes(path)) for path in sorted(folder.iterdir())}
 
 
 def check_release_files(folder, plan, secret, facts, card):
@@ -207,19 +215,26 @@ def check_release_files(folder, plan, secret, facts, card):
         refuse(any(content.find(form) >= 0 for form in forms), path, 'holds the secret')
 
 
-def check_release_images(folder, plan, private, protections, device):
-    """Refuse a release whose images are not those of its plan, or that read a hidden pixel: a
-    sample of originals is protected once more and compared with what stands in the release, then
-    protected with hidden patches changed, which must not change a bit."""
+def check_release_images(folder, plan, private, protections, device, all_images=False):
+    """Refuse a release whose images are not those of its plan, that are hardly protected, or that
+    read a hidden pixel: originals, SAMPLE at random or `all_images`, are protected once more and
+    compared with what stands in the release, then protected with hidden patches changed, which
+    must not change a bit."""
     released, c = Records(folder), protections[0].cfg.reconstruct
     refuse(len(released) != len(plan.image), folder,
            f'has {len(released)} images, not the {len(plan.image)} of its plan')
-    sample = np.unique(np.linspace(0, len(plan.image) - 1, SAMPLE).astype(int))
+    sample = np.arange(len(plan.image))
+    if not all_images:
+        sample = np.sort(np.random.default_rng().permutation(sample)[:SAMPLE])
+    parts = []                 # by fold, each of which has its own model
     for k in np.unique(plan.fold[sample]):
-        chosen = sample[plan.fold[sample] == k]
+        of_fold = sample[plan.fold[sample] == k]
+        parts += [(k, of_fold[i:i + PART]) for i in range(0, len(of_fold), PART)]
+    for k, chosen in parts:
         originals = torch.from_numpy(private.select(plan.image[chosen]).pixels()).to(device)
         seeds = plan.seeds[chosen].to(device)
         expected = protections[k](originals, seeds)
+        check_strength(protections[k].cfg, originals, expected)
         for i, image in zip(chosen, expected.cpu()):
             encoded = images.encode(image.permute(2, 0, 1), c.format, c.quality)
             # Other hardware rounds otherwise; another image differs by more than ten times as much
@@ -228,6 +243,18 @@ def check_release_images(folder, plan, private, protections, device):
             refuse(error > 2, folder, f'has another image at {i} than its plan ({error:.1f})')
         if method_of(protections[k].cfg).draws_mask:
             check_hidden(folder, protections[k], originals, seeds, expected)
+
+
+def check_strength(cfg, originals, protected):
+    """Refuse a protection that hardly changes originals; both uint8 (B, H, W, 3)."""
+    close = (originals.int() - protected.int()).abs() <= CLOSE
+    unchanged = close.flatten(1).float().mean(1).median().item()
+    if cfg.reconstruct.method != 'none' and unchanged > UNCHANGED:
+        strength = method_of(cfg).strength
+        raise InputError(
+            f'reconstruct.{strength} = {getattr(cfg.reconstruct, strength)} protects nothing: '
+            f'{100 * unchanged:.0f} % of the grey levels stay within {CLOSE} of the original\'s: '
+            'give a greater strength, or use reconstruct.method=none to compare with originals')
 
 
 def check_hidden(folder, protection, originals, seeds, expected):

@@ -1,0 +1,132 @@
+"""Who is out stays out: look-alike names, what a run folder remembers, folders inside one another;
+releases whose files or strength are not what they should be; partners by name."""
+import json
+import shutil
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from test_data import make_config
+from test_people import folder_of_people, released_people
+
+from conftest import run
+from facekit.base.errors import InputError
+from facekit.data import faces, images
+from facekit.data.names import MEMORY, look_of
+from facekit.data.people import count_release, split
+from facekit.privacy.partners import check_alike, partners
+
+
+@pytest.mark.parametrize('a, b', [
+    (unicodedata.normalize('NFC', 'José'), unicodedata.normalize('NFD', 'José')),
+    ('ID_005', 'id_005'), ('Ann  Lee', 'ann lee'), ('Ａｎｎ', 'Ann'), ('an\u200bn', 'ann'),
+    ('Аnn', 'Ann'), ('ann\u2013lee', 'ann-lee'), ('Straße', 'STRASSE'), ('ﬁona', 'fiona')])
+def test_names_that_look_alike_are_one(a, b):
+    assert a != b and look_of(a) == look_of(b)
+
+
+@pytest.mark.parametrize('a, b', [('José', 'Jose'), ('id_005', 'id_05'), ('a_b', 'a b')])
+def test_other_names_are_others(a, b):
+    assert look_of(a) != look_of(b)
+
+
+def test_two_folders_that_look_alike_are_refused(tmp_path):
+    root = folder_of_people(tmp_path / 'faces')
+    shutil.copytree(root / 'id_003', root / 'ID_003')
+    with pytest.raises(InputError, match="'ID_003' and 'id_003', which look alike"):
+        split(make_config(tmp_path))
+
+
+def test_an_exclusion_by_another_spelling_excludes(tmp_path):
+    folder_of_people(tmp_path / 'faces')
+    cfg = make_config(tmp_path, 'data.exclude=[ID_005]', 'data.release_folds=[]')
+    assert 'id_005' not in released_people(cfg) and len(released_people(cfg)) == 11
+
+
+def test_a_run_folder_remembers_who_was_excluded_without_the_name(tmp_path):
+    folder_of_people(tmp_path / 'faces')
+    split(make_config(tmp_path, 'data.exclude=[id_005]', 'data.release_folds=[]'))
+    for later in ([], ['data.exclude=[id_007]'], []):
+        cfg = make_config(tmp_path, 'data.release_folds=[]', *later)
+        assert 'id_005' not in released_people(cfg)
+    assert 'id_007' not in released_people(cfg)
+    assert count_release(split(cfg), cfg).excluded_people == 2
+    memory = tmp_path / 'run' / MEMORY
+    assert memory.stat().st_mode & 0o777 == 0o600 and 'id_00' not in memory.read_text()
+    assert len(json.loads(memory.read_text())['people']) == 2
+    memory.write_text('{}')
+    with pytest.raises(InputError, match='remembers who was excluded, is damaged'):
+        split(cfg)
+
+
+@pytest.mark.parametrize('run_folder', ['faces/run', '.', 'faces'])
+def test_a_run_folder_and_photos_do_not_contain_one_another(tmp_path, run_folder):
+    folder_of_people(tmp_path / 'faces')
+    cfg = make_config(tmp_path, f'run.folder={tmp_path / run_folder}')
+    with pytest.raises(InputError, match='contain one another'):
+        split(cfg)
+
+
+@pytest.mark.parametrize('settings', [
+    'reconstruct.method=noise reconstruct.noise_std=0',
+    'reconstruct.method=pixelate reconstruct.pixelate_block=1',
+    'reconstruct.method=blur reconstruct.blur_sigma=0.1',
+    'reconstruct.method=mask reconstruct.mask_ratio=0.05'])
+def test_a_strength_that_protects_nothing_is_refused_before_anything_is_written(
+        copied, settings):
+    said = run(copied, 'reconstruct.py', *settings.split(), 'run.folder=other', code=2)
+    assert 'protects nothing' in said
+    assert not any((copied / 'other' / name).exists() for name in (
+        'reconstructed', 'reconstructed.tmp', 'release.json'))
+
+
+@pytest.mark.parametrize('file, change', [
+    ('train.rec', lambda content: content + b'more'),
+    ('README.md', lambda content: content.replace(b'people', b'person')),
+    ('property', lambda content: b'somebody')])
+def test_a_release_that_was_changed_is_told_by_its_digest(finished, tmp_path, file, change):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / 'run' / 'reconstructed' / file
+    path.write_bytes(change(path.read_bytes()))
+    said = run(tmp_path, 'reconstruct.py', code=2)
+    assert 'other files than when it was published' in said
+
+
+def people_in(folder, names, files='{}.png', seed=0):
+    """Folders of people with three photos each, drawn by lot from the person's and photo's place,
+    so that equal places have equal photos."""
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            rng = np.random.default_rng([number, i])
+            image = torch.from_numpy(rng.integers(0, 256, (3, 4, 4), np.uint8))
+            image = image.repeat_interleave(8, 1).repeat_interleave(8, 2)
+            (folder / name / files.format(i + 1)).write_bytes(images.encode(image, 'png'))
+
+
+def two_sets(tmp_path):
+    """The FaceSets `theirs` and `faces`."""
+    cfg = make_config(tmp_path)
+    return faces.load(tmp_path / 'theirs', cfg), faces.load(tmp_path / 'faces', cfg)
+
+
+def test_partners_are_matched_by_name_however_they_sort(tmp_path):
+    names = [f'p{number}' for number in range(1, 13)]                  # p1, p10, p11, p12, p2, ...
+    people_in(tmp_path / 'faces', names)
+    people_in(tmp_path / 'theirs', [f'p{number:02}' for number in range(1, 13)], '00{}.png')
+    theirs, own = two_sets(tmp_path)
+    found = partners(theirs, own)
+    assert np.array_equal(theirs.select(found).pixels(), own.select(np.arange(36)).pixels())
+    check_alike(theirs.select(found), own, 'cpu')
+
+
+def test_partners_that_are_none_are_refused(tmp_path):
+    people_in(tmp_path / 'faces', [f'p{number:02}' for number in range(12)])
+    people_in(tmp_path / 'theirs', [f'p{number:02}' for number in reversed(range(12))])
+    theirs, own = two_sets(tmp_path)
+    with pytest.raises(InputError, match='no more alike'):
+        check_alike(theirs.select(partners(theirs, own)), own, 'cpu')
+    shutil.rmtree(tmp_path / 'theirs' / 'p03')
+    with pytest.raises(InputError, match='do not have the same people'):
+        partners(*two_sets(tmp_path))
