@@ -23,7 +23,6 @@ import facekit.base.start  # noqa: F401 (first: says what is not installed)
 
 import contextlib
 import io
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,8 +49,8 @@ from facekit.privacy import attacks, protect
 from facekit.privacy.release import (
     check_release, check_release_images, plan_release, release_made_from, release_secret)
 from facekit.privacy.groups import Owned, Recognisers, foreign_groups, own_groups
-from facekit.report import pictures
-from facekit.report.tables import Row, leads, tables, write_csv, write_sheets
+from facekit.report import exports, pictures
+from facekit.report.tables import Row, leads, tables
 from facekit.report.page import write_page
 from facekit.check import check_experiment
 
@@ -133,49 +132,27 @@ def evaluate(variant, shared):
             results['verification'], scores = verification.verify(student, shared.sets, cfg,
                                                                   device)
             if cfg.evaluate.embeddings:
-                save_embeddings(variant, shared, student, release)
-        for name, pairs in scores.items():
-            save_scores(variant, f'pairs_{name}', distance=pairs.distance, same=pairs.same + 0)
+                exports.write_embeddings(
+                    path_of(variant, 'embeddings.npz'),
+                    student_embeddings(variant, shared, student, release))
         if release:
             attack_release(variant, shared, release, student, results)
         results['seconds'] = stage_seconds(variant.run)
         process.write_json(path, results)
-        process.write_json(path_of(variant, 'measured.json'), measured(results))
+        process.write_json(path_of(variant, 'measured.json'), exports.measured(results))
+        for name, pairs in scores.items():
+            exports.write_pairs(path_of(variant, 'scores') / f'pairs_{name}.csv', pairs)
     return scores
 
 
-def measured(results):
-    """Of results.json the figures alone, to be published beside a release: no digests, names of
-    files or settings."""
-    privacy = {key: {name: value for name, value in figures.items() if name != 'way'}
-               for key, figures in results.get('privacy', {}).items()
-               if key.rpartition('_same_')[0] in attacks.ATTACKERS
-               or key in ('class_label', 'membership_recogniser')}
-    verified = {name: {key: value for key, value in figures.items() if key != 'sha256'}
-                for name, figures in results['verification'].items()}
-    return {'verification': verified, 'privacy': privacy,
-            'reconstruction': results.get('reconstruction', {})}
-
-
-def save_scores(variant, name, **columns):
-    """Write equally long columns of numbers as scores/<name>.csv of a row, on rank 0."""
-    if process.rank() == 0:
-        write_csv(path_of(variant, 'scores') / f'{name}.csv', [columns, *zip(*columns.values())])
-
-
-def save_embeddings(variant, shared, student, release):
-    """Write the student's embeddings of verification images and of released ones, in their order,
-    as embeddings.npz of a row, which its owner alone can read."""
+def student_embeddings(variant, shared, student, release):
+    """The student's embeddings of verification images and of released ones, in their order:
+    {name: float32 (N, d)}."""
     images = {s.name: ImageRows(s.images, np.arange(len(s.images))) for s in shared.sets}
     if release:
-        images['released'] = release.select(np.arange(len(release)))
-    found = {f'embeddings of {name}': embed.unit_embeddings(
-        student, rows, variant.cfg, shared.recognisers.device).cpu().numpy()
-        for name, rows in images.items()}
-    if process.rank() == 0:
-        with files.replacing(path_of(variant, 'embeddings.npz')) as file:
-            os.fchmod(file.fileno(), 0o600)
-            np.savez(file, **found)
+        images['released images'] = release.select(np.arange(len(release)))
+    return {name: embed.unit_embeddings(student, rows, variant.cfg, shared.recognisers.device)
+            .cpu().numpy() for name, rows in images.items()}
 
 
 def load_student(variant, release, device):
@@ -250,8 +227,9 @@ def attack_all(variant, shared, groups, student, missing, made_from, results):
                   'questions': list(result.figures), 'linked': 0.0}
         if result.cosines is not None:
             record['linked'] = result.figures['same_image']['rank1']
-            save_scores(variant, f'attack_{len(results["attacked"])}' if '/' in name else
-                        f'attack_{name}', cosine_with_own_original=result.cosines)
+            exports.write_csv(
+                path_of(variant, 'scores') / f'attack_{name.replace("/", "_")}.csv',
+                [['cosine with own original'], *result.cosines[:, None]])
         if record['linked'] > max((r['linked'] for r in results['attacked'].values()), default=0):
             pictures.attempt(pictures.save_most_linked, f'{name}, {result.way}', record['linked'],
                              result.cosines, released, originals, picture(variant, 'most_linked'))
@@ -269,6 +247,9 @@ def kept_attacks(path, made_from):
                     if record['made_from'] == attacks.digest_of_attack(made_from, record['entry'])}
         keys = [f'{name}_{question}' for name, record in attacked.items()
                 for question in record['questions']]
+        if lost := [name for name in before['attacked'] if name not in attacked]:
+            process.say(f'{path}: nets, images, settings or code changed since the attacks '
+                        f'{", ".join(lost)}')
         if attacked:
             process.say(f'{path}: the attacks {", ".join(attacked)} are kept')
             return {'attacked': attacked, 'reconstruction': before['reconstruction'],
@@ -307,19 +288,16 @@ def report(cfg, shared, ready, scores, compare):
             pictures.attempt(pictures.save_roc, rows, picture(ready[0], 'roc'))
     for sheet in sheets:
         sheet.print(Console())
+    if not external(cfg):
+        process.say(f'releases  {", ".join(str(variant.release) for variant in ready)}; beside '
+                    'each results.json, scores, and measured.json, which may be published')
     if compare:
         process.say(f'tables    {folder}/table.txt, tables.csv, comparison.json')
         process.say(f'pictures  {folder / "figures"}')
-        process.say(f'releases  {", ".join(str(variant.release) for variant in ready)}')
-        process.say('beside each: results.json, measured.json (to publish), scores/')
-        return process.say(f'all of it on one page: open {folder / "report.html"}')
-    drawn = [picture(ready[0], name) for name in ('roc', 'most_linked')]
-    if found := [str(path) for path in drawn if path.exists()]:
-        process.say(f'pictures  {", ".join(found)}')
-    if not external(cfg):
-        process.say(f'release   {ready[0].release}')
-    written = [path_of(ready[0], name) for name in ('measured.json', 'scores', 'embeddings.npz')]
-    process.say(f'results   {", ".join([str(first), *(p.name for p in written if p.exists())])}')
+        process.say(f'all of it on one page: open {folder / "report.html"}')
+    else:
+        others = ', '.join(path_of(ready[0], name).name for name in ('measured.json', 'scores'))
+        process.say(f'results   {first}, {others}; pictures {picture(ready[0], "*")}')
 
 
 def write_comparison(folder, rows, sheets, results):
@@ -330,7 +308,7 @@ def write_comparison(folder, rows, sheets, results):
         for sheet in sheets:
             sheet.print(Console(file=text, width=80))
         file.write(text.getvalue().encode())
-    write_sheets(folder / 'tables.csv', sheets)
+    exports.write_sheets(folder / 'tables.csv', sheets)
     pictures.attempt(pictures.save_roc, rows, folder / 'figures' / 'roc.png')
     pictures.attempt(pictures.save_tradeoff, rows, folder / 'figures' / 'tradeoff.png')
     pictures.attempt(pictures.save_losses, folder / 'log', folder / 'figures' / 'losses.png')

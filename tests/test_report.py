@@ -1,6 +1,10 @@
 """Tables, verdicts and pictures, from results made up so that the right ones are known."""
+import csv
 import io
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -9,13 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from conftest import ROOT
+from conftest import ROOT, run
 from facekit.base import config
 from facekit.base.errors import InputError
+from facekit.data.pairs import load_pairs
 from facekit.measure import retrieval
-from facekit.measure.verification import PairScores
+from facekit.measure.verification import PairScores, fold_accuracies
 from facekit.privacy.attacks import STRONGEST
-from facekit.report import pictures
+from facekit.report import exports, pictures
 from facekit.report.tables import Row, comparable, tables
 
 
@@ -191,3 +196,58 @@ pictures.save_roc([Row('row', scores={0: {'lfw': scores}})], 'roc.png')
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=100,
                    env=os.environ | {'MPLBACKEND': 'inline', 'PYTHONPATH': str(ROOT)})
     assert (tmp_path / 'roc.png').stat().st_size > 1000
+
+
+def test_what_may_be_published_names_no_file_secret_or_setting():
+    figures = {'rank1': 0.2, 'way': 'embeddings', 'chance': 0.01}
+    row = result('facemae', 0.9, 0.1, 0.3, home_ann_net_same_image=figures, class_label=figures,
+                 judge_same_image=figures, membership_recogniser={'auc': 0.5})
+    row['verification']['lfw']['sha256'] = 'f' * 64
+    shown = exports.measured(row)
+    assert shown.keys() == {'verification', 'privacy', 'reconstruction'}
+    assert shown['verification'] == {'lfw': {'accuracy': 0.9, 'auc': 0.9, 'tar@far=1e-2': 0.5}}
+    assert shown['privacy']['judge_same_image'] == {'rank1': 0.2, 'chance': 0.01}
+    assert shown['privacy'].keys() == row['privacy'].keys() - {'home_ann_net_same_image'}
+
+
+def test_scores_tables_and_figures_can_be_taken_away(finished, tmp_path):
+    run_folder = shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True) / 'run'
+    results = json.loads((run_folder / 'results.json').read_text())
+    distance, same = np.loadtxt(run_folder / 'scores/pairs_toy.csv', delimiter=',', skiprows=1).T
+    accuracy = fold_accuracies(distance, same == 1).mean()
+    assert accuracy == pytest.approx(results['verification']['toy']['accuracy'])
+    cosines = np.loadtxt(run_folder / 'originals/scores/attack_judge.csv', skiprows=1)
+    assert len(cosines) == 60 and cosines == pytest.approx(1)          # each is its own original
+    for row in ('', 'mask', 'originals'):
+        results, shown = (json.loads((run_folder / row / name).read_text())
+                          for name in ('results.json', 'measured.json'))
+        assert shown == exports.measured(results)
+    lines = list(csv.reader((run_folder / 'tables.csv').read_text().splitlines()))
+    title = lines.index(['image quality (says nothing of identity)'])
+    assert lines[title + 2][:2] == ['facemae', '4 of 16'] and lines[title + 5] == []
+    said = run(tmp_path, 'evaluate.py', 'evaluate.embeddings=true', 'evaluate.attacks=[judge]')
+    assert 'results   run/results.json, measured.json, scores; pictures run/figures/' in said
+    path = run_folder / 'embeddings.npz'
+    assert path.stat().st_mode & 0o777 == 0o600
+    with np.load(path) as arrays:
+        assert arrays['embeddings of released images'].shape == (60, 32)
+        faces = load_pairs(tmp_path / 'faces' / 'toy.bin', 32)
+        z = arrays['embeddings of toy']
+    apart = np.square(z[faces.pairs[:, 0]] - z[faces.pairs[:, 1]]).sum(1)
+    np.testing.assert_allclose(apart, distance, atol=1e-5)
+
+
+def test_the_page_begins_with_the_picture_and_the_verdicts_and_says_what_tables_mean(finished):
+    page = (finished[0] / 'run' / 'report.html').read_text()
+    words = re.sub(r'base64,[^"]*', '', page)
+    order = ['class="warning"', 'what is released</h2>', "the paper&#x27;s claims", 'utility:',
+             'Privacy against utility', 'Losses in training', 'Settings']
+    assert [words.index(x) for x in order] == sorted(words.index(x) for x in order)
+    tested = words[words.index('utility:'):words.index('Privacy against')]
+    assert tested.count('class="meaning"') == tested.count('<table') > 8
+    for word in ('judge: a recogniser that', 'insider: the release', 'Chance:', 'TAR@1%:',
+                 'floor:'):
+        assert word in words
+    for link in re.findall('href="([^"]+)"', words):
+        assert (finished[0] / 'run' / link).is_file()
+    assert '@media print' in words and 'width=device-width' in words

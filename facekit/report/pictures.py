@@ -99,15 +99,17 @@ def save_losses(logs, path):
     """Losses of all trainings whose logs lie in a folder, a panel a loss, a colour a training."""
     trainings = {str(log.relative_to(logs).with_suffix('')): [entry for _, entry in read_log(log)]
                  for log in sorted(logs.rglob('*.jsonl'))}
-    figure = new_figure(figsize=(10, 4))
+    figure = new_figure(figsize=(10, 4), layout='constrained')
     for panel, loss in zip(figure.subplots(1, 3), ('loss', 'mse', 'irm')):
-        for name, colour in colours_of(trainings).items():
-            points = [(entry['step'], entry[loss]) for entry in trainings[name]
-                      if isinstance(entry.get(loss), float)]
-            if points:
-                panel.plot(*zip(*points), color=colour, label=name)
-        panel.set(yscale='log', xlabel='step', title=loss)
-        panel.legend(frameon=False, fontsize=6)
+        curves = {name: [(entry['step'], entry[loss]) for entry in entries
+                         if isinstance(entry.get(loss), float)]
+                  for name, entries in trainings.items()}
+        curves = {name: points for name, points in curves.items() if points}
+        for name, colour in colours_of(curves).items():
+            panel.plot(*zip(*curves[name]), color=colour, label=name)
+        panel.set(xlabel='step', title=loss)
+        if curves:                                         # else it warns
+            panel.legend(frameon=False, fontsize=6)
     save_plot(figure, path)
 
 

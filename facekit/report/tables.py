@@ -1,14 +1,11 @@
 """Tables of a comparison, for the screen, files and the page of a run: what a release is worth,
 what it gives away, by how much the method is ahead, and whether the paper's claims are reached."""
-import csv
-import io
 from dataclasses import dataclass, field
 
 import numpy as np
 from rich import box
 from rich.table import Column, Table
 
-from facekit.base import files
 from facekit.base.errors import counted
 from facekit.measure import verification
 from facekit.measure.statistics import interval_over_seeds, t_half_width
@@ -34,8 +31,8 @@ LEAKAGE = {            # titles and meanings of the tables of attackers, by ques
         'membership: who trained the recogniser can be told, AUC, % (chance 50)',
         'Can the recogniser that learnt from the release tell whose photos it was made of?')}
 MEASURES = {'acc.': 'accuracy', 'AUC': 'auc', 'TAR@1%': 'tar@far=1e-2'}
-UTILITY = ('Do two photos show one person? acc.: right answers, in ten folds. TAR@1%: accepted pairs '
-           'of one person, where 1 % of the others are accepted, too. Pixel components are the '
+UTILITY = ('Do two photos show one person? acc.: right answers, in ten folds. TAR@1%: pairs of '
+           'one person that are accepted if 1 % of the others are. Pixel components are the '
            'floor: they learnt nothing about people.')
 ROUNDED = 0.15     # points by which a mean and a deviation of one digit may be off
 WIDE = 4           # attackers side by side in 80 columns
@@ -335,17 +332,3 @@ def percent(shares, intervals=()):
         return ''
     low, high = next(iter(intervals), (0, 0))
     return f'{values[0]:.1f}' + (f' [{100 * low:.0f}, {100 * high:.0f}]' if low < high else '')
-
-
-def write_csv(path, lines):
-    """Write lines of values as CSV."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows(lines)
-    with files.replacing(path) as file:
-        file.write(text.getvalue().encode())
-
-
-def write_sheets(path, sheets):
-    """Write Sheets as one CSV file: the title, the columns and the rows of each, an empty line."""
-    write_csv(path, [line for sheet in sheets
-                     for line in ([sheet.title], sheet.columns, *sheet.rows, [])])
