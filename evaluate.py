@@ -10,8 +10,9 @@
 
 Reads   evaluate.sets (.bin), <run>/<row>/fr.pt, <run>/<row>/reconstructed, <run>/fold<k>/judge.pt
 Writes  <run>/<row>/results.json (external.json for others' models and releases), <run>/figures;
-        with --compare that of all rows, and gathered from them <run>/comparison.json, table.txt
-        and report.html (one page)
+        measured.json (its figures alone, to publish), scores/*.csv (distances of pairs, cosines
+        of attacks); with --compare that of all rows, and gathered from them <run>/comparison.json,
+        table.txt, tables.csv and report.html (one page)
 
 Utility is insightface's ten-fold verification. Leakage is retrieval: how often the original of a
 released image (same image), or another photo of its person (same person), comes first among the
@@ -48,7 +49,7 @@ from facekit.privacy import attacks, protect
 from facekit.privacy.release import (
     check_release, check_release_images, plan_release, release_made_from, release_secret)
 from facekit.privacy.groups import Owned, Recognisers, foreign_groups, own_groups
-from facekit.report import pictures
+from facekit.report import exports, pictures
 from facekit.report.tables import Row, leads, tables
 from facekit.report.page import write_page
 from facekit.check import check_experiment
@@ -57,10 +58,9 @@ from facekit.check import check_experiment
 @dataclass
 class Shared:
     """What all rows of a comparison share."""
-    folds: list               # Folds; none for others' models and releases
-    sets: list                # PairSets
-    recognisers: Recognisers
-    device: torch.device
+    sets: list                               # PairSets
+    recognisers: Recognisers                 # of public people, with the Folds and the device
+    model: torch.nn.Module | None = None     # the recogniser of evaluate.model
 
 
 def main(cfg, device, compare):
@@ -69,20 +69,19 @@ def main(cfg, device, compare):
     if external(cfg) and compare:
         raise InputError('evaluate.model and release take the place of the rows: leave out '
                          '--compare')
-    size = cfg.data.size
+    model, size, folds = None, cfg.data.size, []
     if cfg.evaluate.model:                   # a foreign recogniser sees the pairs at its own size
-        size = foreign_recogniser(cfg, device).size
+        model = recogniser(cfg.evaluate.model, device, onnx_pixels=cfg.evaluate.onnx_pixels)
+        size = model.size
     sets = load_pair_sets(cfg, size)
-    folds = [] if external(cfg) else split(cfg)
+    if not external(cfg):
+        folds = split(cfg)
     if len(folds) == 1 and len(folds[0].validation):
         sets.append(held_back(folds[0]))
-    shared = Shared(folds, sets, Recognisers(cfg, folds, device), device)
+    shared = Shared(sets, Recognisers(cfg, folds, device), model)
     ready = ready_variants(cfg, compare)
     scores = [evaluate(variant, shared) for variant in ready]
-    if compare:
-        process.on_rank_0(lambda: write_comparison(cfg, shared, ready, scores))
-    else:
-        process.on_rank_0(lambda: show_row(ready[0], scores[0]))
+    process.on_rank_0(lambda: report(cfg, shared, ready, scores, compare))
 
 
 def ready_variants(cfg, compare):
@@ -95,39 +94,17 @@ def ready_variants(cfg, compare):
     return ready
 
 
-# ----------------------------------------------------------------------------------- one row
-
-def evaluate(variant, shared):
-    """Everything about one row, written to its results.json; returns its {set: PairScores}."""
-    cfg, path, scores = variant.cfg, path_of_results(variant), {}
-    with process.only_writer(path):
-        release = faces.load_release(variant) if cfg.release or shared.folds else None
-        student = load_student(variant, release, shared.device)
-        results = {'row': variant.name, 'seed': variant.seed, 'verification': {},
-                   'made_with': provenance(shared.device), 'config': public_dict(cfg)}
-        if shared.folds:
-            first = shared.folds[0]
-            results['people'] = asdict(count_release(shared.folds, cfg))
-            results['left_out'] = {'private': first.private.left_out(),
-                                   'public': first.public.left_out()}
-        if student:
-            results['verification'], scores = verification.verify(student, shared.sets, cfg,
-                                                                  shared.device)
-        if release:
-            attack_release(variant, shared, release, student, results)
-        results['seconds'] = stage_seconds(variant.run)
-        process.write_json(path, results)
-    return scores
-
-
 def external(cfg):
-    """Path of somebody else's model or release, whose results have a file of their own, or ''."""
+    """Path of somebody else's model or release, whose results have files of their own, or ''."""
     return cfg.evaluate.model or cfg.release
 
 
-def path_of_results(variant):
-    """Where the figures of a row go."""
-    return variant.folder / 'external.json' if external(variant.cfg) else variant.results
+def path_of(variant, name):
+    """Path of a result of a row: results.json, scores, ...; for others' models and releases it
+    begins with external."""
+    if external(variant.cfg):
+        name = {'results.json': 'external.json'}.get(name, f'external_{name}')
+    return variant.folder / name
 
 
 def picture(variant, name):
@@ -136,17 +113,52 @@ def picture(variant, name):
     return variant.run / 'figures' / f'{row}_{name}.png'
 
 
-def foreign_recogniser(cfg, device):
-    """The recogniser of evaluate.model."""
-    return recogniser(cfg.evaluate.model, device, onnx_pixels=cfg.evaluate.onnx_pixels)
+# ----------------------------------------------------------------------------------- one row
+
+def evaluate(variant, shared):
+    """Everything about one row, written to its results.json; returns its {set: PairScores}."""
+    cfg, path, scores = variant.cfg, path_of(variant, 'results.json'), {}
+    folds, device = shared.recognisers.folds, shared.recognisers.device
+    with process.only_writer(path):
+        release = faces.load_release(variant) if cfg.release or folds else None
+        student = shared.model or load_student(variant, release, device)
+        results = {'row': variant.name, 'seed': variant.seed, 'verification': {},
+                   'made_with': provenance(device), 'config': public_dict(cfg)}
+        if folds:
+            results['people'] = asdict(count_release(folds, cfg))
+            results['left_out'] = {'private': folds[0].private.left_out(),
+                                   'public': folds[0].public.left_out()}
+        if student:
+            results['verification'], scores = verification.verify(student, shared.sets, cfg,
+                                                                  device)
+            if cfg.evaluate.embeddings:
+                exports.write_embeddings(
+                    path_of(variant, 'embeddings.npz'),
+                    student_embeddings(variant, shared, student, release))
+        if release:
+            attack_release(variant, shared, release, student, results)
+        results['seconds'] = stage_seconds(variant.run)
+        process.write_json(path, results)
+        process.write_json(path_of(variant, 'measured.json'), exports.measured(results))
+        for name, pairs in scores.items():
+            exports.write_pairs(path_of(variant, 'scores') / f'pairs_{name}.csv', pairs)
+    return scores
+
+
+def student_embeddings(variant, shared, student, release):
+    """The student's embeddings of verification images and of released ones, in their order:
+    {name: float32 (N, d)}."""
+    images = {s.name: ImageRows(s.images, np.arange(len(s.images))) for s in shared.sets}
+    if release:
+        images['released images'] = release.select(np.arange(len(release)))
+    return {name: embed.unit_embeddings(student, rows, variant.cfg, shared.recognisers.device)
+            .cpu().numpy() for name, rows in images.items()}
 
 
 def load_student(variant, release, device):
-    """The recogniser that is evaluated: that of evaluate.model, or one that learnt from the
-    FaceSet `release`. None where nobody has trained one on a release made elsewhere."""
+    """The recogniser that learnt from the FaceSet `release`, or None where nobody has trained one
+    on a release made elsewhere."""
     cfg, path, made_by = variant.cfg, variant.student, command('train_fr.py')
-    if cfg.evaluate.model:
-        return foreign_recogniser(cfg, device)
     if not cfg.release or process.on_rank_0(path.exists):
         saved = load_finished(path, made_by)
         learnt_from = files.entry(saved, 'made_from').get('set of images')
@@ -163,7 +175,7 @@ def load_student(variant, release, device):
 def attack_release(variant, shared, release, student, results):
     """The attacks of evaluate.attacks on a release, and its image quality, into `results`, which
     keep what results.json has of the same."""
-    cfg, folds, device = variant.cfg, shared.folds, shared.device
+    cfg, folds, device = variant.cfg, shared.recognisers.folds, shared.recognisers.device
     results |= {'attacked': {}, 'privacy': {}}
     if cfg.release:
         made_from = ''                              # of others' releases nothing is kept
@@ -191,7 +203,8 @@ def attack_release(variant, shared, release, student, results):
 def attack_all(variant, shared, groups, student, missing, made_from, results):
     """What attack_release() does, on AttackGroups; missing: {entry of evaluate.attacks: its name}.
     Each attack is written when it is done, so that no later fault costs it."""
-    cfg, device, path = variant.cfg, shared.device, path_of_results(variant)
+    cfg, device, path = (variant.cfg, shared.recognisers.device,
+                         path_of(variant, 'results.json'))
     batches.decode_once(rows for group in groups for rows in group.read_often())
     released = joined([group.released for group in groups])
     originals = joined([group.sources() for group in groups])
@@ -214,6 +227,9 @@ def attack_all(variant, shared, groups, student, missing, made_from, results):
                   'questions': list(result.figures), 'linked': 0.0}
         if result.cosines is not None:
             record['linked'] = result.figures['same_image']['rank1']
+            exports.write_csv(
+                path_of(variant, 'scores') / f'attack_{name.replace("/", "_")}.csv',
+                [['cosine with own original'], *result.cosines[:, None]])
         if record['linked'] > max((r['linked'] for r in results['attacked'].values()), default=0):
             pictures.attempt(pictures.save_most_linked, f'{name}, {result.way}', record['linked'],
                              result.cosines, released, originals, picture(variant, 'most_linked'))
@@ -231,6 +247,9 @@ def kept_attacks(path, made_from):
                     if record['made_from'] == attacks.digest_of_attack(made_from, record['entry'])}
         keys = [f'{name}_{question}' for name, record in attacked.items()
                 for question in record['questions']]
+        if lost := [name for name in before['attacked'] if name not in attacked]:
+            process.say(f'{path}: nets, images, settings or code changed since the attacks '
+                        f'{", ".join(lost)}')
         if attacked:
             process.say(f'{path}: the attacks {", ".join(attacked)} are kept')
             return {'attacked': attacked, 'reconstruction': before['reconstruction'],
@@ -243,58 +262,62 @@ def joined(parts):
     return ImageRows(parts[0].images, np.concatenate([part.rows for part in parts]))
 
 
-def show_row(variant, scores):
-    """Tables and ROC of one row, by rank 0 alone; scores: {set: PairScores}."""
-    path, cfg = path_of_results(variant), variant.cfg
-    with process.only_writer(path):
-        name = Path(external(cfg)).name or variant.name
-        row = Row(name, [files.read_json(path)], {variant.seed: scores})
-        pictures.attempt(pictures.save_roc, [row], picture(variant, 'roc'))
-    for sheet in tables([row], {}, '', cfg.reference):
-        sheet.print(Console())
-    process.say(f'results   {path}')
-    for drawn in (picture(variant, name) for name in ('roc', 'most_linked')):
-        if drawn.exists():
-            process.say(f'picture   {drawn}')
-    if path == variant.results:
-        process.say(f'release   {variant.release}')
+# ----------------------------------------------------------------------------- what is shown
 
-
-# ------------------------------------------------------------------------------ a comparison
-
-def write_comparison(cfg, shared, ready, scores):
-    """comparison.json, table.txt, report.html and pictures, gathered from the results.json of the
-    Variants `ready`, by rank 0 alone; scores: {set: PairScores} of each."""
+def report(cfg, shared, ready, scores, compare):
+    """Tables and pictures of the Variants `ready`, from their results.json, by rank 0 alone; with
+    `compare` in files of the run, too. scores: {set: PairScores} of each."""
     folder, method, rows = Path(cfg.run.folder), cfg.reconstruct.method, {}
-    path, figures = folder / 'comparison.json', folder / 'figures'
-    with process.only_writer(path):
+    first = path_of(ready[0], 'results.json')
+    with process.only_writer(folder / 'comparison.json' if compare else first):
         for variant, row_scores in zip(ready, scores):
-            row = rows.setdefault(variant.name, Row(variant.name))
-            row.results.append(files.read_json(variant.results))
+            name = Path(external(cfg)).name or variant.name
+            row = rows.setdefault(name, Row(name))
+            row.results.append(files.read_json(path_of(variant, 'results.json')))
             row.scores[variant.seed] = row_scores
-        own, rows = rows.get(method), [*floors(cfg, shared), *rows.values()]
+        own, rows = rows.get(method), list(rows.values())
+        if compare:
+            rows = [*floors(cfg, shared), *rows]
         ahead = leads(rows, method)
-        files.write_json(path, {'rows': {row.name: row.results for row in rows}, 'ahead': ahead})
         sheets = tables(rows, ahead, method, cfg.reference)
-        with files.replacing(folder / 'table.txt') as file:
-            text = io.StringIO()
-            for sheet in sheets:
-                sheet.print(Console(file=text, width=80))
-            file.write(text.getvalue().encode())
-        pictures.attempt(pictures.save_roc, rows, figures / 'roc.png')
-        pictures.attempt(pictures.save_tradeoff, rows, figures / 'tradeoff.png')
-        write_page(folder, sheets, own.results[0] if own else {})
+        if compare:
+            files.write_json(folder / 'comparison.json',
+                             {'rows': {row.name: row.results for row in rows}, 'ahead': ahead})
+            write_comparison(folder, rows, sheets, own.results[0] if own else {})
+        else:
+            pictures.attempt(pictures.save_roc, rows, picture(ready[0], 'roc'))
     for sheet in sheets:
         sheet.print(Console())
-    process.say(f'tables    {folder / "table.txt"}, {path}')
-    process.say(f'pictures  {figures}')
-    process.say(f'releases  {", ".join(str(variant.release) for variant in ready)}')
-    process.say(f'all of it on one page: open {folder / "report.html"}')
+    if not external(cfg):
+        process.say(f'releases  {", ".join(str(variant.release) for variant in ready)}; beside '
+                    'each results.json, scores, and measured.json, which may be published')
+    if compare:
+        process.say(f'tables    {folder}/table.txt, tables.csv, comparison.json')
+        process.say(f'pictures  {folder / "figures"}')
+        process.say(f'all of it on one page: open {folder / "report.html"}')
+    else:
+        others = ', '.join(path_of(ready[0], name).name for name in ('measured.json', 'scores'))
+        process.say(f'results   {first}, {others}; pictures {picture(ready[0], "*")}')
+
+
+def write_comparison(folder, rows, sheets, results):
+    """table.txt, tables.csv, pictures and the page of a run; results: of a row that says what made
+    them."""
+    with files.replacing(folder / 'table.txt') as file:
+        text = io.StringIO()
+        for sheet in sheets:
+            sheet.print(Console(file=text, width=80))
+        file.write(text.getvalue().encode())
+    exports.write_sheets(folder / 'tables.csv', sheets)
+    pictures.attempt(pictures.save_roc, rows, folder / 'figures' / 'roc.png')
+    pictures.attempt(pictures.save_tradeoff, rows, folder / 'figures' / 'tradeoff.png')
+    pictures.attempt(pictures.save_losses, folder / 'log', folder / 'figures' / 'losses.png')
+    write_page(folder, sheets, results)
 
 
 def floors(cfg, shared):
     """What is reached without learning anything, as Rows."""
-    private = shared.folds[0].private
+    private = shared.recognisers.folds[0].private
     used = np.flatnonzero(not_excluded(private, cfg))
     some = private.select(used[::len(used) // 5000 + 1]).pixels()
     figures = verification.component_floor(some, shared.sets, cfg.evaluate.centred)

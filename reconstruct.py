@@ -58,7 +58,7 @@ and is stored in insightface's record format. Labels were renumbered and the ord
 a secret that is not part of this release. Train on it as on any `train.rec`.
 
 **What it does not promise.** The people are not anonymous. The images are meant to be harder to
-re-identify; how hard, and for which attackers, is in the maker's results.json. A person's images
+re-identify; how hard, and for which attackers, the maker's measured.json tells. A person's images
 share one label, and their number is visible unless the maker capped it. Which patches of an image
 were visible can be read off most released images. Two releases of the same photos say more than
 one: with other masks they show other patches.

@@ -57,7 +57,7 @@ def test_the_pipeline_writes_what_it_promises(finished):
     table = (folder / 'run' / 'table.txt').read_text().splitlines()
     assert max(map(len, table)) <= 80 and any('originals' in line for line in table)
     page = (folder / 'run' / 'report.html').read_text()
-    assert page.count('data:image/png;base64,') == 4 and 'not anonymous' in page
+    assert page.count('data:image/png;base64,') == 5 and 'not anonymous' in page
     words = re.sub(r'base64,[^"]*', '', page)      # pictures as text can hold any four letters
     assert 'originals' in page and 'http' not in words and '<script' not in page
 

@@ -28,3 +28,23 @@ def interval(hits, person, draws=1000):
     rng = np.random.default_rng(0)
     weights = rng.multinomial(len(count), np.full(len(count), 1 / len(count)), draws)
     return np.percentile(weights @ total / (weights @ count), [2.5, 97.5]).tolist()
+
+
+def interval_over_seeds(values, rng, draws=1000):
+    """[mean, low, high] of values (seeds, n) of the same n pairs, with a 95 % interval: pairs are
+    drawn (bootstrap), and seeds taken as normal, of which few tell the spread badly (Student's
+    t)."""
+    seeds, n = values.shape
+    means = np.array([values.mean(0) @ rng.multinomial(n, np.full(n, 1 / n))
+                      for _ in range(draws)]) / n
+    if seeds > 1:
+        means += rng.standard_t(seeds - 1, draws) * values.mean(1).std(ddof=1) / seeds ** 0.5
+    return [values.mean(), *np.percentile(means, [2.5, 97.5])]
+
+
+def t_half_width(values):
+    """Half of the 95 % interval of the mean of normal values (n,); 0 for a single one."""
+    if len(values) < 2:
+        return 0.0
+    t = np.percentile(np.random.default_rng(0).standard_t(len(values) - 1, 100_000), 97.5)
+    return t * np.std(values, ddof=1) / len(values) ** 0.5

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from facekit.data.faces import ImageRows
 from facekit.data.pairs import FOLDS
-from facekit.measure.statistics import auc, tar_at_far, threshold_at_far
+from facekit.measure.statistics import auc, interval_over_seeds, tar_at_far, threshold_at_far
 from facekit.nets import embed
 
 CENTRED = ' centred'      # ends the name of a set that was centred on its mean
@@ -18,6 +18,10 @@ class PairScores:
     """How a recogniser sees the pairs of a set."""
     distance: np.ndarray      # float64 (P,), squared L2 of unit embeddings, 0..4
     same: np.ndarray          # bool (P,): of one person
+
+    def wrong(self):
+        """Which pairs the ten-fold protocol decides wrongly, float64 (P,), 0 or 1."""
+        return 1.0 - fold_decisions(self.distance, self.same)[0]
 
 
 def fold_decisions(distance, same):
@@ -51,14 +55,13 @@ def paired_difference(ours, theirs, same, draws=1000):
     """By how much one recogniser is better than another on the same pairs, over seeds.
 
     ours, theirs: {seed: distances (P,)}, of which the common seeds count (none: {} is returned).
-    {figure: [mean, low, high]} of accuracy and TAR at FAR 1 %, with 95 % intervals: pairs are
-    drawn (bootstrap), and seeds taken as normal, of which few tell the spread badly (Student's
-    t); thresholds stay as they are.
+    {figure: [mean, low, high]} of accuracy and TAR at FAR 1 %, with the intervals of
+    interval_over_seeds(); thresholds stay as they are.
     """
     both = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
     if not both:
         return {}
-    rng, result, count = np.random.default_rng(0), {}, len(both)
+    rng, result = np.random.default_rng(0), {}
 
     def accepted(distance):
         return (distance < threshold_at_far(distance, same, 1e-2))[same]
@@ -68,12 +71,7 @@ def paired_difference(ours, theirs, same, draws=1000):
 
     for name, good in (('accuracy', decided), ('tar@far=1e-2', accepted)):
         gain = np.stack([good(a).astype(float) - good(b) for a, b in both])
-        pairs = gain.shape[1]
-        means = np.array([gain.mean(0) @ rng.multinomial(pairs, np.full(pairs, 1 / pairs))
-                          for _ in range(draws)]) / pairs
-        if count > 1:
-            means += rng.standard_t(count - 1, draws) * gain.mean(1).std(ddof=1) / count ** 0.5
-        result[name] = [gain.mean(), *np.percentile(means, [2.5, 97.5])]
+        result[name] = interval_over_seeds(gain, rng, draws)
     return result
 
 

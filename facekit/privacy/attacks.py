@@ -247,6 +247,7 @@ ATTACKERS = {
     'membership': Attacker(
         membership, has='the insider: looks how sure it is of a photo', questions=('recogniser',)),
 }
+STRONGEST = 'judge', 'pixels', 'linear', 'insider'     # who count as the strongest attacker
 
 
 @dataclass

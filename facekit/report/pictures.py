@@ -1,4 +1,4 @@
-"""Pictures of a run: faces, surest links, ROC, privacy against utility."""
+"""Pictures of a run: faces, surest links, ROC, losses, privacy against utility."""
 import errno
 import os
 
@@ -8,10 +8,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from facekit.base import files, process
 from facekit.base.errors import optional
+from facekit.base.log import read_log
 from facekit.data.images import to_uint8
 from facekit.report.tables import QUESTIONS, comparable
 
 MARGIN, GAP, TEXT = 96, 3, 13                  # of face grids: left margin, gap, font size, pixels
+LEGEND = dict(frameon=False, loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize=8)
 
 
 def save_grid(rows, path, title=''):
@@ -65,16 +67,13 @@ def new_figure(**how):
 def colours_of(names):
     """{name: colour}, no two alike."""
     from matplotlib import colormaps
-    if len(names) <= 10:
-        return dict(zip(names, colormaps['tab10'].colors))
-    return dict(zip(names, colormaps['turbo'](np.linspace(0, 1, len(names)))))
+    return dict(zip(names, colormaps['turbo'](np.linspace(0.05, 0.95, len(names)))))
 
 
 def save_plot(figure, path):
-    """Write a figure as PNG, with the legend of its last axes beside them."""
+    """Write a figure as PNG."""
     for axes in figure.axes:
         axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1.01, 0.5), fontsize=8)
     with files.replacing(path) as file:
         figure.savefig(file, format='png', dpi=120, bbox_inches='tight')
 
@@ -82,18 +81,35 @@ def save_plot(figure, path):
 def save_roc(rows, path):
     """ROC of the first seed of Rows, on the first set that was tested."""
     tested = {row.name: next(iter(row.scores.values())) for row in rows if row.scores}
-    first = next((name for scores in tested.values() for name in scores), None)
-    if first is None:
+    if not any(tested.values()):
         return
     figure = new_figure(figsize=(5, 4))
     axes = figure.subplots()
     for name, colour in colours_of(tested).items():
-        if first in tested[name]:
-            scores = tested[name][first]
-            same = scores.same[scores.distance.argsort()]
-            axes.plot((~same).cumsum() / (~same).sum(), same.cumsum() / same.sum(), label=name,
-                      color=colour)
+        scores = next(iter(tested[name].values()))
+        same = scores.same[scores.distance.argsort()]
+        axes.plot((~same).cumsum() / (~same).sum(), same.cumsum() / same.sum(), label=name,
+                  color=colour)
     axes.set(xscale='log', xlim=(1e-3, 1), xlabel='false accept rate', ylabel='true accept rate')
+    axes.legend(**LEGEND)
+    save_plot(figure, path)
+
+
+def save_losses(logs, path):
+    """Losses of all trainings whose logs lie in a folder, a panel a loss, a colour a training."""
+    trainings = {str(log.relative_to(logs).with_suffix('')): [entry for _, entry in read_log(log)]
+                 for log in sorted(logs.rglob('*.jsonl'))}
+    figure = new_figure(figsize=(10, 4), layout='constrained')
+    for panel, loss in zip(figure.subplots(1, 3), ('loss', 'mse', 'irm')):
+        curves = {name: [(entry['step'], entry[loss]) for entry in entries
+                         if isinstance(entry.get(loss), float)]
+                  for name, entries in trainings.items()}
+        curves = {name: points for name, points in curves.items() if points}
+        for name, colour in colours_of(curves).items():
+            panel.plot(*zip(*curves[name]), color=colour, label=name)
+        panel.set(xlabel='step', title=loss)
+        if curves:                                         # else it warns
+            panel.legend(frameon=False, fontsize=6)
     save_plot(figure, path)
 
 
@@ -110,7 +126,7 @@ def save_tradeoff(rows, path):
     for panel, (word, question) in zip(panels, QUESTIONS.items()):
         for row in rows:
             accuracy, colour = 100 * row.accuracy(sets), colours[row.name]
-            strongest, judge = (100 * row.strongest(question, who)[0]
+            strongest, judge = (100 * row.strongest(question, who).rank1
                                 for who in (attackers, ['judge']))
             panel.plot([judge, strongest], [accuracy] * 2, '-', color=colour, lw=1)
             panel.plot(judge, accuracy, 'o', color=colour, ms=5)
@@ -122,4 +138,5 @@ def save_tradeoff(rows, path):
         panel.set(xlabel=f'{word} is found first, %')
     panels[0].set_ylabel('verification accuracy, mean of sets, %')
     panels[0].set_title('square: strongest attack, dot: judge', loc='left', fontsize=8)
+    panels[1].legend(**LEGEND)
     save_plot(figure, path)

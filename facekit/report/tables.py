@@ -1,4 +1,4 @@
-"""Tables of a comparison, for the screen, a file and the page of a run: what a release is worth,
+"""Tables of a comparison, for the screen, files and the page of a run: what a release is worth,
 what it gives away, by how much the method is ahead, and whether the paper's claims are reached."""
 from dataclasses import dataclass, field
 
@@ -6,21 +6,34 @@ import numpy as np
 from rich import box
 from rich.table import Column, Table
 
+from facekit.base.errors import counted
 from facekit.measure import verification
-from facekit.privacy.attacks import ATTACKERS
+from facekit.measure.statistics import interval_over_seeds, t_half_width
+from facekit.privacy.attacks import ATTACKERS, STRONGEST
 from facekit.privacy.protect import PROTECTIONS, visible_count
 
 QUESTIONS = {'person': 'same_person', 'photo': 'same_image'}     # by its word in tables
-LEAKAGE = {            # titles of the tables of attackers, by question and figure
-    ('same_person', 'rank1'):
+LEAKAGE = {            # titles and meanings of the tables of attackers, by question and figure
+    ('same_person', 'rank1'): (
         'person: another photo of it is found first, its own original left out, %',
-    ('same_person', 'each_person_once'):
+        'Of all originals but the one that an image was made from, how often is the most similar '
+        'one a photo of the same person? Chance: what guessing reaches. Lower is more private.'),
+    ('same_person', 'each_person_once'): (
         'person, with each person counted once, however many photos, %',
-    ('same_image', 'rank1'):
+        'The same as a mean over people: one with many photos is found more easily.'),
+    ('same_image', 'rank1'): (
         'photo: the original it was made from is found first among all, %',
-    ('label', 'rank1'):
-        "label: the mean of a person's other photos is found first among all means, %"}
+        'Somebody holds the very photo: how often is it the most similar of all originals?'),
+    ('label', 'rank1'): (
+        "label: the mean of a person's other photos is found first among all means, %",
+        'Images of one person share a label. Their mean is compared with the means of people.'),
+    ('recogniser', 'auc'): (
+        'membership: who trained the recogniser can be told, AUC, % (chance 50)',
+        'Can the recogniser that learnt from the release tell whose photos it was made of?')}
 MEASURES = {'acc.': 'accuracy', 'AUC': 'auc', 'TAR@1%': 'tar@far=1e-2'}
+UTILITY = ('Do two photos show one person? acc.: right answers, in ten folds. TAR@1%: pairs of '
+           'one person that are accepted if 1 % of the others are. Pixel components are the '
+           'floor: they learnt nothing about people.')
 ROUNDED = 0.15     # points by which a mean and a deviation of one digit may be off
 WIDE = 4           # attackers side by side in 80 columns
 
@@ -32,6 +45,7 @@ class Sheet:
     columns: list
     rows: list
     text: bool = False        # whether all columns are text, not only the first
+    meaning: str = ''         # a sentence or two for the page
 
     def print(self, console):
         """On a rich console of 80 columns or more."""
@@ -42,6 +56,18 @@ class Sheet:
             table.add_row(*row)
         console.print(self.title, style='bold', highlight=False)
         console.print(table)
+
+
+@dataclass
+class Leakage:
+    """What the strongest attacker finds, shares 0..1 with a 95 % interval over people and seeds;
+    NaN where none was tried."""
+    rank1: float = np.nan
+    low: float = np.nan
+    high: float = np.nan
+    probes: int = 0
+    people: int = 0
+    seeds: int = 0
 
 
 @dataclass
@@ -65,25 +91,27 @@ class Row:
         return float(np.mean(found)) if found else np.nan
 
     def strongest(self, question, attackers):
-        """Rank 1 of the strongest of `attackers` and its 95 % interval, float64 (3,), mean of the
-        seeds; NaN where none of them was tried."""
-        seeds = []
+        """The Leakage to the strongest of `attackers`, mean of the seeds."""
+        best = []
         for privacy in self.figures('privacy'):
             tried = [privacy[f'{name}_{question}'] for name in attackers
                      if f'{name}_{question}' in privacy]
-            if tried:
-                best = max(tried, key=lambda figures: figures['rank1'])
-                seeds.append([best['rank1'], *best.get('rank1_ci', [best['rank1']] * 2)])
-        return np.mean(seeds, 0) if seeds else np.full(3, np.nan)
+            best += sorted(tried, key=lambda figures: figures['rank1'])[-1:]
+        if not best:
+            return Leakage()
+        shares = [figures['rank1'] for figures in best]
+        low, high = np.mean([figures['rank1_ci'] for figures in best], 0)
+        mean, spread = np.mean(shares), t_half_width(shares)
+        return Leakage(mean, max(0, mean - np.hypot(mean - low, spread)),
+                       min(1, mean + np.hypot(high - mean, spread)), best[0]['probes'],
+                       best[0]['people'], len(best))
 
 
 def comparable(rows):
-    """Names of the attackers that count and were tried on every seed of all rows: the strongest of
-    few is weaker than that of many."""
-    left_out = [name for name, attacker in ATTACKERS.items()
-                if not attacker.counts or 'same_person' not in attacker.questions]
-    tried = set.intersection(*(set(names) for row in rows for names in row.figures('attacked')))
-    return ordered(tried.difference(left_out))
+    """The attackers of STRONGEST that were tried on every seed of all rows: the strongest of few
+    is weaker than that of many."""
+    tried = [names for row in rows for names in row.figures('attacked')]
+    return [name for name in STRONGEST if all(name in names for names in tried)]
 
 
 def ordered(names):
@@ -101,8 +129,7 @@ def tables(rows, ahead, method, references):
     sheets = [*utility_tables(rows, references), *lead_tables(ahead, method)]
     if released:
         sheets += [*leakage_tables(released), quality_table(released),
-                   *membership_table(released), *claims_table(rows, method),
-                   attackers_table(released)]
+                   *claims_table(rows, method), attackers_table(released)]
     return [*sheets, *repetition_table(rows, references)]
 
 
@@ -116,7 +143,7 @@ def utility_tables(rows, references):
                   for row, values in references.items()
                   if isinstance(values.get(name), (int, float))]
         sheets.append(Sheet(f'utility: verification on {name}, %',
-                            ['released set', *MEASURES], lines))
+                            ['released set', *MEASURES], lines, meaning=UTILITY))
     return sheets
 
 
@@ -141,14 +168,15 @@ def lead_tables(ahead, method):
         f'{method} minus ..., points on {name} [95 % interval over pairs and seeds]',
         [f'{method} minus', 'acc.', 'TAR@1%'],
         [[row, *('{:+.1f} [{:+.1f}, {:+.1f}]'.format(*(100 * np.array(gain)))
-                 for gain in sets[name].values())] for row, sets in ahead.items()])
+                 for gain in sets[name].values())] for row, sets in ahead.items()],
+        meaning=f'Above 0: {method} teaches more. An interval that holds 0 decides nothing.')
         for name in next(iter(ahead.values()), {})]
 
 
 def leakage_tables(rows):
     """What every attacker finds, a Sheet for each question and a few attackers, with chance."""
     sheets = []
-    for (question, key), title in LEAKAGE.items():
+    for (question, key), (title, meaning) in LEAKAGE.items():
         names = ordered({name.removesuffix(f'_{question}') for row in rows
                          for privacy in row.figures('privacy') for name in privacy
                          if name.endswith(f'_{question}') and key in privacy[name]})
@@ -160,7 +188,7 @@ def leakage_tables(rows):
                 chances = [[c for row in rows for c in row.figures(*path, 'chance')]
                            for path in paths]
                 lines.append(['chance', *(f'{100 * first:.2f}' for first, *_ in chances)])
-            sheets.append(Sheet(title, ['released set', *some], lines))
+            sheets.append(Sheet(title, ['released set', *some], lines, meaning=meaning))
     return sheets
 
 
@@ -168,32 +196,18 @@ def quality_table(rows):
     """How far released images are from their originals."""
     lines = []
     for row in rows:
+        config = row.results[0]['config']
+        c, visible = config['reconstruct'], 'all'
+        if config['release']:
+            visible = 'unknown'
+        elif PROTECTIONS[c['method']].draws_mask:
+            visible = '{} of {}'.format(*visible_count(
+                config['data']['size'], config['mae']['patch'], c['mask_ratio']))
         psnr, ssim = (np.mean(row.figures('reconstruction', key)) for key in ('psnr', 'ssim'))
-        lines.append([row.name, visible_patches(row.results[0]['config']), f'{psnr:.1f}',
-                      f'{ssim:.3f}'])
+        lines.append([row.name, visible, f'{psnr:.1f}', f'{ssim:.3f}'])
     return Sheet('image quality (says nothing of identity)',
-                 ['released set', 'visible patches', 'PSNR, dB', 'SSIM'], lines)
-
-
-def visible_patches(config):
-    """How many patches stay visible, '9 of 36'; of a release made elsewhere 'unknown'."""
-    c = config['reconstruct']
-    if config['release']:
-        return 'unknown'
-    if not PROTECTIONS[c['method']].draws_mask:
-        return 'all'
-    return '{} of {}'.format(*visible_count(
-        config['data']['size'], config['mae']['patch'], c['mask_ratio']))
-
-
-def membership_table(rows):
-    """How well it can be told who was in the student's training; no Sheet if not tried."""
-    lines = [[row.name, percent(row.figures('privacy', 'membership_recogniser', 'auc'))]
-             for row in rows]
-    if not any(share for _, share in lines):
-        return []
-    return [Sheet('membership: who trained the recogniser can be told, AUC, % (chance 50)',
-                  ['released set', 'of the student'], lines)]
+                 ['released set', 'visible patches', 'PSNR, dB', 'SSIM'], lines,
+                 meaning='How near a released image is to its original, pixel by pixel.')
 
 
 def attackers_table(rows):
@@ -206,7 +220,8 @@ def attackers_table(rows):
     return Sheet('attackers (each tries several ways; the best one is reported)',
                  ['attacker', 'what it has'],
                  [[name, has.get(name, 'a recogniser that you named')] for name in tried],
-                 text=True)
+                 text=True, meaning=f'The strongest is taken among {", ".join(STRONGEST)}, which '
+                 'need one release and no secret, whatever others are tried.')
 
 
 def repetition_table(rows, references):
@@ -216,7 +231,7 @@ def repetition_table(rows, references):
     for row in rows:
         for key, value in references.get(row.name, {}).items():
             if key in QUESTIONS:
-                here = row.strongest(QUESTIONS[key], comparable([row]))[0]
+                here = row.strongest(QUESTIONS[key], comparable([row])).rank1
             else:
                 here = row.accuracy([key])
             if isinstance(value, list) and np.isfinite(here):
@@ -227,7 +242,8 @@ def repetition_table(rows, references):
     if not lines:
         return []
     return [Sheet(f'repetition, %; reference: {", ".join(sources)}',
-                  ['row', 'figure', 'here', 'reference', 'verdict'], lines, text=True)]
+                  ['row', 'figure', 'here', 'reference', 'verdict'], lines, text=True,
+                  meaning='Does this run agree with an earlier one of the same settings?')]
 
 
 # ------------------------------------------------------------------------- the paper's claims
@@ -241,45 +257,70 @@ def claims_table(rows, method):
     sets = list(own.results[0]['verification']) if own else []
     if not distortions or not sets:
         return []
-    attackers = comparable([own, *distortions])
-    lines = [error_claim(own, distortions, name) for name in sets]
-    floors = [row.name for row in rows if not row.figures('privacy')
-              and row.accuracy(sets) >= own.accuracy(sets)]
-    useful = [row for row in distortions if row.accuracy(sets) >= own.accuracy(sets)]
-    for word, question in QUESTIONS.items():
-        if floors:
-            verdict = 'cannot be said', f'{method} is worth no more than {floors[0]}'
-        else:
-            verdict = leakage_claim(question, own, useful, attackers)
-        lines.append([f'a fifth less leakage ({word}) than a distortion of no less use', *verdict])
+    attackers, lines = comparable([own, *distortions]), []
+    floors = [row for row in rows if not row.figures('privacy')]
+    claims = [(f'half of the error of the best distortion on {name}', [name],
+               error_claim(own, distortions, name)) for name in sets]
+    claims += [(f'a fifth less leakage ({word}) than a distortion of no less use', sets,
+                leakage_claim(question, own, distortions, sets, attackers))
+               for word, question in QUESTIONS.items()]
+    for claim, tested, (verdict, measured) in claims:
+        # Where nothing was learnt, little leaks, and neither says anything
+        reached = [row.name for row in floors if row.accuracy(tested) >= own.accuracy(tested)]
+        if reached:
+            verdict = 'cannot be said'
+            measured = f'{method} is worth no more than {reached[0]}: {measured}'
+        lines.append([claim, verdict, measured])
+    has = '; '.join(f'{name}: {ATTACKERS[name].has}' for name in attackers)
     return [Sheet(f"the paper's claims; leakage: by the strongest of {', '.join(attackers)}",
-                  ['claim', 'verdict', 'measured, %'], lines, text=True)]
+                  ['claim', 'verdict', 'measured, % [95 % interval]'], lines, text=True,
+                  meaning='"Cannot be said": the interval leaves both answers open, or nothing '
+                  f'was learnt. What these attackers have: {has}.')]
 
 
 def error_claim(own, distortions, name):
-    """Whether the error on a verification set is at most half of the runner-up's: a line."""
+    """Whether the error on a verification set is at most half of the runner-up's: verdict and
+    figures. The interval of the difference is over pairs and seeds."""
     best = max(distortions, key=lambda row: row.accuracy([name]))
-    ours, theirs = 1 - own.accuracy([name]), 1 - best.accuracy([name])
-    return [f'half of the error of the best distortion on {name}',
-            'reached' if ours <= 0.5 * theirs + 1e-9 else 'not reached',
-            f'{percent([ours])} against {percent([theirs])} ({best.name})']
+    seeds = [seed for seed in own.scores
+             if name in own.scores[seed] and name in best.scores.get(seed, {})]
+    if not seeds:
+        return 'cannot be said', f'{own.name} and {best.name} share no seed'
+    wrong = [np.stack([row.scores[seed][name].wrong() for seed in seeds]) for row in (own, best)]
+    rng = np.random.default_rng(0)
+    ours, theirs, beyond = (interval_over_seeds(values, rng) for values in (
+        *wrong, wrong[0] - 0.5 * wrong[1]))
+    measured = (f'{percent(ours[:1], [ours[1:]])} against {percent(theirs[:1], [theirs[1:]])} '
+                f'({best.name}); {counted(wrong[0].shape[1], "pair")}, '
+                f'{counted(len(seeds), "seed")}')
+    return verdict_of(beyond[1], beyond[2]), measured
 
 
-def leakage_claim(question, own, useful, attackers):
-    """Whether a fifth less is found than of the best of the `useful` Rows, distortions that are
-    worth at least as much: verdict and figures."""
+def leakage_claim(question, own, distortions, sets, attackers):
+    """Whether a fifth less is found than of the best distortion that is worth at least as much on
+    `sets`: verdict and figures.
+
+    results.json has no hits of each person, so that people are not drawn together for both rows.
+    The verdict is on the safe side: the nearer ends of both intervals decide.
+    """
     ours = own.strongest(question, attackers)
-    if not useful or np.isnan(ours[0]):
+    useful = [row for row in distortions if row.accuracy(sets) >= own.accuracy(sets)]
+    if not useful or np.isnan(ours.rank1):
         return 'cannot be said', 'no distortion here is worth as much'
-    best = min(useful, key=lambda row: row.strongest(question, attackers)[0])
+    best = min(useful, key=lambda row: row.strongest(question, attackers).rank1)
     theirs = best.strongest(question, attackers)
-    figures = (f'{percent(ours[:1], [ours[1:]])} against {percent(theirs[:1], [theirs[1:]])} '
-               f'({best.name})')
-    if ours[0] > 0.8 * theirs[0] + 1e-9:
-        return 'not reached', figures
-    if ours[2] >= theirs[1]:
-        return 'cannot be said', f'{figures}: intervals overlap'
-    return 'reached', figures
+    measured = (f'{percent([ours.rank1], [(ours.low, ours.high)])} against '
+                f'{percent([theirs.rank1], [(theirs.low, theirs.high)])} ({best.name}); '
+                f'{counted(ours.probes, "probe")} of {ours.people} people, '
+                f'{counted(ours.seeds, "seed")}')
+    return verdict_of(ours.low - 0.8 * theirs.high, ours.high - 0.8 * theirs.low), measured
+
+
+def verdict_of(low, high):
+    """The verdict on a claim that something is 0 or less, by its interval."""
+    if high <= 1e-9:
+        return 'reached'
+    return 'not reached' if low > 1e-9 else 'cannot be said'
 
 
 def percent(shares, intervals=()):
