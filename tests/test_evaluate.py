@@ -20,7 +20,7 @@ from facekit.data.pairs import PairSet, held_back, load_pairs
 from facekit.measure import verification
 from facekit.measure.statistics import auc, tar_at_far
 from facekit.nets import embed
-from facekit.nets.weights import load_checkpoint, load_weights
+from facekit.nets.weights import load_checkpoint
 
 GOLDEN = json.loads((Path(__file__).parent / 'fixtures' / 'verification.json').read_text())
 
@@ -180,7 +180,7 @@ def test_a_call_in_a_checkpoint_is_not_made(tmp_path):
 def test_a_tensor_that_the_file_does_not_hold_is_refused(tmp_path, what):
     (tmp_path / 'a.pt').write_bytes(hostile.lies()[what])
     with pytest.raises(InputError, match='safely|does not hold the numbers'):
-        load_weights(torch.nn.Module(), load_checkpoint(tmp_path / 'a.pt'), tmp_path / 'a.pt')
+        load_checkpoint(tmp_path / 'a.pt')
 
 
 def test_a_sound_checkpoint_holds_what_was_saved(tmp_path):
