@@ -19,7 +19,7 @@ from facekit.data.pairs import PairSet, held_back, load_pairs
 from facekit.measure import verification
 from facekit.measure.statistics import auc, tar_at_far
 from facekit.nets import embed
-from facekit.nets.weights import load_checkpoint, load_weights
+from facekit.nets.weights import load_checkpoint
 
 GOLDEN = json.loads((Path(__file__).parent / 'fixtures' / 'verification.json').read_text())
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_that_promises_more_than_it_holds_is_refused(tmp_path, monk
     if what in hostile.bombs():
         monkeypatch.setattr(torch, 'load', lambda *_, **__: pytest.fail('it is loaded'))
     with pytest.raises(InputError, match='far more memory|safely|no zip|does not hold'):
-        load_weights(torch.nn.Module(), load_checkpoint(tmp_path / 'a.pt'), tmp_path / 'a.pt')
+        load_checkpoint(tmp_path / 'a.pt')
 
 
 def test_a_sound_checkpoint_holds_what_was_saved(tmp_path):
