@@ -132,9 +132,10 @@ def evaluate(variant, shared):
             results['verification'], scores = verification.verify(student, shared.sets, cfg,
                                                                   device)
             if cfg.evaluate.embeddings:
-                exports.write_embeddings(
-                    path_of(variant, 'embeddings.npz'),
-                    student_embeddings(variant, shared, student, release))
+                target = path_of(variant, 'embeddings.npz')
+                exports.write_embeddings(target, student_embeddings(variant, shared, student,
+                                                                    release))
+                process.say(f'embeddings of faces, for you alone: {target}')
         if release:
             attack_release(variant, shared, release, student, results)
         results['seconds'] = stage_seconds(variant.run)
@@ -248,8 +249,8 @@ def kept_attacks(path, made_from):
         keys = [f'{name}_{question}' for name, record in attacked.items()
                 for question in record['questions']]
         if lost := [name for name in before['attacked'] if name not in attacked]:
-            process.say(f'{path}: nets, images, settings or code changed since the attacks '
-                        f'{", ".join(lost)}')
+            process.say(f'{path}: nets, images, settings or code changed since it was made: left '
+                        f'out are the attacks {", ".join(lost)}')
         if attacked:
             process.say(f'{path}: the attacks {", ".join(attacked)} are kept')
             return {'attacked': attacked, 'reconstruction': before['reconstruction'],

@@ -225,7 +225,12 @@ def lies():
     """{what: a checkpoint that torch.load reads, or refuses, with a tensor that the file does not
     hold}."""
     one = torch.ones(1)
-    tensors = {'expanded': one.expand(1 << 34), 'overlapping': torch.ones(999).unfold(0, 500, 1),
+    tensors = {'compressed rows': torch.eye(4).to_sparse_csr(),
+               'compressed blocks': torch.eye(4).to_sparse_bsr((2, 2)),
+               'conjugate': torch.ones(4, dtype=torch.cfloat).conj(),
+               'jagged': torch.nested.nested_tensor([one, torch.ones(2)], layout=torch.jagged),
+               'nested': torch.nested.nested_tensor([one, torch.ones(2)]),
+               'expanded': one.expand(1 << 34), 'overlapping': torch.ones(999).unfold(0, 500, 1),
                'sparse': torch.sparse_coo_tensor(torch.zeros(1, 1), one, [1 << 34],
                                                  check_invariants=True),
                'meta': torch.ones(1 << 34, device='meta')}

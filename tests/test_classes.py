@@ -13,6 +13,7 @@ import models
 from conftest import ROOT
 from facekit.base import process
 from facekit.data import batches
+from facekit.nets import classes
 from facekit.nets.classes import DividedHead
 
 CLASSES, DIM, ROWS = 17, 16, 12           # 17 divides by neither 2 nor 3
@@ -128,15 +129,16 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def memory(monkeypatch, classes, dim, rows, ranks, rate=1.0):
+def memory(monkeypatch, people, dim, rows, ranks, rate=1.0):
     """GB that stay with a process, and that a step's class layer takes at most beside them."""
     monkeypatch.setattr(process, 'world', lambda: ranks)
     monkeypatch.setattr(process, 'rank', lambda: ranks - 1)
-    monkeypatch.setattr(process, 'gathered', lambda x: torch.cat([x] * ranks))
+    for owner, name in ((process, 'gathered'), (classes, 'gather_rows')):
+        monkeypatch.setattr(owner, name, lambda x: torch.cat([x] * ranks))
     monkeypatch.setattr(dist, 'all_reduce', lambda *_: None)
     monkeypatch.setattr(torch, 'autocast', lambda *_, **__: contextlib.nullcontext())
     with torch.device('meta'):
-        head = DividedHead(dim, classes, rate=rate, share=(ranks - 1, ranks))
+        head = DividedHead(dim, people, rate=rate, share=(ranks - 1, ranks))
         if rate < 1:
             head.sampled = torch.empty(int(rate * len(head.weight)), dtype=torch.int64)
         z = torch.empty(rows // ranks, dim, requires_grad=True)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,17 +67,67 @@ def test_an_onnx_file_sees_what_the_net_sees_that_it_was_exported_from(net, tmp_
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-def test_what_is_no_onnx_recogniser_is_refused_in_a_sentence(net, tmp_path):
+def test_what_is_no_onnx_recogniser_is_refused_in_a_sentence(tmp_path):
     (tmp_path / 'text.onnx').write_bytes(b'not a net')
     export(torch.nn.Conv2d(1, 4, 3), tmp_path / 'grey.onnx', torch.zeros(1, 1, 48, 48))
-    for name in ('text.onnx', 'grey.onnx'):
-        with pytest.raises(InputError, match='is no ONNX recogniser'):
-            recogniser(tmp_path / name, CPU)
-    detector = recogniser(export(torch.nn.Conv2d(3, 4, 3), tmp_path / 'map.onnx'), CPU)
-    with pytest.raises(InputError, match='not one embedding an image'):
-        embed.embed_batch(detector, torch.zeros(1, 48, 48, 3, dtype=torch.uint8), 'fp32')
-    with pytest.raises(InputError, match='cannot be read'):
-        recogniser(tmp_path / 'none.onnx', CPU)
+    export(torch.nn.Conv2d(3, 4, 3), tmp_path / 'map.onnx')
+    for name, words in (('text', 'is no ONNX recogniser'), ('grey', 'is no ONNX recogniser'),
+                        ('map', 'not one embedding an image'), ('none', 'cannot be read')):
+        with pytest.raises(InputError, match=words):
+            recogniser(tmp_path / f'{name}.onnx', CPU)
+
+
+def onnx_file(path, *nodes, shape=('n', 'd'), **constants):
+    """An ONNX file of nodes from 'input' to 'out', and constants for them by their names."""
+    h = onnx.helper
+    form = {name: h.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+            for name, shape in (('input', ('n', 3, 16, 16)), ('out', shape))}
+    if nodes[-1].op_type == 'Cast':
+        form['out'].type.tensor_type.elem_type = onnx.TensorProto.STRING
+    tensors = [onnx.numpy_helper.from_array(np.asarray(value), name)
+               for name, value in constants.items()]
+    graph = h.make_graph(nodes, 'net', [form['input']], [form['out']], tensors)
+    onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid('', 17)], ir_version=8), path)
+
+
+def endless(node):
+    """A loop that copies its state for some 300 years."""
+    h, real, flag = onnx.helper, onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL
+    body = h.make_graph(
+        [node('Identity', ['go'], ['go_on']), node('Sin', ['state'], ['next'])], 'body',
+        [h.make_tensor_value_info('number', onnx.TensorProto.INT64, ()),
+         h.make_tensor_value_info('go', flag, ()),
+         h.make_tensor_value_info('state', real, ('n', 'd'))],
+        [h.make_tensor_value_info('go_on', flag, ()),
+         h.make_tensor_value_info('next', real, ('n', 'd'))])
+    return node('Loop', ['often', 'yes', 'flat'], ['out'], body=body)
+
+
+@pytest.mark.parametrize('what, words', [
+    ('good', ''), ('fails', r'fails \(.*when it embeds two images'), ('nan', 'no finite numbers'),
+    ('text', 'not one embedding'), ('one number', r'shape \(2, 1\)'),
+    ('one row', r'shape \(1, 768\)'), ('endless', 'does not end within 1 s')])
+def test_an_onnx_file_is_tried_out_when_it_is_loaded(tmp_path, monkeypatch, what, words):
+    node = onnx.helper.make_node
+    flat = node('Flatten', ['input'], ['flat'])
+    nodes, constants = {
+        'good': ([node('Flatten', ['input'], ['out'])], {}),
+        'fails': ([flat, node('Gather', ['flat', 'rows'], ['out'])], {'rows': [98, 99]}),
+        'nan': ([flat, node('Sub', ['flat', 'inf'], ['low']), node('Sqrt', ['low'], ['out'])],
+                {'inf': np.float32(np.inf)}),
+        'text': ([flat, node('Cast', ['flat'], ['out'], to=onnx.TensorProto.STRING)], {}),
+        'one number': ([flat, node('ReduceMean', ['flat'], ['out'], axes=[1])], {}),
+        'one row': ([flat, node('ReduceMean', ['flat'], ['out'], axes=[0])], {}),
+        'endless': ([flat, endless(node)], {'often': 1 << 62, 'yes': True}),
+    }[what]
+    onnx_file(tmp_path / 'net.onnx', *nodes, **constants)
+    monkeypatch.setattr(published, 'SECONDS', 1)
+    if not words:
+        images = torch.zeros(3, 3, 16, 16)
+        assert recogniser(tmp_path / 'net.onnx', CPU)(images).shape == (3, 768)
+        return
+    with pytest.raises(InputError, match=words):
+        recogniser(tmp_path / 'net.onnx', CPU)
 
 
 @pytest.fixture

@@ -10,8 +10,16 @@ from torch import nn
 import models
 from facekit.base import process
 from facekit.data import batches
+from irm import gather_rows
 
 BLOCK = 4096      # centres that are drawn at a time
+
+
+def summed(gradient):
+    """The sum of what the processes have for the rows of all of them."""
+    gradient = gradient.clone()
+    dist.all_reduce(gradient)
+    return gradient
 
 
 class DividedHead(models.MarginHead):
@@ -54,7 +62,8 @@ class DividedHead(models.MarginHead):
         """Embeddings (n, dim) and labels (n,) of this process -> the cross-entropy of the N rows
         of all processes and their accuracy: scalars, the same on each."""
         if self.count > 1:
-            z, labels = GatheredRows.apply(z), process.gathered(labels)
+            z, labels = gather_rows(z), process.gathered(labels)
+            z.register_hook(summed)        # each process has the gradient of its own centres
         own = (labels >= self.first) & (labels < self.end)            # (N,): whose centre is here
         column = (labels - self.first).clamp(0, len(self.weight) - 1)
         weight = self.weight
@@ -122,18 +131,3 @@ class DividedHead(models.MarginHead):
             dist.recv(part, r)
             parts.append(part.cpu())
         return torch.cat(parts)
-
-
-class GatheredRows(torch.autograd.Function):
-    """process.gathered() with a gradient: the sum of what the processes have for the own rows,
-    times their number, since the net's gradients are averaged later."""
-
-    @staticmethod
-    def forward(ctx, z):
-        return process.gathered(z)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient * process.world()
-        dist.all_reduce(gradient)
-        return gradient.chunk(process.world())[process.rank()]

@@ -73,8 +73,11 @@ def unit_embeddings(net, chosen, cfg, device):
     store = Store(chosen, device, once=True)
     z = embed_all(net, store, batch, cfg.run.precision, joined=True)[0]
     if not z.isfinite().all():
+        remedy = 'make it again, or name another'
+        if cfg.run.precision != 'fp32':
+            remedy = f'set run.precision=fp32, or {remedy}'
         raise InputError(f'a recogniser gives no finite numbers in run.precision = '
-                         f'{cfg.run.precision}: set run.precision=fp32, or make it again')
+                         f'{cfg.run.precision}: {remedy}')
     return z
 
 

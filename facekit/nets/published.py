@@ -6,8 +6,10 @@ give embeddings float32 (B, d).
 """
 import importlib.util
 import os
+import threading
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -18,6 +20,7 @@ DLIB = 'dlib'                                  # what stands for the path of dli
 # Where its 150-pixel chips lie in an aligned face of 112 pixels: left, top, right, bottom; below
 # the face the edge is repeated. Of CFP's 7,000 frontal pairs it then tells 99.1 % (AUC 0.9991).
 CHIP, CHIP_BOX = 150, (6.4, 20.1, 106.8, 120.5)
+SECONDS = 60                                   # in which an ONNX file embeds two images
 DLIB_AT_ONCE = 32                              # chips; more take more memory and no less time
 
 
@@ -91,22 +94,48 @@ class OnnxRecogniser(torch.nn.Module):
             raise InputError(f'{path} is no ONNX recogniser that takes float32 images (B, 3, S, '
                              'S): export it with a fixed image size and its weights inside')
         self.path, self.pixels = path, pixels
+        self.try_out(onnxruntime.RunOptions())
+
+    def try_out(self, options):
+        """Refuse a file that cannot embed two images of noise in SECONDS; a blank image would be
+        divided by its own contrast where a net does so."""
+        timer = threading.Timer(SECONDS, setattr, (options, 'terminate', True))
+        timer.start()
+        try:
+            noise = torch.rand(2, 3, self.size, self.size, generator=torch.Generator()) * 2 - 1
+            finite = self.embed(noise, options).isfinite().all()
+        except InputError:
+            raise
+        except Exception as error:             # see above
+            reason = f'does not end within {SECONDS} s'
+            if timer.is_alive():
+                reason = f'fails ({" ".join(str(error).split())[:150]})'
+            raise InputError(f'{self.path} {reason} when it embeds two images: export it again, '
+                             'or name another recogniser') from None
+        finally:
+            timer.cancel()
+        if not finite:
+            raise InputError(f'{self.path} gives no finite numbers for images of noise: export it '
+                             'again, or name another recogniser')
 
     def forward(self, x):
         """x float (B, 3, size, size) in -1..1 -> embeddings float32 (B, d)."""
-        device, x = x.device, x.float().cpu().contiguous()
+        return self.embed(x.float().cpu()).to(x.device)
+
+    def embed(self, x, options=None):
+        """forward() on the CPU; options: onnxruntime's RunOptions."""
         x = (x + 1) * 127.5 if self.pixels == 'bytes' else x
         size = self.batch if isinstance(self.batch, int) else len(x)
         out = []
         for part in x.split(size):
             filled = F.pad(part, (0, 0, 0, 0, 0, 0, 0, size - len(part)))
-            z, *_ = self.session.run(None, {self.input: filled.numpy()})
-            out.append(torch.from_numpy(z)[:len(part)])
-        z = torch.cat(out)
-        if z.ndim != 2:
-            raise InputError(f'{self.path} gives an output of shape {tuple(z.shape)}, not one '
-                             'embedding an image: name a recogniser, not a detector')
-        return z.to(device)
+            z, *_ = self.session.run(None, {self.input: filled.contiguous().numpy()}, options)
+            z = np.asarray(z)
+            if z.dtype.kind != 'f' or z.ndim != 2 or len(z) != size or z.shape[1] < 2:
+                raise InputError(f'{self.path} gives an output of shape {z.shape} and type '
+                                 f'{z.dtype}, not one embedding an image: name a recogniser')
+            out.append(torch.from_numpy(z)[:len(part)].float())
+        return torch.cat(out)
 
 
 class DlibRecogniser(torch.nn.Module):

@@ -2,6 +2,7 @@
 import argparse
 import functools
 import hashlib
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -42,6 +43,10 @@ def load_checkpoint(path, made_by='', needs=()):
     if not isinstance(state, dict):
         raise InputError(f'{path} holds a {type(state).__name__}, not a dict of tensors: save '
                          'its state_dict()')
+    if not all(map(is_plain, tensors_in(state))):
+        raise InputError(f'{path} does not hold the numbers of a tensor, or not plainly (sparse, '
+                         'nested, quantized, expanded ...): save dense copies, '
+                         'tensor.clone().contiguous() of each')
     for key in needs:
         if not isinstance(state.get(key), KINDS[key]):
             raise InputError(f'{path} has no sound {key!r}, as every checkpoint of ours has: '
@@ -71,6 +76,11 @@ def read_tensors(path):
 
 def check_sizes(path):
     """MemoryError if a checkpoint would become larger than its file: torch.save packs nothing."""
+    if Path(path).suffix == '.safetensors':
+        code = ('import torch, safetensors.torch as s; '
+                f'torch.save(s.load_file({str(path)!r}), {str(Path(path).with_suffix(".pth"))!r})')
+        raise InputError(f'{path} is a safetensors file, which is not read: convert it by `pip '
+                         f'install safetensors` and `python -c {shlex.quote(code)}`')
     with open(path, 'rb') as file:
         if file.read(4) != b'PK\3\4':            # torch looks at the same bytes
             raise InputError(f'{path} is no zip file, as torch.save has written since version '
@@ -106,7 +116,7 @@ def digest_of_weights(state):
 
 def load_weights(module, state, path):
     """Load a state_dict, ours or a published one, or say in a sentence why it does not fit."""
-    state = tensors(unwrapped(state), path)
+    state = tensors(unwrapped(state))
     own = module.state_dict()
     if [any(k.startswith('decoder') for k in keys) for keys in (own, state)] == [True, False]:
         raise InputError(f'{path} holds an encoder only: take the full checkpoint, with decoder, '
@@ -132,25 +142,37 @@ def unwrapped(state):
     return state
 
 
-def tensors(state, path):
+def tensors(state):
     """The tensors of a state_dict by their names, without DistributedDataParallel's prefix."""
-    found = {k.removeprefix('module.'): v for k, v in state.items()
-             if isinstance(k, str) and torch.is_tensor(v)}
-    if wrong := [name for name, tensor in found.items() if not is_whole(tensor)]:
-        raise InputError(f'{path} does not hold the numbers of {wrong[0][:80]!r}: make it again')
-    return found
+    return {k.removeprefix('module.'): v for k, v in state.items()
+            if isinstance(k, str) and torch.is_tensor(v)}
 
 
-def is_whole(tensor):
-    """Whether a file that a tensor is from holds each of its numbers; some bytes can promise
-    terabytes, as one number that stands for many."""
-    return (tensor.layout == torch.strided and not tensor.is_meta
+def tensors_in(state):
+    """Every tensor in what a file holds, however deep; a list can hold itself."""
+    waiting, seen = [state], set()
+    while waiting:
+        value = waiting.pop()
+        if torch.is_tensor(value):
+            yield value
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+
+
+def is_plain(tensor):
+    """Whether a tensor from a file lies on the CPU as its numbers, one after another, and the file
+    holds each of them; some bytes can promise terabytes, as one number that stands for many."""
+    return (type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == 'cpu'
+            and tensor.layout == torch.strided
+            and not (tensor.is_nested or tensor.is_quantized or tensor.is_conj()
+                     or tensor.is_neg())
             and tensor.nbytes <= tensor.untyped_storage().nbytes())
 
 
 def is_sound(tensor):
-    """Whether a tensor from a file is whole and holds finite numbers."""
-    return is_whole(tensor) and tensor.dtype in NUMBERS and bool(tensor.isfinite().all())
+    """Whether a tensor of a checkpoint holds finite numbers."""
+    return tensor.dtype in NUMBERS and bool(tensor.isfinite().all())
 
 
 def recogniser(path, device, made_by='', onnx_pixels='signed', fold=None):
@@ -167,7 +189,7 @@ def recogniser(path, device, made_by='', onnx_pixels='signed', fold=None):
 def recogniser_from(saved, path, device):
     """The IResNet (eval mode) in a loaded checkpoint, its size read off the keys."""
     try:
-        state = tensors(unwrapped(saved), path)
+        state = tensors(unwrapped(saved))
         stem, fc = state['conv1.weight'], state['fc.weight']
         layers = [len({k.split('.')[1] for k in state if k.startswith(f'layer{i}.')})
                   for i in range(1, 5)]
@@ -195,5 +217,5 @@ def digest_of_file(path, changed):
     if is_published(path):
         return files.digest(path.read_bytes())
     saved = load_checkpoint(path)
-    return ' '.join(digest_of_weights(tensors(state, path)) for state in (
+    return ' '.join(digest_of_weights(tensors(state)) for state in (
         unwrapped(saved), files.entry(saved, 'head')))
