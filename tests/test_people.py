@@ -313,7 +313,7 @@ def test_nets_that_learnt_from_who_is_private_now_are_refused(finished):
     assert all(net() for net in load())
     cfg.data.split_seed = 5
     for net in load():
-        with pytest.raises(InputError, match='learnt from other images.* run `python train'):
+        with pytest.raises(InputError, match='learnt from other images.* run `python .*train'):
             net()
 
 
