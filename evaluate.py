@@ -4,6 +4,7 @@
     python evaluate.py                                   # the student of the toy run
     python evaluate.py --config configs/casia.yaml
     python evaluate.py --compare                         # all rows, one table
+    python evaluate.py --compare --check                 # only whether all stages can run
     python evaluate.py evaluate.model=backbone.pth "evaluate.sets=[lfw.bin]"   # any recogniser
     python evaluate.py configs/casia.yaml run.folder=runs/theirs release=PATH originals=PATH
                                                          # anybody's release, same order

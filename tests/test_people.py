@@ -313,7 +313,7 @@ def test_nets_that_learnt_from_who_is_private_now_are_refused(finished):
     assert all(net() for net in load())
     cfg.data.split_seed = 5
     for net in load():
-        with pytest.raises(InputError, match=r'learnt from other images.* run `python \S*train'):
+        with pytest.raises(InputError, match='learnt from other images.* run `python .*train'):
             net()
 
 
@@ -392,7 +392,7 @@ def test_a_foreign_release_in_another_order_is_refused(tmp_path):
     write_faces(tmp_path / 'theirs', people=8, each=3)
     assert foreign_groups(cfg, faces.load(tmp_path / 'theirs', cfg), 'cpu')
     write_faces(tmp_path / 'theirs', people=12, each=2)
-    with pytest.raises(InputError, match='do not have the same people'):
+    with pytest.raises(InputError, match='same order'):
         foreign_groups(cfg, faces.load(tmp_path / 'theirs', cfg), 'cpu')
 
 

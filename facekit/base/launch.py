@@ -19,7 +19,7 @@ import torch.distributed as dist
 from facekit.base.config import CONFIGS, namespace, resolve
 from facekit.base.errors import InputError, printable
 from facekit.base.files import digest
-from facekit.base.process import Group, barrier, say, start_processes, world
+from facekit.base.process import Group, barrier, device_name, say, start_processes, world
 
 VERSION = '2.0'
 # What torchrun, Slurm and a terminal that closes send to a run that has to leave
@@ -105,9 +105,7 @@ def made_by(script):
 
 def provenance(device):
     """What a result depends on beside the config: versions, hardware, commit."""
-    name = (torch.cuda.get_device_name(device) if device.type == 'cuda'
-            else f'CPU, {os.cpu_count()} cores')
-    return {'commit': commit(), 'device': name, 'processes': world(),
+    return {'commit': commit(), 'device': device_name(device), 'processes': world(),
             'python': sys.version.split()[0], 'torch': torch.__version__,
             'numpy': np.__version__}
 

@@ -143,14 +143,18 @@ def choose_device(cfg):
     return torch.device('cuda', local)
 
 
+def device_name(device):
+    """What the user calls a device: its GPU, or the CPU and how many cores that has."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'CPU, {os.cpu_count()} cores'
+
+
 def say_device(precision, device):
     """Say what computes, in the first stage of a reproduce.sh or in one that runs alone; and where
     the device has no instructions for half precision, which is slow without."""
     if os.environ.get('STAGE', '1/').startswith('1/'):
-        name = f'CPU, {torch.get_num_threads()} of {cores()} cores'
-        if device.type == 'cuda':
-            name = torch.cuda.get_device_name(device)
-        say(f'device: {name}; precision: {precision}; processes: {world()}')
+        say(f'device: {device_name(device)}; precision: {precision}; processes: {world()}')
     remedy, supported = '', True
     if device.type == 'cuda' and precision == 'bf16':
         remedy, supported = 'fp16', torch.cuda.is_bf16_supported(including_emulation=False)
