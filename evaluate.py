@@ -6,7 +6,9 @@
     python evaluate.py --compare                         # all rows, one table
     python evaluate.py evaluate.model=backbone.pth "evaluate.sets=[lfw.bin]"   # any recogniser
     python evaluate.py configs/casia.yaml run.folder=runs/theirs release=PATH originals=PATH
-                                                         # anybody's release, same order
+                                                         # anybody's release, same names
+    python evaluate.py configs/casia.yaml run.folder=runs/theirs release=PATH originals=PATH \\
+        evaluate.partners=false                          # a synthetic set: does it hold originals?
 
 Reads   evaluate.sets (.bin), <run>/<row>/fr.pt, <run>/<row>/reconstructed, <run>/fold<k>/judge.pt
 Writes  <run>/<row>/results.json (external.json for others' models and releases), <run>/figures;
@@ -24,6 +26,7 @@ import facekit.base.start  # noqa: F401 (first: says what is not installed)
 import contextlib
 import io
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +49,7 @@ from facekit.nets.published import check_installed
 from facekit.nets.weights import load_finished, recogniser, recogniser_from
 from facekit.measure import verification
 from facekit.privacy import attacks, protect
+from facekit.privacy.leak import LIMIT, find_leak
 from facekit.privacy.release import (
     check_release, check_release_images, plan_release, release_made_from, release_secret)
 from facekit.privacy.groups import Owned, Recognisers, foreign_groups, own_groups
@@ -135,7 +139,9 @@ def evaluate(variant, shared):
                 exports.write_embeddings(
                     path_of(variant, 'embeddings.npz'),
                     student_embeddings(variant, shared, student, release))
-        if release:
+        if release and not cfg.evaluate.partners:
+            results['leak'] = check_leak(variant, shared, release)
+        elif release:
             attack_release(variant, shared, release, student, results)
         results['seconds'] = stage_seconds(variant.run)
         process.write_json(path, results)
@@ -236,6 +242,32 @@ def attack_all(variant, shared, groups, student, missing, made_from, results):
         results['attacked'][name] = record          # now that its picture is there, too
         process.write_json(path, results)
         log(kept + number, number * len(released), attack=name)
+
+
+def check_leak(variant, shared, release):
+    """{embedder: figures} of the originals that are nearest to a release without partners, with a
+    picture of the surest ten."""
+    cfg, found = variant.cfg, {}
+    if not (cfg.release and cfg.originals):
+        raise InputError('evaluate.partners=false compares a release with originals of other '
+                         'images: give both paths, release and originals')
+    originals = faces.load(cfg.originals, cfg)
+    owned = Owned(shared.recognisers, 0, cfg)
+    for name in ('judge', 'pixels'):
+        leak = find_leak(owned.embedder(name), release, originals)
+        figures = found[name] = leak.figures()
+        process.say(f'{name}: {figures["beyond"]} of {figures["images"]} images are nearer to an '
+                    f'original than {100 * LIMIT:.1f} % of strangers to each other (expected: '
+                    f'{figures["expected"]:.1f})')
+        surest = leak.surest()
+        rows = {'released': release.select(surest),
+                'original': originals.select(leak.nearest[surest])}
+        rows = {label: torch.as_tensor(some.pixels()).permute(0, 3, 1, 2) / 255
+                for label, some in rows.items()}
+        title = f'{name}: the surest of {len(release)}, cosine {figures["highest"]:.2f} and less'
+        pictures.attempt(partial(pictures.save_grid, rows, title=title),
+                         picture(variant, f'leak_{name}'))
+    return found
 
 
 def kept_attacks(path, made_from):
