@@ -7,8 +7,7 @@
     python evaluate.py evaluate.model=backbone.pth "evaluate.sets=[lfw.bin]"   # any recogniser
     python evaluate.py configs/casia.yaml run.folder=runs/theirs release=PATH originals=PATH
                                                          # anybody's release, same names
-    python evaluate.py configs/casia.yaml run.folder=runs/theirs release=PATH originals=PATH \\
-        evaluate.partners=false                          # a synthetic set: does it hold originals?
+    python evaluate.py ... originals=PATH evaluate.partners=false        # the same of a synthetic set
 
 Reads   evaluate.sets (.bin), <run>/<row>/fr.pt, <run>/<row>/reconstructed, <run>/fold<k>/judge.pt
 Writes  <run>/<row>/results.json (external.json for others' models and releases), <run>/figures;
@@ -26,7 +25,6 @@ import facekit.base.start  # noqa: F401 (first: says what is not installed)
 import contextlib
 import io
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +47,7 @@ from facekit.nets.published import check_installed
 from facekit.nets.weights import load_finished, recogniser, recogniser_from
 from facekit.measure import verification
 from facekit.privacy import attacks, protect
-from facekit.privacy.leak import LIMIT, find_leak
+from facekit.privacy.leak import find_leak
 from facekit.privacy.release import (
     check_release, check_release_images, plan_release, release_made_from, release_secret)
 from facekit.privacy.groups import Owned, Recognisers, foreign_groups, own_groups
@@ -245,27 +243,19 @@ def attack_all(variant, shared, groups, student, missing, made_from, results):
 
 
 def check_leak(variant, shared, release):
-    """{embedder: figures} of the originals that are nearest to a release without partners, with a
-    picture of the surest ten."""
+    """{embedder: figures} of the originals nearest to a release without partners, and pictures."""
     cfg, found = variant.cfg, {}
     if not (cfg.release and cfg.originals):
-        raise InputError('evaluate.partners=false compares a release with originals of other '
-                         'images: give both paths, release and originals')
+        raise InputError('evaluate.partners=false compares two sets: give both paths, release '
+                         'and originals')
     originals = faces.load(cfg.originals, cfg)
     owned = Owned(shared.recognisers, 0, cfg)
     for name in ('judge', 'pixels'):
         leak = find_leak(owned.embedder(name), release, originals)
-        figures = found[name] = leak.figures()
-        process.say(f'{name}: {figures["beyond"]} of {figures["images"]} images are nearer to an '
-                    f'original than {100 * LIMIT:.1f} % of strangers to each other (expected: '
-                    f'{figures["expected"]:.1f})')
-        surest = leak.surest()
-        rows = {'released': release.select(surest),
-                'original': originals.select(leak.nearest[surest])}
-        rows = {label: torch.as_tensor(some.pixels()).permute(0, 3, 1, 2) / 255
-                for label, some in rows.items()}
-        title = f'{name}: the surest of {len(release)}, cosine {figures["highest"]:.2f} and less'
-        pictures.attempt(partial(pictures.save_grid, rows, title=title),
+        found[name], surest = leak.figures(), leak.surest()
+        process.say(f'{name}: {leak.sentence()}')
+        pictures.attempt(pictures.save_pairs, release.select(surest),
+                         originals.select(leak.nearest[surest]), f'the surest links of "{name}"',
                          picture(variant, f'leak_{name}'))
     return found
 

@@ -25,6 +25,12 @@ class Leak:
                 'median_of_strangers': float(np.median(self.strangers)),
                 'highest_of_strangers': float(self.strangers.max())}
 
+    def sentence(self):
+        """How many released images are too near to an original."""
+        f = self.figures()
+        return (f'{f["beyond"]} of {f["images"]} images are nearer to an original than '
+                f'{100 * LIMIT:.1f} % of strangers to each other (expected: {f["expected"]:.1f})')
+
     def surest(self, count=10):
         """The released images, int64 (count,), that are most like an original."""
         return self.cosine.argsort()[::-1][:count]
