@@ -7,7 +7,7 @@
     python evaluate.py evaluate.model=backbone.pth "evaluate.sets=[lfw.bin]"   # any recogniser
     python evaluate.py configs/casia.yaml run.folder=runs/theirs release=PATH originals=PATH
                                                          # anybody's release, same names
-    python evaluate.py ... originals=PATH evaluate.partners=false        # the same of a synthetic set
+    python evaluate.py ... originals=PATH evaluate.partners=false      # that of a synthetic set
 
 Reads   evaluate.sets (.bin), <run>/<row>/fr.pt, <run>/<row>/reconstructed, <run>/fold<k>/judge.pt
 Writes  <run>/<row>/results.json (external.json for others' models and releases), <run>/figures;
