@@ -1,5 +1,5 @@
-"""A leak check of a set whose images have no partners among its originals, such as a synthetic one:
-which released images are nearer to an original than strangers ever are to each other?"""
+"""A leak check of a set whose images have no partners, such as a synthetic one: which are nearer to
+an original that it was made from than strangers ever are to each other?"""
 from dataclasses import dataclass
 
 import numpy as np
