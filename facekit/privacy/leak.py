@@ -1,5 +1,5 @@
-"""A leak check of a set whose images have no partners, such as a synthetic one: which are nearer to
-an original that it was made from than strangers ever are to each other?"""
+"""A leak check of a set whose images have no partners, such as a synthetic one: which images are
+nearer to an original than strangers ever are to each other?"""
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +52,8 @@ def find_leak(embedder, release, originals):
 
 
 def nearest_of(probes, gallery, person=None, gallery_person=None):
-    """The largest cosine of unit vectors (n, d) with a gallery (N, d), and whose it is: float32 and
-    int64 (n,), numpy. person int64 (n,) and (N,): who is not compared with himself."""
+    """The largest cosine of unit vectors (n, d) with a gallery (N, d), and where it is: float32
+    and int64 (n,), numpy. person int64 (n,) and (N,): who is not compared with himself."""
     best, place = [], []
     for some in torch.arange(len(probes)).split(max(1, (1 << 27) // len(gallery))):
         cosines = probes[some].to(gallery.device) @ gallery.T
