@@ -7,7 +7,8 @@
     python evaluate.py --compare --check                 # only whether all stages can run
     python evaluate.py evaluate.model=backbone.pth "evaluate.sets=[lfw.bin]"   # any recogniser
     python evaluate.py configs/casia.yaml run.folder=runs/theirs release=PATH originals=PATH
-                                                         # anybody's release, same order
+                                                         # anybody's release, same names
+    python evaluate.py ... originals=PATH evaluate.partners=false      # that of a synthetic set
 
 Reads   evaluate.sets (.bin), <run>/<row>/fr.pt, <run>/<row>/reconstructed, <run>/fold<k>/judge.pt
 Writes  <run>/<row>/results.json (external.json for others' models and releases), <run>/figures;
@@ -47,6 +48,7 @@ from facekit.nets.published import check_installed
 from facekit.nets.weights import load_finished, recogniser, recogniser_from
 from facekit.measure import verification
 from facekit.privacy import attacks, protect
+from facekit.privacy.leak import find_leak
 from facekit.privacy.release import (
     check_release, check_release_images, plan_release, release_made_from, release_secret)
 from facekit.privacy.groups import Owned, Recognisers, foreign_groups, own_groups
@@ -137,7 +139,9 @@ def evaluate(variant, shared):
                 exports.write_embeddings(target, student_embeddings(variant, shared, student,
                                                                     release))
                 process.say(f'embeddings of faces, for you alone: {target}')
-        if release:
+        if release and not cfg.evaluate.partners:
+            results['leak'] = check_leak(variant, shared, release)
+        elif release:
             attack_release(variant, shared, release, student, results)
         results['seconds'] = stage_seconds(variant.run)
         process.write_json(path, results)
@@ -238,6 +242,24 @@ def attack_all(variant, shared, groups, student, missing, made_from, results):
         results['attacked'][name] = record          # now that its picture is there, too
         process.write_json(path, results)
         log(kept + number, number * len(released), attack=name)
+
+
+def check_leak(variant, shared, release):
+    """{embedder: figures} of the originals nearest to a release without partners, and pictures."""
+    cfg, found = variant.cfg, {}
+    if not (cfg.release and cfg.originals):
+        raise InputError('evaluate.partners=false compares two sets: give both paths, release '
+                         'and originals')
+    originals = faces.load(cfg.originals, cfg)
+    owned = Owned(shared.recognisers, 0, cfg)
+    for name in ('judge', 'pixels'):
+        leak = find_leak(owned.embedder(name), release, originals)
+        found[name], surest = leak.figures(), leak.surest()
+        process.say(f'{name}: {leak.sentence()}')
+        pictures.attempt(pictures.save_pairs, release.select(surest),
+                         originals.select(leak.nearest[surest]), f'the surest links of "{name}"',
+                         picture(variant, f'leak_{name}'))
+    return found
 
 
 def kept_attacks(path, made_from):

@@ -4,6 +4,7 @@
     python reconstruct.py
     torchrun --nproc_per_node=8 reconstruct.py --config configs/casia.yaml
     python reconstruct.py reconstruct.method=pixelate run.folder=runs/pixelate     # a baseline
+    python reconstruct.py "reconstruct.remove=[NAME]"    # take a person out of all releases
     python reconstruct.py reconstruct.photos=FOLDER      # a picture of your own aligned photos
     python reconstruct.py reconstruct.check=true         # check a finished release once more
 
@@ -42,6 +43,7 @@ from facekit.data.sources import FolderSource
 from facekit.data.people import count_release, split
 from facekit.privacy import protect
 from facekit.privacy.protect import Protection
+from facekit.privacy.removal import delete, nets_of_removed, results_of
 from facekit.privacy.release import (
     check_release, check_release_files, check_release_images, check_strength, digests,
     plan_release, release_made_from, release_secret)
@@ -110,6 +112,8 @@ def release(variant, folds, device):
         check_release_files(draft, plan, secret, facts, data_card)
         check_release_images(draft, plan, private, protections, device)
         refuse_foreign(variant.release)     # that came in the meantime
+        if cfg.reconstruct.method == 'none':
+            files.make_private(draft)
         # It names the source, and is not released
         files.write_json(variant.folder / 'release.json', {
             'config': as_dict(cfg), 'made_from': made_from, 'files': digests(draft)})
@@ -249,8 +253,34 @@ def main(cfg, device, compare):
     on_ending_signals(Stop.interrupt)                  # there is nothing to save
     if cfg.reconstruct.photos:
         return picture_of_photos(variants(cfg, False)[0], device)
-    folds = split(cfg)
-    for variant in variants(cfg, compare):
+    if cfg.reconstruct.remove:
+        return remove_people(cfg, device)
+    make_releases(variants(cfg, compare), split(cfg), device)
+
+
+def remove_people(cfg, device):
+    """Take the people of reconstruct.remove out of a run: delete what was made of them, and make
+    the releases that were there again, if no net has to be trained before."""
+    c, before = cfg.reconstruct, split(cfg)
+    names, c.remove = c.remove, []
+    cfg.data.exclude += names
+    folds = split(cfg)              # refuses a name that nobody has; the run folder remembers it
+    rows = variants(cfg, True)
+    released = process.on_rank_0(lambda: [row.release.exists() for row in rows])
+    nets = process.on_rank_0(lambda: nets_of_removed(cfg, before, folds))
+    process.on_rank_0(lambda: delete([*nets, *results_of(rows)]))
+    process.say(f'out: {", ".join(names)}. Add them to data.exclude of your configs, too, and '
+                'replace what was published; the secret is kept')
+    if nets:
+        process.say('nets learnt from them: no release can be made before these are trained again')
+    else:
+        make_releases([row for row, there in zip(rows, released) if there], folds, device)
+    process.say(f'then run `./reproduce.sh {cfg.run.config}` for what is missing')
+
+
+def make_releases(rows, folds, device):
+    """release() of Variants, by one run at a time."""
+    for variant in rows:
         with process.only_writer(variant.release):
             release(variant, folds, device)
 

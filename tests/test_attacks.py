@@ -169,10 +169,10 @@ PROTECTIONS = {
 
 
 @pytest.mark.parametrize('protection, name, question, low, high', [
-    ('none', 'judge', 'same_image', 1, 1), ('none', 'judge', 'same_person', 0.3, 0.99),
+    ('none', 'judge', 'same_image', 1, 1), ('none', 'judge', 'same_person', 0.3, 0.999),
     ('none', 'linear', 'same_image', 0.95, 1),
     ('rotation', 'judge', 'same_image', 0, 0.03), ('rotation', 'linear', 'same_image', 0.9, 1),
-    ('little noise', 'judge', 'same_person', 0, 0.08), ('little noise', 'class', 'label', 0.28, 1),
+    ('little noise', 'judge', 'same_person', 0, 0.08), ('little noise', 'class', 'label', 0.2, 1),
     ('little noise', 'judge', 'same_image', 0, 0.15),
     ('little noise', 'repeated', 'same_image', 0.55, 1),       # eight releases average it away
     *(('nothing left', name, question, 0, 0.12) for name in ('judge', 'linear')
@@ -196,7 +196,7 @@ def test_who_averages_a_label_holds_other_photos_than_those_it_was_made_from():
             F.normalize(noisy(torch.zeros(240, 32), 7, 1)), np.arange(240))
     groups[1].person = groups[1].person + 60
     found = attacks.attack('class', groups, [Same(Plain())] * 2, None).figures['label']
-    assert found['rank1'] < 0.12 and found['people'] == 120           # of two folds
+    assert found['rank1'] < 0.12 and 40 < found['people'] < 80    # half of two folds
     assert found['ceiling'] < 0.12               # nor do the originals in their place
 
 
@@ -214,8 +214,30 @@ def test_what_moves_all_images_in_one_direction_hides_nobody():
     probes, gallery = (F.normalize(z - z.mean(0)) for z in (search.probes, search.gallery))
     n = np.arange(len(probes))
     first = rank(Search(probes, gallery, n, n, CPU), 'same_image').first
-    assert first.mean().item() == pytest.approx(found['rank1'])
+    [way] = attacks.retrieval.best_ways([{'embeddings': search}], ['same_image']).values()
+    [chooses] = way.choosing()
+    assert first[~chooses].mean().item() == pytest.approx(found['rank1'])
+    assert (~chooses).sum() == found['probes'] and found['ways'] == 2
     np.testing.assert_allclose(result.cosines, (probes * gallery).sum(1), atol=1e-6)
+
+
+def test_the_way_is_chosen_by_people_on_whom_it_is_not_reported():
+    """The best of many ways that find nothing would seem to find something on its own probes."""
+    torch.manual_seed(0)
+    n, person = np.arange(300), np.arange(300) // 3
+    ways = {str(i): Search(torch.randn(300, 8), torch.randn(300, 8), n, person, CPU,
+                           is_cosine=False) for i in range(200)}
+    [way] = attacks.retrieval.best_ways([ways], ['same_image']).values()
+    figures = way.figures()
+    [chooses] = way.choosing()
+    assert figures['ways'] == 200 and figures['probes'] == (~chooses).sum()
+    assert not set(person[chooses]) & set(person[~chooses])
+    assert 0.3 < chooses.mean() < 0.7
+    assert way.rankings[0].first[chooses].mean() > 0.015        # chance is 1 in 300
+    assert figures['rank1'] < 0.015
+    # One way without a choice is reported on everybody
+    [only] = attacks.retrieval.best_ways([{'0': ways['0']}], ['same_image']).values()
+    assert only.figures()['probes'] == 300 and only.figures()['ways'] == 1
 
 
 def test_the_teacher_that_attacks_is_the_one_of_the_row():

@@ -35,6 +35,14 @@ def replacing(path, private=False):
         draft.unlink(missing_ok=True)
 
 
+def make_private(path):
+    """Make a folder that this user alone can enter, and one of that name so, where the file system
+    knows rights: it holds pictures of originals."""
+    Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):            # it is another user's, or there are no rights
+        os.chmod(path, 0o700)
+
+
 @contextlib.contextmanager
 def replacing_folder(path):
     """An empty folder to fill that takes the place of the folder `path` once it is whole."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from facekit.base.process import dealt
+from facekit.data.people import share_of
 from facekit.measure.statistics import interval
 
 BLOCK = 16384        # gallery items whose scores are in memory at a time
@@ -78,6 +79,11 @@ class Ranking:
     first: torch.Tensor        # how likely a target comes first: 0 or 1, or its share of a tie
     chance: torch.Tensor       # the same by guessing
     probe: torch.Tensor        # int64: which probe
+
+    def some(self, chosen):
+        """The Ranking of some of these probes, bool (m,)."""
+        chosen = torch.from_numpy(chosen)
+        return Ranking(self.first[chosen], self.chance[chosen], self.probe[chosen])
 
 
 def rank(search, question, originals=False, block=BLOCK):
@@ -149,18 +155,35 @@ def exact(a, b):
 
 @dataclass
 class BestWay:
-    """The way of an attacker that finds most, for one question, over all groups."""
+    """The way of an attacker that is reported, for one question, over all groups."""
     name: str
     question: str
     searches: list             # a Search a group
     rankings: list             # the Ranking of each
+    ways: int = 1              # how many were tried
+
+    def people(self):
+        """Whose probes are ranked, int64 (m,) of each group."""
+        return [s.person[s.source[r.probe.numpy()]] for s, r in zip(self.searches, self.rankings)]
+
+    def choosing(self):
+        """Which ranked probes choose among ways, bool (m,) of each group: those of half of the
+        people, by a seeded hash, so that the other half is no reason for the choice."""
+        return [np.array([share_of(name, 'choice of a way') < 0.5 for name in person], bool)
+                for person in self.people()]
 
     def figures(self):
-        """What results.json has of it."""
+        """What results.json has of it: a way that was chosen is reported on the people who did
+        not choose it, one without another way on all."""
+        reported = [~chooses for chooses in self.choosing()]
+        if self.ways == 1 or len({*np.concatenate(reported)}) == 1:
+            reported = [np.ones(len(some), bool) for some in reported]
         ceilings = [rank(s, self.question, originals=True) for s in self.searches]
-        person = np.concatenate([s.person[s.source[r.probe.numpy()]]
-                                 for s, r in zip(self.searches, self.rankings)])
-        return summary(self.rankings, ceilings, person) | {'way': self.name}
+        rankings, ceilings = ([r.some(part) for r, part in zip(every, reported)]
+                              for every in (self.rankings, ceilings))
+        person = [some[part] for some, part in zip(self.people(), reported)]
+        return summary(rankings, ceilings, np.concatenate(person)) | {
+            'way': self.name, 'ways': self.ways}
 
     def cosines(self):
         """Cosine of each probe with its own original, float32 (n,); None if scores are none."""
@@ -171,21 +194,32 @@ class BestWay:
 
 def best_ways(attempts, questions):
     """{question: BestWay} of what one attacker tries, {name of a way: Search} a group, where
-    embeddings are compared as they are and centred."""
-    best = {}
+    embeddings are compared as they are and centred. The way that finds most for half of the people
+    is the best one; see BestWay.choosing()."""
+    best, found, tried = {}, {}, 0
     for name in attempts[0]:
         plain = [searches[name] for searches in attempts]
         versions = {name: plain}
         if all(s.is_cosine for s in plain):
             versions[f'{name}, centred'] = [s.centred() for s in plain]
+        tried += len(versions)
         for way, searches in versions.items():
             for question in questions:
-                rankings = [rank(s, question) for s in searches]
-                if question in best and rank1(rankings) <= rank1(best[question].rankings):
-                    continue
-                if any(len(r.first) for r in rankings):
-                    best[question] = BestWay(way, question, searches, rankings)
-    return best
+                new = BestWay(way, question, searches, [rank(s, question) for s in searches])
+                share = share_found(new)
+                if share is not None and (question not in best or share > found[question]):
+                    best[question], found[question] = new, share
+    return {question: replace(way, ways=tried) for question, way in best.items()}
+
+
+def share_found(way):
+    """Rank 1 among the probes that choose between ways, or among all if none does; None without
+    any probe that has a target."""
+    chosen = [r.some(part) for r, part in zip(way.rankings, way.choosing())]
+    for rankings in (chosen, way.rankings):
+        if any(len(r.first) for r in rankings):
+            return rank1(rankings)
+    return None
 
 
 def rank1(rankings):

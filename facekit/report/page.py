@@ -80,5 +80,5 @@ def write_page(folder, sheets, results):
             f'content="width=device-width, initial-scale=1"><title>{escape(folder.name)}</title>'
             f'<style>{STYLE}</style><h1>FaceMAE kit: {escape(folder.name)}</h1>'
             f'<p class="warning">{WARNING}</p>{"".join(parts)}</html>\n')
-    with files.replacing(folder / 'report.html') as file:
+    with files.replacing(folder / 'report.html', private=True) as file:
         file.write(page.encode())

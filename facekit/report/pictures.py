@@ -30,6 +30,7 @@ def save_grid(rows, path, title=''):
         for i, image in enumerate(images):
             face = Image.fromarray(image).resize((scale * side,) * 2, Image.NEAREST)
             picture.paste(face, (MARGIN + i * step, top + r * step))
+    files.make_private(path.parent)
     with files.replacing(path) as file:
         picture.save(file, 'PNG', optimize=True)
 
@@ -38,11 +39,17 @@ def save_most_linked(attack, rank1, cosines, released, originals, path):
     """Write a picture of the ten released images whose originals an attacker is surest of, by
     cosines (n,) of `released` with `originals` (ImageRows); rank1: of how many it finds them."""
     best = cosines.argsort()[::-1][:10]
-    rows = {label: torch.as_tensor(images.take(best).pixels()).permute(0, 3, 1, 2) / 255
-            for label, images in (('original', originals), ('released', released))}
-    save_grid(rows, path, f'the {len(best)} surest links of "{attack}", which finds '
-              f'{100 * rank1:.0f} % of all: cosine {cosines[best[0]]:.2f} to '
-              f'{cosines[best[-1]]:.2f}')
+    save_pairs(released.take(best), originals.take(best),
+               f'the {len(best)} surest links of "{attack}", which finds '
+               f'{100 * rank1:.0f} % of all: cosine {cosines[best[0]]:.2f} to '
+               f'{cosines[best[-1]]:.2f}', path)
+
+
+def save_pairs(released, originals, title, path):
+    """Write a picture of originals above released images, ImageRows alike."""
+    save_grid({label: torch.as_tensor(images.pixels()).permute(0, 3, 1, 2) / 255
+               for label, images in (('original', originals), ('released', released))},
+              path, title)
 
 
 def attempt(draw, *arguments):

@@ -1,0 +1,52 @@
+"""What was made of people who are taken out of a run, and has to go with them."""
+import shutil
+from pathlib import Path
+
+from facekit.base import process
+from facekit.base.errors import InputError
+from facekit.nets.weights import load_checkpoint
+
+# What has figures, pictures or images of people: of each row, and of the whole run
+OF_A_ROW = ('reconstructed', 'reconstructed.tmp', 'release.json', 'fr.pt', 'results.json',
+            'measured.json', 'scores', 'embeddings.npz')
+OF_THE_RUN = ('comparison.json', 'table.txt', 'tables.csv', 'report.html', 'figures',
+              'log/evaluate', 'log/evaluate.jsonl', 'log/reconstruct', 'log/reconstruct.jsonl',
+              'log/student', 'log/student.jsonl')
+
+
+def results_of(rows):
+    """What is there of OF_A_ROW and OF_THE_RUN of Variants of one run, a list of paths."""
+    paths = [row.folder / name for row in rows for name in OF_A_ROW]
+    paths += [rows[0].run / name for name in OF_THE_RUN]
+    return [path for path in paths if path.exists()]
+
+
+def nets_of_removed(cfg, before, after):
+    """The checkpoints of a run that learnt from images which are public in the Folds `before`, but
+    not any more in those `after`: they learnt from who was taken out."""
+    found = []
+    for old, new in zip(before, after):
+        for path in sorted(Path(cfg.run.folder, f'fold{old.k}').glob('*.pt')):
+            saved = load_checkpoint(path)
+            if learnt_from(old, saved, path) and not learnt_from(new, saved, path):
+                found.append(path)
+    return found
+
+
+def learnt_from(fold, saved, path):
+    """Whether a checkpoint learnt from what is public in a Fold."""
+    try:
+        fold.check_learnt(saved, path, '')
+    except InputError:
+        return False
+    return True
+
+
+def delete(paths):
+    """Delete files and folders, and say so."""
+    for path in paths:
+        process.say(f'deletes {path}')
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
