@@ -108,7 +108,8 @@ def test_the_two_files_train_alone():
     assert losses[-1] < losses[0], losses
 
 
-def test_the_renaming_of_hugging_faces_keys_gives_ours():
+@pytest.mark.parametrize('version', [4, 5])
+def test_the_renaming_of_hugging_faces_keys_gives_ours(version):
     [code] = blocks(ROOT / 'docs' / 'usage.md', 'python')
     scope = {'torch': torch}
     exec(code, scope)
@@ -122,12 +123,18 @@ def test_the_renaming_of_hugging_faces_keys_gives_ours():
         ('attn.proj', 'attention.output.dense'), ('mlp.fc1', 'intermediate.dense'),
         ('mlp.fc2', 'output.dense'), (r'\.norm1', '.layernorm_before'),
         (r'\.norm2', '.layernorm_after'))
+    parts = [f'attention.attention.{part}' for part in ('query', 'key', 'value')]
+    if version == 5:
+        names = (*names, (r'vit\.encoder\.layer', 'vit.layers'),
+                 ('attention.output.dense', 'attention.o_proj'),
+                 ('intermediate.dense', 'mlp.fc1'), ('output.dense', 'mlp.fc2'))
+        parts = [f'attention.{letter}_proj' for letter in 'qkv']
     for key, value in ours.items():
         for mine, his in names:
             key = re.sub(mine, his, key)
         if 'attn.qkv' in key:
-            for part, tensor in zip(('query', 'key', 'value'), value.chunk(3)):
-                theirs[key.replace('attn.qkv', f'attention.attention.{part}')] = tensor
+            for part, tensor in zip(parts, value.chunk(3)):
+                theirs[key.replace('attn.qkv', part)] = tensor
         else:
             theirs[key] = value
     renamed = scope['from_hugging_face'](theirs)

@@ -242,7 +242,7 @@ def test_the_device_is_said_and_named_if_it_emulates_bf16(monkeypatch, capsys, s
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(copied):
     printed = run(copied, 'train_mae.py', 'mae.lr=1e30', 'mae.name=hot', code=2)
-    assert 'mse' in printed and 'smaller lr' in printed
+    assert 'mse became' in printed
     assert not (copied / 'run' / 'fold0' / 'hot.pt').exists()
 
 

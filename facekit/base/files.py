@@ -10,6 +10,9 @@ from pathlib import Path
 
 from facekit.base.errors import InputError
 
+LARGEST_JSON = 1 << 28       # bytes; a comparison of a hundred rows takes some MB
+DEEPEST_JSON = 50            # objects and lists in one another
+
 
 @contextlib.contextmanager
 def replacing(path, private=False):
@@ -78,15 +81,42 @@ def open_bytes(path):
                          'again; a .rec needs its .idx beside it') from None
 
 
-def read_json(path):
-    """The object in a JSON file of a run, or a sentence."""
+def parsed(text):
+    """The object in JSON text, str or bytes in UTF-8, from a file that can hold anything;
+    ValueError if it is none, or is longer, deeper or has longer numbers than what we write."""
+    if len(text) > LARGEST_JSON:
+        raise ValueError('too long')
     try:
-        content = json.loads(Path(path).read_text())
-        if isinstance(content, dict):
-            return content
-    except (OSError, ValueError):
-        pass
-    raise InputError(f'{path} is missing or damaged: put it back, or delete what was made with it')
+        content = json.loads(text, parse_int=short_number)
+    except RecursionError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError('no object')
+    level = [content]
+    for _ in range(DEEPEST_JSON):
+        inside = [x.values() if isinstance(x, dict) else x for x in level
+                  if isinstance(x, dict | list)]
+        level = [x for values in inside for x in values]
+    if level:
+        raise ValueError('too deep')
+    return content
+
+
+def short_number(digits):
+    """A whole number of JSON: float() cannot take one of 400 digits."""
+    if len(digits) > 25:
+        raise ValueError('too long a number')
+    return int(digits)
+
+
+def read_json(path):
+    """The object in a JSON file of a run; InputError where it is none that we could have
+    written."""
+    try:
+        return parsed(open_bytes(path)[:LARGEST_JSON + 1])
+    except ValueError:                              # an InputError is one
+        raise InputError(f'{path} is missing or damaged: put it back, or delete what was made '
+                         'with it') from None
 
 
 def entry(mapping, key):

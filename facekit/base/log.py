@@ -98,8 +98,8 @@ def read_log(path):
     text = path.read_bytes().decode(errors='replace') if path.is_file() else ''
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if isinstance(entry, dict) and isinstance(entry.get('step'), int):
+            entry = files.parsed(line)
+            if isinstance(entry.get('step'), int):
                 yield line, entry
 
 

@@ -134,9 +134,12 @@ class Training:
         """Stop when a loss or weight is no number any more; the last checkpoint stays as it is."""
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise InputError(f'{" and ".join(bad)} became {values[bad[0]]} at step {self.step}; '
-                             f'{self.path} keeps the last good state: try a smaller lr, a longer '
-                             'warm-up or run.precision=fp32')
+            section, before = 'fr', f'delete {self.path} and train it anew'
+            if 'model' in self.nets:
+                section, before = 'mae', 'train another one, mae.name=NAME,'
+            raise InputError(f'{" and ".join(bad)} became {values[bad[0]]} at step {self.step}, '
+                             f'and {self.path} stays as it was last saved: {before} with a '
+                             f'smaller {section}.lr or a longer {section}.warmup_epochs')
 
     def end(self):
         """After the loop a signal ends the process at once again."""
@@ -151,10 +154,10 @@ def load_unfinished(path, made_from, code, needs):
         return None
     saved = load_checkpoint(path, needs=('step', 'steps', 'logged', 'sums', 'optimizer',
                                          'scaler', 'config', *needs))
-    section = 'mae' if 'model' in needs else 'fr'
-    check_made_from(path, files.entry(saved, 'made_from'), made_from,
-                    'use another run.folder or mae.name; to train on from finished weights: '
-                    f'{section}.init={path} in another run.folder')
+    remedy = 'delete it and run the same command again'
+    if 'model' in needs:
+        remedy = 'train another one beside it, mae.name=NAME'
+    check_made_from(path, files.entry(saved, 'made_from'), made_from, remedy)
     before = files.entry(saved, 'made_by')
     if before.get('code') != code['code']:
         process.say(f'warning: {path} was made by other code (commit {before.get("commit")} then, '
