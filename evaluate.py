@@ -2,7 +2,6 @@
 """Stage 4 of FaceMAE: what a release is worth, and what it gives away.
 
     python evaluate.py                                   # the student of the toy run
-    python evaluate.py --config configs/casia.yaml
     python evaluate.py --compare                         # all rows, one table
     python evaluate.py --compare --check                 # only whether all stages can run
     python evaluate.py evaluate.model=backbone.pth "evaluate.sets=[lfw.bin]"   # any recogniser
@@ -103,8 +102,7 @@ def external(cfg):
 
 
 def path_of(variant, name):
-    """Path of a result of a row: results.json, scores, ...; for others' models and releases it
-    begins with external."""
+    """Path of a result of a row; for others' models and releases it begins with external."""
     if external(variant.cfg):
         name = {'results.json': 'external.json'}.get(name, f'external_{name}')
     return variant.folder / name

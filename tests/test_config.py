@@ -130,3 +130,9 @@ def test_rows_share_the_run_folder_and_have_their_own():
 def test_a_release_hides_what_its_model_hides_unless_both_are_set():
     for words in (['mae.mask_ratio=0.9'], ['reconstruct.mask_ratio=0.9', 'mae.mask_ratio=0.8']):
         assert variants(words)[0].cfg.reconstruct.mask_ratio == 0.9
+
+
+def test_a_run_in_which_relations_would_never_act_is_refused():
+    with pytest.raises(InputError, match='relations would never act'):
+        variants(['mae.epochs=4', 'irm.warmup_epochs=7'])
+    assert variants(['mae.epochs=4', 'irm.warmup_epochs=7', 'irm.weight=0'])

@@ -13,7 +13,7 @@ import hostile
 import models
 from facekit.base.errors import InputError, printable
 from facekit.base.log import StageLog, read_log, stage_seconds
-from facekit.data import bins, images, toy
+from facekit.data import bins, images, pairs, toy
 from facekit.data.faces import FaceSet
 from facekit.data.pairs import PairSet, held_back, load_pairs
 from facekit.measure import verification
@@ -229,3 +229,23 @@ def test_pairs_come_from_a_bin_from_lfws_form_and_from_a_list_alike(tmp_path):
     (tmp_path / 'lfw' / 'pairs.txt').write_text('Nobody\t1\t2\n' * 12)
     with pytest.raises(InputError, match='line 1 is no pair'):
         load_pairs(tmp_path / 'lfw', 32)
+
+
+@pytest.mark.parametrize('form', ['{} {} {}', '{}, {}, {}', '{},{},{}', '{}\t{}\t{}'])
+@pytest.mark.parametrize('yes, no', [('1', '0'), ('True', 'false'), ('1', '-1')])
+def test_a_list_of_pairs_may_be_written_in_many_ways(tmp_path, form, yes, no):
+    for i, image in enumerate(toy.draw(np.arange(4), np.arange(4), 32)):
+        (tmp_path / f'Jörg{i}.png').write_bytes(images.encode(image, 'png'))
+    lines = [form.format('Jörg0.png', 'Jörg1.png', yes), '', form.format(
+        'Jörg2.png', 'Jörg3.png', no), '']
+    (tmp_path / 'list.txt').write_text('\n'.join(lines), encoding='utf-8-sig')
+    assert pairs.read_pairs(tmp_path / 'list.txt')[1].tolist() == [True, False]
+
+
+@pytest.mark.parametrize('line, words', [
+    ('Jorg 0.png Jorg 1.png 1', 'line 1 is no pair'), ('a.png b.png 2', 'line 1 is no pair'),
+    ('a.png b.png 1', 'a.png, which does not exist'), ('\udce4.png b.png 1', 'no text in UTF-8')])
+def test_a_list_that_is_unclear_is_refused_with_the_cause(tmp_path, line, words):
+    (tmp_path / 'list.txt').write_bytes(line.encode(errors='surrogateescape'))
+    with pytest.raises(InputError, match=words):
+        pairs.read_pairs(tmp_path / 'list.txt')

@@ -393,7 +393,7 @@ def test_a_foreign_release_in_another_order_is_refused(tmp_path):
     write_faces(tmp_path / 'theirs', people=8, each=3)
     assert foreign_groups(cfg, faces.load(tmp_path / 'theirs', cfg), 'cpu')
     write_faces(tmp_path / 'theirs', people=12, each=2)
-    with pytest.raises(InputError, match='same order'):
+    with pytest.raises(InputError, match='do not have the same people'):
         foreign_groups(cfg, faces.load(tmp_path / 'theirs', cfg), 'cpu')
 
 

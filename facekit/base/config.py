@@ -206,6 +206,11 @@ def check_together(config):
         if value % divisor:
             raise InputError(f'{name} = {value} does not divide by {other} = {divisor}: change '
                              'one of them')
+    if (c['method'] == 'facemae' and config['irm']['weight']
+            and config['irm']['warmup_epochs'] >= mae['epochs']):
+        raise InputError(f'irm.warmup_epochs = {config["irm"]["warmup_epochs"]:g} of mae.epochs = '
+                         f'{mae["epochs"]:g}: relations would never act, and without them it is '
+                         'no FaceMAE: lower it, or set irm.weight=0')
     for method, key, reach in (('blur', 'blur_sigma', 3 * c['blur_sigma'] + 1),
                                ('pixelate', 'pixelate_block', c['pixelate_block'])):
         if method == c['method'] and reach > size:

@@ -10,9 +10,11 @@ from facekit.base.errors import InputError, counted
 from facekit.data import images
 from facekit.data.bins import read_bin
 from facekit.data.faces import warn_if_unaligned
-from facekit.data.sources import is_drawn
+from facekit.data.sources import FolderSource, is_drawn
 
 FOLDS = 10      # of insightface's protocol: a set needs as many pairs
+# How lists say that a pair is of one person
+SAME = {'1': True, 'true': True, '0': False, '-1': False, 'false': False}
 
 
 @dataclass
@@ -45,7 +47,8 @@ def read_pairs(path):
     """The pairs of a verification set: 2P image files (bytes-like) and bool (P,).
 
     path: insightface's .bin; a folder with LFW's pairs.txt and its images, NAME/NAME_0001.jpg; or
-    a list, .txt, of lines `first.jpg second.jpg 1` (1 = one person), relative to where it lies.
+    a list, .txt, of lines `first.jpg second.jpg 1` or `first.jpg, second.jpg, True`, in UTF-8, of
+    files relative to where it lies; see SAME.
     """
     if not path.exists():
         raise InputError(f'verification set {path} is neither there nor in data.root: name it in '
@@ -54,8 +57,14 @@ def read_pairs(path):
         return read_bin(path)
     lines = path / 'pairs.txt' if path.is_dir() else path
     files_of_pairs, same = [], []
-    for number, line in enumerate(bytes(files.open_bytes(lines)).decode('latin1').splitlines(), 1):
-        words = line.split('\t') if path.is_dir() else line.split()
+    try:
+        text = bytes(files.open_bytes(lines)).decode('utf-8-sig')
+    except UnicodeDecodeError:
+        raise InputError(f'{lines} is no text in UTF-8: save it as such') from None
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        words = line.split('\t') if path.is_dir() else separated(line)
         try:
             if path.is_dir():
                 if len(words) <= 2:                     # the first line: folds and pairs
@@ -66,13 +75,22 @@ def read_pairs(path):
                         for name, i in zip(people, (words[1], words[-1]))]
                 same.append(one_person)
             else:
-                pair = [path.parent / word for word in words[:2]]
-                same.append(bool({'1': 1, '0': 0}[words[2]]))
+                first, second, is_same = words
+                pair = [path.parent / first, path.parent / second]
+                same.append(SAME[is_same.lower()])
         except (ValueError, IndexError, KeyError, StopIteration):
             raise InputError(f'{lines}: line {number} is no pair of images that are there: see '
                              'docs/usage.md for the form') from None
+        if missing := [file for file in pair if not file.is_file()]:
+            raise InputError(f'{lines}: line {number} names {missing[0]}, which does not exist: '
+                             'copy it there, or remove the line')
         files_of_pairs += pair
     return [files.open_bytes(file) for file in files_of_pairs], np.array(same, bool)
+
+
+def separated(line):
+    """The words of a line of a list: between commas if it has any, else between blanks."""
+    return [word.strip() for word in line.split(',')] if ',' in line else line.split()
 
 
 def load_pairs(path, size):
@@ -86,7 +104,7 @@ def load_pairs(path, size):
     pixels, cut = [], 0
     for i, file in enumerate(number):
         where = f'{path} image {i} (from 0)'
-        image = images.decode(file, where)
+        image = images.decode(file, where, FolderSource.formats)
         cut += image.shape[1] != image.shape[2]
         pixels.append(images.fitted(image, where, size, 'resize'))
     if cut:

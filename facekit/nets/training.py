@@ -1,16 +1,5 @@
 """What both training scripts do around their own step: resume, update, log, save, stop.
 
-    training = Training(cfg, path, stage, {'net': net}, optimizer, steps, batch, ['loss'], device,
-                        load_unfinished(...))
-    while training.step < steps:
-        ...                                             # forward pass, training.backward(loss)
-        training.update(losses, learning_rate)
-        if training.log_due():
-            training.write_log()
-        if training.save_due():
-            training.save(made_from=made_from, made_by=code)
-    training.end()
-
 The loop itself stays in the script.
 """
 import math
