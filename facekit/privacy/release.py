@@ -248,7 +248,7 @@ def check_release_images(folder, plan, private, protections, device, all_images=
 def check_strength(cfg, originals, protected):
     """Refuse a protection that hardly changes originals; both uint8 (B, H, W, 3)."""
     close = (originals.int() - protected.int()).abs() <= CLOSE
-    unchanged = close.flatten(1).float().mean(1).median().item()
+    unchanged = close.flatten(1).float().mean(1).cpu().median().item()
     if cfg.reconstruct.method != 'none' and unchanged > UNCHANGED:
         strength = method_of(cfg).strength
         raise InputError(
