@@ -45,7 +45,7 @@ from facekit.privacy import protect
 from facekit.privacy.protect import Protection
 from facekit.privacy.removal import delete, nets_of_removed, results_of
 from facekit.privacy.release import (
-    check_release, check_release_files, check_release_images, check_strength, digests,
+    check_release, check_release_files, check_release_images, check_sample, digests,
     plan_release, release_made_from, release_secret)
 from facekit.report import pictures
 
@@ -122,16 +122,6 @@ def release(variant, folds, device):
 
     process.on_rank_0(finish)
     process.say(f'released {len(plan.image)} images of {plan.people} people: {variant.release}')
-
-
-def check_sample(plan, private, protections, device):
-    """Refuse a protection that hardly changes a few originals, before anything is made."""
-    some = np.unique(np.linspace(0, len(plan.image) - 1, 16).astype(int))
-    for k in np.unique(plan.fold[some]):
-        chosen = some[plan.fold[some] == k]
-        originals = torch.from_numpy(private.select(plan.image[chosen]).pixels()).to(device)
-        protected = protections[k](originals, plan.seeds[chosen].to(device))
-        check_strength(protections[k].cfg, originals, protected)
 
 
 def refuse_foreign(folder):

@@ -73,9 +73,11 @@ def check_people(cfg, rows):
     folds = make_folds(private, public, cfg)
     out = private.people[excluded_people(private.people, cfg)]
     process.say(count_release(folds, cfg).sentence(out))
-    both = [name for name in np.intersect1d(looks_of(public.people), looks_of(private.people))
-            if not name.isdecimal()]                            # 1, 2, ... are no names
-    if public is not private and both:
+    both = []
+    if public is not private:
+        both = [name for name in np.intersect1d(looks_of(public.people), looks_of(private.people))
+                if not name.isdecimal()]                        # 1, 2, ... are no names
+    if both:
         process.say(f'warning: {public.path} has {counted(len(both), "name")} of {private.path}, '
                     f'too ({both[0]}): if they are the same people, the models learn from whom '
                     'they shall protect; take them out of one')

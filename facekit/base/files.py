@@ -58,9 +58,9 @@ def replacing_folder(path):
     draft.rename(path)
 
 
-def write_json(path, content):
-    """Write numbers and plain values as JSON."""
-    with replacing(path) as file:
+def write_json(path, content, private=False):
+    """Write numbers and plain values as JSON; `private`: see replacing()."""
+    with replacing(path, private) as file:
         file.write(json.dumps(content, indent=1).encode() + b'\n')
 
 

@@ -1,6 +1,5 @@
 """What people are called, as the eye tells it, and whom a run folder remembers as excluded."""
 import hashlib
-import json
 import secrets
 import unicodedata
 from pathlib import Path
@@ -45,12 +44,12 @@ def remembered(folder):
     path = Path(folder, MEMORY)
     if not path.exists():
         return secrets.token_bytes(32), set()
-    saved = files.read_json(path)
-    salt, people = saved.get('salt'), saved.get('people')
-    if not isinstance(salt, str) or not isinstance(people, list):
+    try:
+        saved = files.read_json(path)
+        return bytes.fromhex(saved['salt']), set(saved['people'])
+    except (KeyError, TypeError, ValueError):      # of read_json(), too; a file can hold anything
         raise InputError(f'{path}, which remembers who was excluded, is damaged: put a copy back, '
-                         'or delete it and name everybody in data.exclude again')
-    return bytes.fromhex(salt), set(people)
+                         'or delete it and name everybody in data.exclude again') from None
 
 
 def hashed_look(look, salt):
@@ -61,10 +60,12 @@ def hashed_look(look, salt):
 def excluded_people(people, cfg):
     """Who of people (P,) is excluded, bool (P,): by data.exclude, or by an earlier command in the
     run folder."""
-    looks, named = looks_of(people), {look_of(name) for name in cfg.data.exclude}
+    named = {look_of(name) for name in cfg.data.exclude}
     salt, hashes = remembered(cfg.run.folder)
-    return np.array([look in named or hashes and hashed_look(look, salt) in hashes
-                     for look in looks], bool)
+    if not named and not hashes:       # of millions of people each look takes its time
+        return np.zeros(len(people), bool)
+    return np.array([look in named or hashed_look(look, salt) in hashes
+                     for look in looks_of(people)], bool)
 
 
 def remember_excluded(cfg):
@@ -75,9 +76,8 @@ def remember_excluded(cfg):
             salt, hashes = remembered(cfg.run.folder)
             new = {hashed_look(look_of(name), salt) for name in cfg.data.exclude}
             if not new <= hashes:
-                content = {'salt': salt.hex(), 'people': sorted(hashes | new)}
-                with files.replacing(path, private=True) as file:
-                    file.write(json.dumps(content).encode())
+                files.write_json(path, {'salt': salt.hex(), 'people': sorted(hashes | new)},
+                                 private=True)
 
     path = Path(cfg.run.folder, MEMORY)
     if cfg.data.exclude:

@@ -26,11 +26,15 @@ class Fold:
     validation: np.ndarray    # rows of `public` that are kept from all training
     released: np.ndarray      # rows of `private` that are released
 
+    def taught(self, saved):
+        """Whether a checkpoint learnt from the public images."""
+        learnt = files.entry(saved, 'made_from').get('set of images')
+        return any(self.public.digest(rows) == learnt for rows in (self.train, self.mae))
+
     def check_learnt(self, saved, path, made_by):
         """Refuse a checkpoint, which `made_by` is the command to make, that learnt from other
         images than the public ones: it may have seen who is private here."""
-        learnt = files.entry(saved, 'made_from').get('set of images')
-        if not any(self.public.digest(rows) == learnt for rows in (self.train, self.mae)):
+        if not self.taught(saved):
             raise InputError(f'{path} learnt from other images, or label numbers, than are public '
                              f'in this config: change it back (people are taken out by '
                              f'data.exclude), or delete the file and run `{made_by}`')
@@ -39,8 +43,11 @@ class Fold:
 def not_excluded(faceset, cfg):
     """Which images of a FaceSet are of nobody who is excluded: bool (N,). InputError for a name in
     data.exclude that nobody has."""
-    names, looks = faceset.people.tolist(), set(looks_of(faceset.people))
+    looks = set()
+    if cfg.data.exclude:
+        looks.update(looks_of(faceset.people))
     if unknown := sorted(name for name in cfg.data.exclude if look_of(name) not in looks):
+        names = faceset.people.tolist()
         near = difflib.get_close_matches(unknown[0], names, 3) or names[:1]
         raise InputError(f'data.exclude has {unknown[0]!r}, with what base configs exclude, but '
                          f'nobody in {faceset.path} is called so: people there have names such as '

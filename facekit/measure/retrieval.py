@@ -169,8 +169,12 @@ class BestWay:
     def choosing(self):
         """Which ranked probes choose among ways, bool (m,) of each group: those of half of the
         people, by a seeded hash, so that the other half is no reason for the choice."""
-        return [np.array([share_of(name, 'choice of a way') < 0.5 for name in person], bool)
-                for person in self.people()]
+        halves = []
+        for person in self.people():
+            who, index = np.unique(person, return_inverse=True)
+            chooses = [share_of(name, 'choice of a way') < 0.5 for name in who]
+            halves.append(np.array(chooses, bool)[index])
+        return halves
 
     def figures(self):
         """What results.json has of it: a way that was chosen is reported on the people who did

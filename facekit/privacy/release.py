@@ -226,30 +226,45 @@ def check_release_images(folder, plan, private, protections, device, all_images=
     sample = np.arange(len(plan.image))
     if not all_images:
         sample = np.sort(np.random.default_rng().permutation(sample)[:SAMPLE])
-    parts = []                 # by fold, each of which has its own model
-    for k in np.unique(plan.fold[sample]):
-        of_fold = sample[plan.fold[sample] == k]
-        parts += [(k, of_fold[i:i + PART]) for i in range(0, len(of_fold), PART)]
-    for k, chosen in parts:
-        originals = torch.from_numpy(private.select(plan.image[chosen]).pixels()).to(device)
-        seeds = plan.seeds[chosen].to(device)
-        expected = protections[k](originals, seeds)
-        check_strength(protections[k].cfg, originals, expected)
+    for chosen, protection, originals, expected in made_again(sample, plan, private, protections,
+                                                              device):
+        check_strength(protection.cfg, originals, expected)
         for i, image in zip(chosen, expected.cpu()):
             encoded = images.encode(image.permute(2, 0, 1), c.format, c.quality)
             # Other hardware rounds otherwise; another image differs by more than ten times as much
             error = (images.decode(released[i], f'{folder} image {i}').float()
                      - images.decode(encoded, 'image made for comparison')).abs().mean().item()
             refuse(error > 2, folder, f'has another image at {i} than its plan ({error:.1f})')
-        if method_of(protections[k].cfg).draws_mask:
-            check_hidden(folder, protections[k], originals, seeds, expected)
+        if method_of(protection.cfg).draws_mask:
+            check_hidden(folder, protection, originals, plan.seeds[chosen].to(device), expected)
+
+
+def check_sample(plan, private, protections, device):
+    """Refuse a protection that hardly changes a few originals, before anything is made."""
+    some = np.unique(np.linspace(0, len(plan.image) - 1, SAMPLE).astype(int))
+    for _, protection, originals, protected in made_again(some, plan, private, protections,
+                                                          device):
+        check_strength(protection.cfg, originals, protected)
+
+
+def made_again(rows, plan, private, protections, device):
+    """For some released images, by their numbers (n,), part by part: the numbers (B,), the
+    Protection of their fold, their originals and what it makes of them, uint8 (B, H, W, 3)."""
+    for k in np.unique(plan.fold[rows]):
+        of_fold = rows[plan.fold[rows] == k]
+        for chosen in np.split(of_fold, range(PART, len(of_fold), PART)):
+            originals = torch.from_numpy(private.select(plan.image[chosen]).pixels()).to(device)
+            yield (chosen, protections[k], originals,
+                   protections[k](originals, plan.seeds[chosen].to(device)))
 
 
 def check_strength(cfg, originals, protected):
     """Refuse a protection that hardly changes originals; both uint8 (B, H, W, 3)."""
+    if cfg.reconstruct.method == 'none':
+        return
     close = (originals.int() - protected.int()).abs() <= CLOSE
     unchanged = close.flatten(1).float().mean(1).cpu().median().item()
-    if cfg.reconstruct.method != 'none' and unchanged > UNCHANGED:
+    if unchanged > UNCHANGED:
         strength = method_of(cfg).strength
         raise InputError(
             f'reconstruct.{strength} = {getattr(cfg.reconstruct, strength)} protects nothing: '

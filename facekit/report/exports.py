@@ -2,7 +2,6 @@
 processes call these functions, and rank 0 writes."""
 import csv
 import io
-import os
 
 import numpy as np
 
@@ -37,8 +36,7 @@ def write_embeddings(path, embeddings):
     tell who is shown."""
     if process.rank():
         return
-    with files.replacing(path) as file:
-        os.fchmod(file.fileno(), 0o600)
+    with files.replacing(path, private=True) as file:
         np.savez(file, **{f'embeddings of {name}': z for name, z in embeddings.items()})
 
 
