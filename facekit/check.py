@@ -101,4 +101,4 @@ def undecoded(path, first=0):
     """The FaceSet at `path` without its images; numbers from `first` on stand for their hashes."""
     source = open_source(Path(path))
     hashes = np.arange(first, first + len(source.labels), dtype=np.uint64)
-    return FaceSet(Path(path), None, source.labels, source.people, hashes, [], source)
+    return FaceSet(Path(path), None, source.labels, source.people, hashes, [], None, source)
