@@ -110,7 +110,7 @@ class FaceSet:
     people: np.ndarray        # str (P,): what the source calls them
     hashes: np.ndarray        # uint64 (N,), of the image files
     skipped: list             # numbers of the source's images that were left out as damaged
-    look: Path | None         # file of first_look(); None where nobody has looked at the images
+    look: Path | None = None  # file of first_look(); None where nobody has looked at the images
     source: object = None     # RecordSource or FolderSource
 
     def __len__(self):
