@@ -101,8 +101,9 @@ def test_a_run_folder_and_photos_do_not_contain_one_another(tmp_path, run_folder
     'reconstruct.method=mask reconstruct.mask_ratio=0.05'])
 def test_a_strength_that_protects_nothing_is_refused_before_anything_is_written(
         copied, settings):
-    said = run(copied, 'reconstruct.py', *settings.split(), 'run.folder=other', code=2)
-    assert 'protects nothing' in said
+    for command in (['reconstruct.py'], ['evaluate.py', '--check']):
+        said = run(copied, *command, *settings.split(), 'run.folder=other', code=2)
+        assert 'protects nothing' in said
     assert not any((copied / 'other' / name).exists() for name in (
         'reconstructed', 'reconstructed.tmp', 'release.json'))
 

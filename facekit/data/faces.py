@@ -182,18 +182,24 @@ def first_look(path, source, cfg, photos):
     asked = str(path.resolve()), cfg.data.size, cfg.data.on_size, cfg.data.on_corrupt
     mark, name = fingerprint(source), files.digest(repr(asked).encode())[:10]
     saved = Path(cfg.run.folder, 'looks', f'{path.name}-{name}.npz')
-    process.make_once(saved, lambda: is_current(saved, mark),
+    process.make_once(saved, lambda: is_current(saved, mark, len(source.labels)),
                       lambda: look_at_all(saved, mark, source, cfg, photos))
     return saved
 
 
-def is_current(saved, mark):
-    """Whether a file of first_look() is whole and of this source."""
+def is_current(saved, mark, count):
+    """Whether a file of first_look() is whole and of this source of `count` images."""
+    if not saved.is_file():    # to open a pipe would wait for ever
+        return False
     try:
         with np.load(saved, allow_pickle=False) as look:
-            content = {name: look[name] for name in (                          # check sums, too
-                'mark', 'hashes', 'small_greys', 'skipped')}
-        return bool(content['mark'] == mark)
+            hashes, small_greys, skipped = (look[name] for name in (          # check sums, too
+                'hashes', 'small_greys', 'skipped'))
+            kinds = hashes.dtype, small_greys.dtype, skipped.dtype
+            return (look['mark'].item() == mark and kinds == (np.uint64, np.int8, np.int64)
+                    and hashes.shape == (count - len(skipped),)
+                    and small_greys.shape == (len(hashes), images.SMALL ** 2)
+                    and bool(((skipped >= 0) & (skipped < count)).all()))
     except Exception:          # damage can make any of many kinds
         return False
 
