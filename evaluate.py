@@ -37,7 +37,7 @@ from facekit.base.config import variants
 from facekit.base.made_from import public_dict
 from facekit.base.launch import command, launch, provenance
 from facekit.base.log import StageLog, stage_seconds
-from facekit.data import batches, faces
+from facekit.data import faces
 from facekit.data.images import psnr_and_ssim
 from facekit.data.pairs import held_back, load_pair_sets
 from facekit.data.faces import ImageRows
@@ -50,7 +50,7 @@ from facekit.privacy import attacks, protect
 from facekit.privacy.leak import find_leak
 from facekit.privacy.release import (
     check_release, check_release_images, plan_release, release_made_from, release_secret)
-from facekit.privacy.groups import Owned, Recognisers, foreign_groups, own_groups
+from facekit.privacy.groups import Owned, Recognisers, foreign_groups, keep_images, own_groups
 from facekit.report import exports, pictures
 from facekit.report.tables import Row, leads, tables
 from facekit.report.page import write_page
@@ -209,7 +209,7 @@ def attack_all(variant, shared, groups, student, missing, made_from, results):
     Each attack is written when it is done, so that no later fault costs it."""
     cfg, device, path = (variant.cfg, shared.recognisers.device,
                          path_of(variant, 'results.json'))
-    batches.decode_once(rows for group in groups for rows in group.read_often())
+    keep_images(groups)
     released = joined([group.released for group in groups])
     originals = joined([group.sources() for group in groups])
     results['reconstruction'] = psnr_and_ssim(released.pixels(), originals.pixels(), device)

@@ -154,7 +154,7 @@ def encoded_images(variant, plan, private, protections, device):
     them, PART images each at a time."""
     cfg, count = variant.cfg, math.ceil(len(plan.image) / PART)
     encode = partial(images.encode, form=cfg.reconstruct.format, quality=cfg.reconstruct.quality)
-    store = batches.Store(private.select(np.arange(len(private))), device, once=True)
+    store = batches.Store(private.select(np.arange(len(private))), device)
     log = StageLog(cfg.run.folder, f'reconstruct/{variant.label}'.rstrip('/'), count)
     with ThreadPoolExecutor(process.cores()) as pool:
         for first in range(0, count, process.world()):

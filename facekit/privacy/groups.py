@@ -44,11 +44,6 @@ class AttackGroup:
             raise InputError(f'person {min(shared)} is attacked and in an attacker\'s training: '
                              'this is an error of the split, please report it')
 
-    def read_often(self):
-        """The ImageRows that attackers read again and again."""
-        every = self.released, self.originals, self.pair_originals, self.pair_released
-        return [rows for rows in every if rows is not None]
-
     def training_pairs(self, chosen, seed):
         """Pairs `chosen` (int64 (B,)) of the M, protected with `seed`: protected images and their
         originals, two uint8 arrays (B, H, W, 3)."""
@@ -157,6 +152,18 @@ class Owned:
         """The unit vectors float32 (C, d) by which the insider tells its classes apart."""
         head = load_checkpoint(self.student)['head']['weight']
         return F.normalize(head).to(self.recognisers.device)
+
+
+def keep_images(groups):
+    """Decode what the attackers of AttackGroups read again and again into the host's memory, where
+    they protect and encode it: of one set once, for all groups together."""
+    rows_of = {}
+    for group in groups:
+        for chosen in (group.released, group.originals, group.pair_originals, group.pair_released):
+            if chosen is not None:
+                rows_of.setdefault(chosen.images, []).append(chosen.rows)
+    for images, rows in rows_of.items():
+        images.keep(np.unique(np.concatenate(rows)), torch.device('cpu'))
 
 
 def attacker_seeds(chosen, seed):
