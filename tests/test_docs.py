@@ -1,5 +1,6 @@
 """README and docs: the code runs as it stands, commands name what exists, figures are true."""
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -7,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import models
-from conftest import ROOT, run
+from conftest import ROOT, TINY, run
 from facekit.base import config
 from facekit.data import bins
 from irm import irm_loss
@@ -147,6 +149,14 @@ def test_the_readme_is_short_and_says_what_it_must_at_once():
     text = (ROOT / 'README.md').read_text()
     assert len(text.splitlines()) <= 150 and len(text.split()) <= 1300
     assert 'not anonymous' in ' '.join(text.split()[:110])
+
+
+def test_the_readmes_picture_is_drawn_of_a_finished_run(finished, monkeypatch, tmp_path):
+    idea = runpy.run_path(ROOT / 'results' / 'toy' / 'idea.py')
+    monkeypatch.chdir(finished[0])
+    idea['draw'](config.namespace(config.resolve(TINY, ['run.folder=run'])), tmp_path / 'x.png')
+    drawn, ours = Image.open(tmp_path / 'x.png'), Image.open(ROOT / 'results' / 'toy' / 'idea.png')
+    assert drawn.size == ours.size
 
 
 def test_a_script_without_its_packages_says_what_to_do():
