@@ -159,6 +159,13 @@ def test_the_readmes_picture_is_drawn_of_a_finished_run(finished, monkeypatch, t
     assert drawn.size == ours.size
 
 
+def test_the_page_of_a_run_scrolls_only_inside_its_tables(finished):
+    """On a phone a wide table scrolls by itself, and pictures are as wide as the page."""
+    page = (finished[0] / 'run' / 'report.html').read_text()
+    assert page.count('<div class="wide"><table') == page.count('<table') > 8
+    assert '.wide { overflow-x: auto } img { max-width: 100%' in page and ' width=' not in page
+
+
 def test_a_script_without_its_packages_says_what_to_do():
     done = subprocess.run([sys.executable, '-S', str(ROOT / 'train_mae.py')],
                           capture_output=True, text=True, cwd=ROOT)
