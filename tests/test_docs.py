@@ -8,12 +8,14 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import models
 from conftest import ROOT, TINY, run
 from facekit.base import config
 from facekit.data import bins
+from facekit.nets.weights import recogniser
 from irm import irm_loss
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -57,7 +59,8 @@ def test_a_command_names_a_script_a_config_and_keys_that_exist(page, line):
 PLACES = {'data.root=FOLDER': 'data.root=faces', 'release=PATH': 'release=faces',
           'originals=PATH': 'originals=faces',
           'judge.checkpoint=PATH': 'judge.checkpoint=judge.pt',
-          'reconstruct.photos=FOLDER': 'reconstruct.photos=photos'}
+          'reconstruct.photos=FOLDER': 'reconstruct.photos=photos',
+          'reconstruct.export=FOLDER': 'reconstruct.export=exported'}
 
 
 @pytest.fixture(scope='module')
@@ -113,9 +116,8 @@ def test_the_two_files_train_alone():
 
 @pytest.mark.parametrize('version', [4, 5])
 def test_the_renaming_of_hugging_faces_keys_gives_ours(version):
-    [code] = blocks(ROOT / 'docs' / 'usage.md', 'python')
-    scope = {'torch': torch}
-    exec(code, scope)
+    _, code = blocks(ROOT / 'docs' / 'usage.md', 'python')
+    exec(code, scope := {})
     ours = models.MAE(32, 8, 32, 2, 2, 16, 1, 2).state_dict()
     theirs, names = {}, (
         ('^mask_token', 'decoder.mask_token'), ('^decoder_blocks', 'decoder.decoder_layers'),
@@ -143,6 +145,29 @@ def test_the_renaming_of_hugging_faces_keys_gives_ours(version):
     renamed = scope['from_hugging_face'](theirs)
     assert renamed.keys() == ours.keys()
     assert all(torch.equal(renamed[k], v) for k, v in ours.items())
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_the_onnx_file_of_the_pages_gives_what_the_backbone_gives(tmp_path):
+    pytest.importorskip('onnxruntime')
+    code, _ = blocks(ROOT / 'docs' / 'usage.md', 'python')
+    exec(code, scope := {})
+    torch.manual_seed(0)
+    net = models.iresnet(10, 8, 112, 32).eval()
+
+    class AdaFace(torch.nn.Sequential):
+        """Takes BGR, and returns embeddings and their length."""
+
+        def forward(self, faces):
+            z = super().forward(faces)
+            return F.normalize(z), z.norm(dim=1, keepdim=True)
+
+    scope['write_onnx'](AdaFace(net), str(tmp_path / 'net.onnx'))
+    faces = torch.rand(3, 3, 112, 112) * 2 - 1
+    with torch.no_grad():
+        expected = F.normalize(net(faces.flip(1)))
+    found = recogniser(tmp_path / 'net.onnx', torch.device('cpu'))(faces)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_the_readme_is_short_and_says_what_it_must_at_once():
