@@ -7,6 +7,7 @@
     python reconstruct.py "reconstruct.remove=[NAME]"    # take a person out of all releases
     python reconstruct.py reconstruct.photos=FOLDER      # a picture of your own aligned photos
     python reconstruct.py reconstruct.check=true         # check a finished release once more
+    python reconstruct.py reconstruct.export=FOLDER      # a finished release as folders of images
 
 Reads   data.root, <run>/fold<k>/mae.pt (method facemae)
 Writes  <run>/<row>/reconstructed/ (train.rec, train.idx, property, manifest.json, README.md),
@@ -38,7 +39,7 @@ from facekit.base.log import StageLog
 from facekit.data import batches, faces, images
 from facekit.data.images import to_float
 from facekit.data.names import excluded_people
-from facekit.data.records import write_records
+from facekit.data.records import Records, write_records
 from facekit.data.sources import FolderSource
 from facekit.data.people import count_release, split
 from facekit.privacy import protect
@@ -118,10 +119,14 @@ def release(variant, folds, device):
 
 def refuse_foreign(folder):
     """Refuse to put a release where something is that this kit did not make."""
-    empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.exists() and not empty:
+    if folder.exists() and not is_empty(folder):
         raise InputError(f'{folder} is there, but is no release of this kit, as it has no '
                          'manifest.json: move it away, or use another run.folder')
+
+
+def is_empty(folder):
+    """Whether a path is a folder with nothing in it."""
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def say_what_is_released(variant, counts, private):
@@ -234,10 +239,36 @@ def picture_of_photos(variant, device):
     process.say(f'{len(photos)} photos, masked, reconstructed: {path}')
 
 
+def export(variant):
+    """Write a finished release into a new folder: a sub-folder for each label, with its image
+    files as they stand in the records. Numbers are padded, as other code sorts names as text."""
+    folder, release = Path(variant.cfg.reconstruct.export).absolute(), variant.release
+    if not (release / 'manifest.json').exists():
+        raise InputError(f'{release} is missing: first run `{command("reconstruct.py")}`')
+    if files.read_json(variant.folder / 'release.json').get('files') != digests(release):
+        raise InputError(f'{release} has other files than when it was published: delete it, and '
+                         f'run `{command("reconstruct.py")}`')
+    if folder.exists() and not is_empty(folder):
+        raise InputError(f'reconstruct.export = {folder} is there already: name a new folder')
+    form = files.read_json(release / 'manifest.json')['format']
+    ending, records = {'jpeg': 'jpg', 'png': 'png'}[form], Records(release)
+    digits, digits_of_labels = len(str(len(records))), len(str(records.labels[-1]))
+    with files.replacing_folder(folder) as draft:
+        if variant.cfg.reconstruct.method == 'none':
+            files.make_private(draft)
+        for i, label in enumerate(records.labels):
+            person = draft / f'{label:0{digits_of_labels}}'
+            person.mkdir(exist_ok=True)
+            (person / f'{i:0{digits}}.{ending}').write_bytes(records[i])
+    process.say(f'{len(records)} images of {records.labels[-1] + 1} people: {folder}')
+
+
 def main(cfg, device, compare):
     on_ending_signals(Stop.interrupt)                  # there is nothing to save
     if cfg.reconstruct.photos:
         return picture_of_photos(variants(cfg, False)[0], device)
+    if cfg.reconstruct.export:
+        return process.on_rank_0(lambda: export(variants(cfg, False)[0]))
     if cfg.reconstruct.remove:
         return remove_people(cfg, device)
     make_releases(variants(cfg, compare), split(cfg), device)

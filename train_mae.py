@@ -13,7 +13,7 @@ On several machines: docs/casia.md. Time: the toy's 936 steps took 165 to 200 s 
 an AMD EPYC. Not yet run on a GPU; docs/scale.md has projections.
 
 Reads   data.root (or data.public), <run>/fold<k>/teacher.pt
-Writes  <run>/fold<k>/mae.pt, <run>/log/train_mae/, <run>/figures/mae_fold<k>.png
+Writes  <run>/fold<k>/mae.pt, <run>/log/train_mae/
 
 The loss is mae.mse_weight * (squared error, see mae.mse_on) + irm.weight * IRM, where IRM asks
 that the frozen teacher sees the same relations among the reconstructions of a batch as among its
@@ -39,7 +39,6 @@ from facekit.nets.weights import digest_of_weights, load_checkpoint, load_weight
 from facekit.nets.training import Training, load_unfinished
 from facekit.privacy import protect
 from facekit.privacy.protect import FaceMAE
-from facekit.report import pictures
 from irm import gather_rows, irm_loss, relation_correlation
 
 # Refuse to resume if one of these changed
@@ -189,15 +188,6 @@ def make_optimizer(model, cfg, device):
                              betas=(0.9, 0.95), fused=device.type == 'cuda')
 
 
-def save_preview(mae, images, noise, cfg, path):
-    """Picture of originals, their visible patches, and what the model makes of them."""
-    x, ratio = to_float(images), cfg.mae.mask_ratio
-    with torch.no_grad():
-        rebuilt = mae.reconstruct(x, noise, ratio, cfg)
-    visible = protect.greyed(x, models.random_masking(noise, ratio)[2])
-    pictures.save_grid({'original': x, 'visible': visible, 'rebuilt': rebuilt}, path)
-
-
 def train(variant, fold, device):
     """Train the masked autoencoder of a fold, or continue where an interrupted run stopped."""
     cfg, c, path = variant.cfg, variant.cfg.mae, variant.mae(fold.k)
@@ -223,7 +213,6 @@ def train(variant, fold, device):
         cfg, path, f'train_mae/fold{fold.k}/{path.stem}', {'model': mae.model},
         make_optimizer(mae.model, cfg, device), steps, c.batch, ['mse', 'irm'], device, saved)
     relate_from = round(cfg.irm.warmup_epochs * order.steps_per_epoch)
-    preview_every = max(1, round(c.preview_epochs * order.steps_per_epoch))
 
     remaining = range(training.step, steps)
     for step, epoch, batch, images in batches.in_order(order, store, remaining, own):
@@ -238,9 +227,6 @@ def train(variant, fold, device):
         losses, z = objective.backward(training, images, noise, originals)
         training.update(losses, learning_rate(step, steps, c))
 
-        if c.preview_epochs and training.step % preview_every == 0 and process.rank() == 0:
-            save_preview(mae, images[:8], noise[:8], cfg,
-                         variant.run / 'figures' / f'{path.stem}_fold{fold.k}.png')
         if training.log_due():
             write_log(training, originals, z, cfg.irm.relations)
         if training.save_due():

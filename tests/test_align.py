@@ -4,11 +4,13 @@ import importlib.util
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from facekit.data.sources import open_source
 from tools import align
 
 DRAWN = np.array([(38, 52), (74, 52), (56, 72), (42, 92), (71, 92)], float)
@@ -50,7 +52,7 @@ def test_photos_go_to_the_same_place_and_names_do_not_collide(tmp_path):
     (photos / 'ann').mkdir(parents=True)
     for name in ('a.jpg', 'a.png', 'ann/1.JPEG', '.hidden.jpg', 'text.txt'):
         (photos / name).touch()
-    where = align.targets(photos, tmp_path / 'faces')
+    where = align.targets(align.photos_in(photos), photos, tmp_path / 'faces')
     assert sorted(str(t.relative_to(tmp_path / 'faces')) for t in where.values()) == [
         'a.png', 'a.png.png', 'ann/1.png']
 
@@ -60,8 +62,29 @@ def test_photos_go_to_the_same_place_and_names_do_not_collide(tmp_path):
     ('photos', 'photos', 'exists'), ('photos', 'new', 'has no photo')])
 def test_wrong_folders_are_refused(tmp_path, photos, faces, wrong):
     (tmp_path / 'photos').mkdir()
+    if faces != 'new':
+        (tmp_path / 'photos' / 'a.jpg').touch()
     with pytest.raises(align.InputError, match=wrong):
-        align.targets(tmp_path / photos, tmp_path / faces)
+        align.targets(align.photos_in(tmp_path / photos), tmp_path / photos, tmp_path / faces)
+
+
+def test_a_list_of_photos_becomes_a_list_of_the_faces_that_were_found(tmp_path, monkeypatch):
+    """The detector finds a face in red pictures; a photo that no line names stays out."""
+    photos, out = tmp_path / 'photos', tmp_path / 'faces'
+    photos.mkdir()
+    for name, colour in (('0.jpg', 'red'), ('b 1.jpg', 'grey'), ('b 2.jpg', 'red'),
+                         ('3.jpg', 'red')):
+        Image.new('RGB', (200, 200), colour).save(photos / name)
+    (photos / 'who.txt').write_text('0.jpg,7\nb 1.jpg,7\nb 2.jpg,Li Ann\n')
+    monkeypatch.setattr(align, 'detectors', lambda: None)
+    monkeypatch.setattr(align, 'ProcessPoolExecutor', ThreadPoolExecutor)
+    monkeypatch.setattr(align, 'five_points', lambda photo: (
+        align.TEMPLATE, int(photo.getpixel((0, 0))[0] > 200)))
+    monkeypatch.setattr(sys, 'argv', ['align.py', str(photos / 'who.txt'), str(out)])
+    align.main()
+    source = open_source(out / 'who.txt')
+    assert [file.name for file in source.files] == ['0.png', 'b 2.png']
+    assert source.people[source.labels].tolist() == ['7', 'Li Ann'] and not source.passed_over
 
 
 def test_the_script_names_who_has_no_face(tmp_path):

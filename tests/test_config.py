@@ -61,7 +61,7 @@ def test_a_text_becomes_what_its_key_says(assignment, value):
     ('data.release_folds=[x]', 'int 0..'),
     ('fr.margin_warmup=[0.1]', 'two of'), ('fr.margin_warmup=ab', 'two of'),
     ('compare=map', 'map of'), ('evaluate.sets={a:b}', 'list of'), ('data.folds=9999', '1000'),
-    ('fr.weight_decay=1e308', '1000'), ('mae.preview_epochs=1e308', '1e9'),
+    ('fr.weight_decay=1e308', '1000'), ('mae.warmup_epochs=1e308', '1e9'),
     ('mae.norm_pix_loss=true', 'unknown'), ('evaluate.probes=1', '16 or more'),
     ('mae.patch=7', 'mae.patch'), ('irm.images_per_identity=5', 'images_per_identity'),
     ('fr.norm_batch=48', 'norm_batch'), ('fr.lr=1e308', '1e30'), ('mae.batch=1', '2 or more'),

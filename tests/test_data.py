@@ -12,9 +12,10 @@ import torch
 
 from facekit.base import config, machine, process
 from facekit.base.errors import InputError
-from facekit.data import batches, faces, images, records, toy
+from facekit.data import batches, faces, images, pairs, records, toy
+from facekit.data.names import excluded_people
 from facekit.data.people import split
-from facekit.data.sources import RecordSource
+from facekit.data.sources import RecordSource, open_source
 from facekit.privacy.groups import AttackGroup, keep_images, own_groups
 from facekit.privacy.release import plan_release, release_secret
 
@@ -118,6 +119,73 @@ def test_a_folder_per_person_is_read_like_records_and_its_rows_decoded_together(
     assert '3 images' in capsys.readouterr().out
     for rows in (slice(None), np.arange(1, 4), np.array([5, 0, 5])):      # in memory, not, in part
         assert np.array_equal(found.images[rows], pixels[rows])
+
+
+def write_images(folder, count=6):
+    """Image files 0.png, 1.png, ... of as many drawn people in a folder; returns their pixels."""
+    drawn = toy.draw(np.arange(count), np.zeros(count, int), size=32)
+    folder.mkdir()
+    for i, image in enumerate(drawn):
+        (folder / f'{i}.png').write_bytes(images.encode(image, 'png'))
+    return drawn.permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize('text', [
+    '2.png 9\n0.png 10\n\n1.png  10\n', '\ufeff2.png,9\r\n0.png, 10\r\n./1.png,10\r\n',
+    '0.png\t10\n1.png\t10\n2.png\t9'])
+def test_a_list_says_who_is_who_and_what_it_leaves_out_is_counted(tmp_path, capsys, text):
+    pixels = write_images(tmp_path / 'faces')
+    path = tmp_path / 'faces' / 'identity_CelebA.txt'
+    path.write_text(text)
+    found = faces.load(path, make_config(tmp_path))
+    assert found.people.tolist() == ['10', '9'] and found.labels.tolist() == [0, 0, 1]
+    assert np.array_equal(found.images[:], pixels[:3])
+    assert found.left_out()['in no line of the list'] == 3
+    assert 'in no line of the list: 3 (3.png, 4.png, 5.png)' in capsys.readouterr().out
+
+
+def test_a_lists_names_can_have_blanks_and_its_images_lie_in_sub_folders(tmp_path):
+    write_images(tmp_path / 'faces')
+    (tmp_path / 'list.txt').write_text('faces/0.png, Müller Jörg\nfaces/1.png, ann\n')
+    cfg = make_config(tmp_path, f'data.root={tmp_path}/list.txt', 'data.exclude=[ann]')
+    found = faces.load(cfg.data.root, cfg)
+    assert found.people.tolist() == ['Müller Jörg', 'ann']
+    assert excluded_people(found.people, cfg).tolist() == [False, True]
+    assert pairs.find_set('0.png', make_config(tmp_path)) == tmp_path / 'faces' / '0.png'
+
+
+@pytest.mark.parametrize('text, words', [
+    ('0.png a\n1.png\n', 'line 2 is no image and its person'),
+    ('0.png, \n', 'line 1 is no image and its person'),
+    ('0.png Li Ann\n', 'names with blanks need a comma'),
+    ('0.png a\n7.png b\n', '7.png, which does not exist: copy it there, or remove the line'),
+    ('0.png a\n./0.png b\n', 'line 2 names .*0.png once more'),
+    ('a/../../x.png a\n', 'line 1 names ../x.png, which is outside'),
+    ('/x.png a\n', 'which is outside'), ('\n', 'names no image'),
+    ('0.png a\n1.png a\n', 'one person only'), ('0.png é\n', 'no text in UTF-8'),
+    ('0.png Ann\n1.png ann\n', 'look alike')])
+def test_a_list_with_a_wrong_line_is_refused_in_one_sentence(tmp_path, text, words):
+    write_images(tmp_path / 'faces')
+    path = tmp_path / 'faces' / 'list.txt'
+    path.write_bytes(text.encode('latin-1'))
+    with pytest.raises(InputError, match=words) as error:
+        open_source(path)
+    assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_records_of_one_label_take_their_people_from_dcfaces_list(tmp_path):
+    drawn = toy.draw(np.arange(4), np.zeros(4, int), size=32)
+    records.write_records(tmp_path, [images.encode(x) for x in drawn], [0] * 4, 32)
+    keys, path = RecordSource(tmp_path).records.keys, tmp_path / 'list.txt'
+    lines = [f'{key}\t{person}/{key}.jpg\n' for key, person in zip(keys, (7, 7, 12, 7))]
+    path.write_text(''.join(lines[::-1]))
+    source = open_source(tmp_path / 'train.rec')
+    assert source.people[source.labels].tolist() == ['7', '7', '12', '7']
+    for text, words in ((''.join(lines[:2]), f'no line for record {keys[2]} of'),
+                        ('1 a/b.jpg\n', 'line 1 is not'), ('1\tb.jpg\n', 'line 1 is not')):
+        path.write_text(text)
+        with pytest.raises(InputError, match=words):
+            open_source(tmp_path / 'train.rec')
 
 
 def test_a_containers_limit_counts(tmp_path):

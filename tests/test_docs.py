@@ -1,5 +1,6 @@
 """README and docs: the code runs as it stands, commands name what exists, figures are true."""
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -7,11 +8,14 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 import models
-from conftest import ROOT, run
+from conftest import ROOT, TINY, run
 from facekit.base import config
 from facekit.data import bins
+from facekit.nets.weights import recogniser
 from irm import irm_loss
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -55,7 +59,8 @@ def test_a_command_names_a_script_a_config_and_keys_that_exist(page, line):
 PLACES = {'data.root=FOLDER': 'data.root=faces', 'release=PATH': 'release=faces',
           'originals=PATH': 'originals=faces',
           'judge.checkpoint=PATH': 'judge.checkpoint=judge.pt',
-          'reconstruct.photos=FOLDER': 'reconstruct.photos=photos'}
+          'reconstruct.photos=FOLDER': 'reconstruct.photos=photos',
+          'reconstruct.export=FOLDER': 'reconstruct.export=exported'}
 
 
 @pytest.fixture(scope='module')
@@ -88,6 +93,15 @@ def test_the_readmes_code_runs():
     assert scope['mae'].cls_token.grad.abs().sum() > 0
 
 
+def test_the_weights_of_the_kits_checkpoints_lie_where_the_readme_says(finished):
+    assert "`torch.load(PATH)['net']`" in (ROOT / 'README.md').read_text()
+    fold = finished[0] / 'run' / 'fold0'
+    models.iresnet(10, 8, 32, 32).load_state_dict(torch.load(fold / 'teacher.pt')['net'])
+    saved = torch.load(fold / 'mae.pt')
+    models.MAE(32, 8, 32, 2, 2, 32, 1, 2).load_state_dict(saved['model'])
+    assert saved['mean'].shape == (3, 32, 32) and saved['std'] == 0.25
+
+
 def test_the_two_files_train_alone():
     """In ten steps the loss falls."""
     torch.manual_seed(0)
@@ -111,9 +125,8 @@ def test_the_two_files_train_alone():
 
 @pytest.mark.parametrize('version', [4, 5])
 def test_the_renaming_of_hugging_faces_keys_gives_ours(version):
-    [code] = blocks(ROOT / 'docs' / 'usage.md', 'python')
-    scope = {'torch': torch}
-    exec(code, scope)
+    _, code = blocks(ROOT / 'docs' / 'usage.md', 'python')
+    exec(code, scope := {})
     ours = models.MAE(32, 8, 32, 2, 2, 16, 1, 2).state_dict()
     theirs, names = {}, (
         ('^mask_token', 'decoder.mask_token'), ('^decoder_blocks', 'decoder.decoder_layers'),
@@ -143,10 +156,48 @@ def test_the_renaming_of_hugging_faces_keys_gives_ours(version):
     assert all(torch.equal(renamed[k], v) for k, v in ours.items())
 
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_the_onnx_file_of_the_pages_gives_what_the_backbone_gives(tmp_path):
+    pytest.importorskip('onnxruntime')
+    code, _ = blocks(ROOT / 'docs' / 'usage.md', 'python')
+    exec(code, scope := {})
+    torch.manual_seed(0)
+    net = models.iresnet(10, 8, 112, 32).eval()
+
+    class AdaFace(torch.nn.Sequential):
+        """Takes BGR, and returns embeddings and their length."""
+
+        def forward(self, faces):
+            z = super().forward(faces)
+            return F.normalize(z), z.norm(dim=1, keepdim=True)
+
+    scope['write_onnx'](AdaFace(net), str(tmp_path / 'net.onnx'))
+    faces = torch.rand(3, 3, 112, 112) * 2 - 1
+    with torch.no_grad():
+        expected = F.normalize(net(faces.flip(1)))
+    found = recogniser(tmp_path / 'net.onnx', torch.device('cpu'))(faces)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 def test_the_readme_is_short_and_says_what_it_must_at_once():
     text = (ROOT / 'README.md').read_text()
-    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1300
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1200
     assert 'not anonymous' in ' '.join(text.split()[:110])
+
+
+def test_the_readmes_picture_is_drawn_of_a_finished_run(finished, monkeypatch, tmp_path):
+    idea = runpy.run_path(ROOT / 'results' / 'toy' / 'idea.py')
+    monkeypatch.chdir(finished[0])
+    idea['draw'](config.namespace(config.resolve(TINY, ['run.folder=run'])), tmp_path / 'x.png')
+    drawn, ours = Image.open(tmp_path / 'x.png'), Image.open(ROOT / 'results' / 'toy' / 'idea.png')
+    assert drawn.size == ours.size
+
+
+def test_the_page_of_a_run_scrolls_only_inside_its_tables(finished):
+    """On a phone a wide table scrolls by itself, and pictures are as wide as the page."""
+    page = (finished[0] / 'run' / 'report.html').read_text()
+    assert page.count('<div class="wide"><table') == page.count('<table') > 8
+    assert '.wide { overflow-x: auto } img { max-width: 100%' in page and ' width=' not in page
 
 
 def test_a_script_without_its_packages_says_what_to_do():

@@ -29,7 +29,7 @@ from gpu_stages import STAGES, check_collective, stage, two_processes
 ATTACKS = [name for name in ATTACKERS if name != 'dlib']      # which is a program of the host
 ALL = f'evaluate.attacks=[{", ".join(ATTACKS)}]'
 GPU, CPU = 'run.device=cuda', 'run.device=cpu'
-QUIET = 'run.log_every=1000', 'run.save_minutes=1e9', 'mae.preview_epochs=0'
+QUIET = 'run.log_every=1000', 'run.save_minutes=1e9'
 TEACHER = STAGES[0]
 TWO_LOSSES = 'irm.warmup_epochs=0'
 
@@ -103,7 +103,7 @@ def check_steps(watch):
 
 def test_all_stages_make_what_the_cpu_makes_and_no_step_waits(on_gpu, tmp_path):
     """Teacher, judge, MAE, two releases and students: figures to the last bit, records to the last
-    byte, with the log lines, previews and checkpoints that users have."""
+    byte, with the log lines and checkpoints that users have."""
     make(tmp_path, STAGES, ALL, device=CPU)
     for row in ('.', 'originals'):
         assert differing(figures(on_gpu[0], row), figures(tmp_path, row)) == {}

@@ -282,8 +282,7 @@ def test_an_interrupted_release_is_made_anew_with_any_number_of_processes(copied
 
 @pytest.mark.parametrize('dies', [1, pytest.param(0, marks=LONG)])
 def test_when_a_process_dies_the_others_say_so_and_end(copied, dies):
-    scripts = together(copied, 'train_mae.py', 'mae.epochs=100000', 'run.save_minutes=0',
-                       'mae.preview_epochs=0')
+    scripts = together(copied, 'train_mae.py', 'mae.epochs=100000', 'run.save_minutes=0')
     reach(copied / 'run' / 'fold0' / 'mae.pt', 3)
     scripts[dies].send(signal.SIGKILL)
     assert scripts[dies].wait() == -signal.SIGKILL
@@ -352,7 +351,7 @@ def test_two_rows_are_evaluated_side_by_side(finished, tmp_path):
 @LONG
 def test_ranks_that_outlive_their_launcher_are_noticed_by_the_next_start(copied):
     """SIGKILL of torchrun leaves its ranks training."""
-    endless = 'mae.epochs=100000', 'mae.preview_epochs=0', 'run.save_minutes=0'
+    endless = 'mae.epochs=100000', 'run.save_minutes=0'
     launcher = torchrun(copied, ROOT / 'train_mae.py', *endless)
     reach(copied / 'run' / 'fold0' / 'mae.pt', 1)
     children = f'/proc/{launcher.pid}/task/{launcher.pid}/children'

@@ -50,7 +50,7 @@ def test_the_pipeline_writes_what_it_promises(finished):
             'class_label', 'repeated_same_image', 'membership_recogniser',
             'pixels_same_person'} <= set(
                 results['privacy'])
-    for figure in ('release.png', 'mask.png', 'mae_fold0.png', 'roc.png', 'tradeoff.png',
+    for figure in ('release.png', 'mask.png', 'roc.png', 'tradeoff.png',
                    'release_most_linked.png', 'mask_most_linked.png'):
         assert (folder / 'run' / 'figures' / figure).stat().st_size > 1000
     assert 'facemae' in printed and ' left ' in printed
@@ -60,6 +60,28 @@ def test_the_pipeline_writes_what_it_promises(finished):
     assert page.count('data:image/png;base64,') == 5 and 'not anonymous' in page
     words = re.sub(r'base64,[^"]*', '', page)      # pictures as text can hold any four letters
     assert 'originals' in page and 'http' not in words and '<script' not in page
+
+
+def test_a_release_is_exported_as_folders_of_its_image_files(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    out, words = tmp_path / 'out', 'reconstruct.export=out'
+    assert '60 images of 10 people' in run(tmp_path, 'reconstruct.py', words)
+    release = records.Records(tmp_path / 'run' / 'reconstructed')
+    found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob('*.*')}
+    assert found == {f'{label}/{i:02}.png': bytes(release[i])
+                     for i, label in enumerate(release.labels)}
+    assert sorted(path.name for path in out.iterdir()) == list('0123456789')
+    assert 'out is there already' in run(tmp_path, 'reconstruct.py', words, code=2)
+    assert len(list(out.rglob('*.*'))) == 60
+    run(tmp_path, 'reconstruct.py', 'run.row=originals', 'reconstruct.export=originals')
+    assert (tmp_path / 'originals').stat().st_mode & 0o077 == 0
+    with open(tmp_path / 'run' / 'mask' / 'reconstructed' / 'train.rec', 'ab') as file:
+        file.write(b'x')
+    said = run(tmp_path, 'reconstruct.py', 'run.row=mask', 'reconstruct.export=mask', code=2)
+    assert 'other files than when it was published' in said
+    shutil.rmtree(tmp_path / 'run' / 'reconstructed')
+    assert 'is missing: first run' in run(tmp_path, 'reconstruct.py', 'reconstruct.export=x',
+                                          code=2)
 
 
 def test_the_release_is_insightfaces_and_says_nothing_of_its_source(finished):

@@ -88,7 +88,7 @@ def on_drawn_faces(cfg, folder):
              'test_identities': 24, 'test_pairs': 200},
         teacher={'checkpoint': teacher},
         judge={'checkpoint': teacher},
-        mae={'name': 'mae', 'init': '', 'preview_epochs': 0.0},
+        mae={'name': 'mae', 'init': ''},
         irm={'warmup_epochs': 0.0},
         reconstruct={'method': 'facemae', 'key': ''},
         fr={'init': ''},

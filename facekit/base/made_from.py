@@ -9,8 +9,8 @@ from facekit.base.config import CONFIGS, as_dict, namespace, resolve
 from facekit.base.errors import InputError, quoted
 
 # Keys that change how a thing is made but not what it is
-HARMLESS = {'mae.micro_batch', 'mae.preview_epochs', 'reconstruct.batch', 'reconstruct.photos',
-            'reconstruct.key', 'reconstruct.check', 'fr.shard_classes'}
+HARMLESS = {'mae.micro_batch', 'reconstruct.batch', 'reconstruct.photos', 'reconstruct.key',
+            'reconstruct.check', 'reconstruct.export', 'fr.shard_classes'}
 
 
 def settings(cfg, keys):

@@ -34,7 +34,7 @@ class SourceImages:
     """
 
     def __init__(self, source, numbers, cfg):
-        """source: RecordSource or FolderSource; numbers int64 (N,): which of its images."""
+        """source: see sources.open_source(); numbers int64 (N,): which of its images."""
         self.source, self.numbers, self.data = source, numbers, cfg.data
         self.threads = max(1, process.cores() // process.on_this_node())
         self.pool = ThreadPoolExecutor(self.threads)
@@ -159,7 +159,7 @@ class FaceSet:
     hashes: np.ndarray        # uint64 (N,), of the image files
     skipped: list             # numbers of the source's images that were left out as damaged
     look: Path | None = None  # file of first_look(); None where nobody has looked at the images
-    source: object = None     # RecordSource or FolderSource
+    source: object = None     # see sources.open_source()
 
     def __len__(self):
         return len(self.labels)
@@ -198,7 +198,7 @@ def load(path, cfg, photos=True):
             path, t.identities, t.images, t.test_identities, t.test_pairs, cfg.data.size, t.seed))
     source = open_source(path)
     for why, paths in source.passed_over.items():
-        some = ', '.join(str(file.relative_to(path)) for file in paths[:3])
+        some = ', '.join(str(file.relative_to(source.folder)) for file in paths[:3])
         more = ', ...' if len(paths) > 3 else ''
         process.say(f'{path}: passed over, {why}: {len(paths)} ({some}{more})')
     look = first_look(path, source, cfg, photos)
@@ -325,4 +325,4 @@ def warn_if_unaligned(photos, path):
         for x, y in ((38, 52), (74, 52), (56, 52), (38, 72), (74, 72)))
     if (bridge + left_cheek + right_cheek) / 3 - (left + right) / 2 < 0.7:
         process.say(f'warning: the faces in {path} do not look aligned to {template}: align them '
-                    'first, for example with insightface.utils.face_align.norm_crop')
+                    'first, by `python tools/align.py PHOTOS FACES`')

@@ -11,7 +11,7 @@ from facekit.base.errors import InputError, counted, quoted
 from facekit.data import images
 from facekit.data.bins import read_bin
 from facekit.data.faces import warn_if_unaligned
-from facekit.data.sources import FolderSource, is_drawn
+from facekit.data.sources import FolderSource, is_drawn, read_lines, separated
 
 FOLDS = 10      # of insightface's protocol: a set needs as many pairs
 # How lists say that a pair is of one person
@@ -31,7 +31,7 @@ class PairSet:
 def find_set(name, cfg):
     """Path of a verification set: as it stands, or beside the training data."""
     root = Path(cfg.data.root)
-    beside = (root.parent if root.suffix == '.rec' else root) / name
+    beside = (root.parent if root.suffix in ('.rec', '.txt') else root) / name
     return beside if not Path(name).exists() and beside.exists() else Path(name)
 
 
@@ -58,13 +58,7 @@ def read_pairs(path):
         return read_bin(path)
     lines = path / 'pairs.txt' if path.is_dir() else path
     files_of_pairs, same = [], []
-    try:
-        text = bytes(files.open_bytes(lines)).decode('utf-8-sig')
-    except UnicodeDecodeError:
-        raise InputError(f'{lines} is no text in UTF-8: save it as such') from None
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(lines):
         words = line.split('\t') if path.is_dir() else separated(line)
         try:
             if path.is_dir():
@@ -88,11 +82,6 @@ def read_pairs(path):
                              'not there: copy it there, or remove the line')
         files_of_pairs += pair
     return [files.open_bytes(file) for file in files_of_pairs], np.array(same, bool)
-
-
-def separated(line):
-    """The words of a line of a list: between commas if it has any, else between blanks."""
-    return [word.strip() for word in line.split(',')] if ',' in line else line.split()
 
 
 def load_pairs(path, size):

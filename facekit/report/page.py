@@ -28,11 +28,12 @@ pre { white-space: pre-wrap; font-size: 13px }
 WARNING = """The released people are not anonymous. Their images are meant to be harder to
 re-identify; for which attackers, and how much harder, is what these tables say, and nothing beyond
 them. The pictures below show originals: keep this page where the originals are kept."""
-FIRST = {'release.png': 'Originals, the patches that stay visible, and what is released'}
+FIRST = {'release.png': 'Top row: originals; last row: what is released'}
 LAST = {'tradeoff.png': 'Privacy against utility: left is more private, up is more useful',
-        'losses.png': 'Losses in training: they shall fall and become level',
         'roc.png': 'Verification: the higher a curve, the more useful the release',
-        'release_most_linked.png': 'The released images of whose originals one attacker is surest'}
+        'release_most_linked.png': 'The released images of whose originals one attacker is surest',
+        'losses.png': 'Losses in training: they fall in the end; a recogniser\'s rises while its '
+                      'margin sets in, and that of relations begins after a warm-up'}
 EXPLAINED = {'docs/usage.md': 'the guide', 'facekit/privacy/attacks.py': 'the attackers, as code',
              'results/README.md': 'what was measured before'}
 
@@ -67,7 +68,9 @@ def write_page(folder, sheets, results):
               if k not in ('compare', 'base', 'reference')}
     made = Sheet('Made with; seconds of each stage', ['', ''], [
         [key, str(value)] for name in ('made_with', 'people', 'seconds')
-        for key, value in results.get(name, {}).items()])
+        for key, value in results.get(name, {}).items()],
+        meaning='Versions; how many people and images are released, and how many are not and why; '
+                'seconds.')
     links = ', '.join(
         f'<a href="{escape(os.path.relpath(CONFIGS.parent / name, folder))}">{text}</a>'
         for name, text in EXPLAINED.items())

@@ -107,14 +107,16 @@ def save_losses(logs, path):
     trainings = {str(log.relative_to(logs).with_suffix('')): [entry for _, entry in read_log(log)]
                  for log in sorted(logs.rglob('*.jsonl'))}
     figure = new_figure(figsize=(10, 4), layout='constrained')
-    for panel, loss in zip(figure.subplots(1, 3), ('loss', 'mse', 'irm')):
+    titles = {'loss': 'loss: of recognisers', 'mse': 'mse: squared error of the MAE',
+              'irm': 'irm: relations of the MAE'}
+    for panel, (loss, title) in zip(figure.subplots(1, 3), titles.items()):
         curves = {name: [(entry['step'], entry[loss]) for entry in entries
                          if isinstance(entry.get(loss), float)]
                   for name, entries in trainings.items()}
         curves = {name: points for name, points in curves.items() if points}
         for name, colour in colours_of(curves).items():
             panel.plot(*zip(*curves[name]), color=colour, label=name)
-        panel.set(xlabel='step', title=loss)
+        panel.set(xlabel='step', title=title)
         if curves:                                         # else it warns
             panel.legend(frameon=False, fontsize=6)
     save_plot(figure, path)

@@ -15,14 +15,14 @@ from facekit.privacy.protect import PROTECTIONS, visible_count
 QUESTIONS = {'person': 'same_person', 'photo': 'same_image'}     # by its word in tables
 LEAKAGE = {            # titles and meanings of the tables of attackers, by question and figure
     ('same_person', 'rank1'): (
-        'person: another photo of it is found first, its own original left out, %',
+        'person: another photo of the same person is found first, %',
         'Of all originals but the one that an image was made from, how often is the most similar '
         'one a photo of the same person? Chance: what guessing reaches. Lower is more private.'),
     ('same_person', 'each_person_once'): (
         'person, with each person counted once, however many photos, %',
         'The same as a mean over people: one with many photos is found more easily.'),
     ('same_image', 'rank1'): (
-        'photo: the original it was made from is found first among all, %',
+        'photo: the very original that it was made from is found first, %',
         'Somebody holds the very photo: how often is it the most similar of all originals?'),
     ('label', 'rank1'): (
         "label: the mean of a person's other photos is found first among all means, %",
