@@ -40,14 +40,18 @@ def released_people(cfg):
             for name in fold.private.people[np.unique(fold.private.labels[fold.released])]}
 
 
+def plan_and_names(cfg):
+    """The plan of a config's release, and whose each of its images is, in their order."""
+    folds = split(cfg)
+    plan, private = plan_release(folds, b'secret', cfg), folds[0].private
+    return plan, private.people[private.labels[plan.image]].tolist()
+
+
 def test_adding_a_person_changes_nobody_elses_group_order_or_exclusion(tmp_path):
     """A new folder used to shift all labels: who was excluded was released, another left out."""
     root = folder_of_people(tmp_path / 'faces')
     cfg = make_config(tmp_path, 'data.exclude=[id_005]', 'data.release_folds=[]')
-    before = released_people(cfg)
-    folds = split(cfg)
-    plan = plan_release(folds, b'secret', cfg)
-    order = [str(folds[0].private.people[folds[0].private.labels[i]]) for i in plan.image]
+    before, (plan, order) = released_people(cfg), plan_and_names(cfg)
     for name in ('.ipynb_checkpoints', 'aaa', 'zzz'):
         shutil.copytree(root / 'id_003', root / name)
         for file in (root / name).iterdir():                          # other pictures
@@ -57,30 +61,17 @@ def test_adding_a_person_changes_nobody_elses_group_order_or_exclusion(tmp_path)
     assert 'id_005' not in before | after and len(before) == 11
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() == {'aaa', 'zzz'}             # the hidden one is nobody
-    folds = split(cfg)
-    later = plan_release(folds, b'secret', cfg)
-    names = [str(folds[0].private.people[folds[0].private.labels[i]]) for i in later.image]
+    later, names = plan_and_names(cfg)
     assert [name for name in names if name in before] == order
-    seeds = dict(zip(zip(folds[0].private.hashes[later.image].tolist()), later.seeds.tolist()))
-    assert set(plan.seeds.tolist()) <= set(seeds.values())
+    assert set(plan.seeds.tolist()) <= set(later.seeds.tolist())
 
 
 @pytest.mark.parametrize('exclude, words', [
-    ('[id_05]', ["'id_05'", 'such as', 'id_005']), ('[5]', ["'5'", 'such as id_000']),
-    ('[{a: 1}]', ['give text'])])
+    ('[id_05]', "'id_05'.* such as id_005"), ('[5]', "'5'.* such as id_000")])
 def test_an_exclusion_that_matches_nobody_is_refused(tmp_path, exclude, words):
     folder_of_people(tmp_path / 'faces')
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=words):
         split(make_config(tmp_path, f'data.exclude={exclude}'))
-    assert all(word in str(error.value) for word in words), error.value
-
-
-def test_an_unknown_label_is_refused_and_a_known_one_taken_out(tmp_path):
-    write_faces(tmp_path / 'faces')
-    with pytest.raises(InputError, match='999'):
-        split(make_config(tmp_path, 'data.exclude=[999]'))
-    cfg = make_config(tmp_path, 'data.exclude=[5]', 'data.release_folds=[]')
-    assert '5' not in released_people(cfg)
 
 
 def test_what_will_be_released_is_said_with_everybody_who_is_not(tmp_path):
@@ -120,43 +111,15 @@ def test_what_a_folder_holds_beside_images_is_counted_and_named(tmp_path, capsys
         assert words in said, said
 
 
-def make_single_person(root):
-    files_ = [images.encode(x) for x in toy.draw(np.zeros(4, int), np.arange(4), 32)]
-    records.write_records(root, files_, [0] * 4, 32)
-
-
-def make_too_deep(root):
-    folder_of_people(root / 'CASIA')
-
-
-def make_other_record(root):
-    write_faces(root)
-    for ending in ('rec', 'idx'):
-        (root / f'train.{ending}').rename(root / f'file.{ending}')
-
-
 @pytest.mark.parametrize('make, path, words', [
-    (make_single_person, '', ['one person', 'label']),
-    (make_too_deep, '', ['one sub-folder per person']),
-    (make_other_record, '', ['or a .rec file']),
-    (write_faces, 'train.idx', ['train.idx is no .rec', 'train.rec']),
-    (lambda root: (root.mkdir(), (root / 'faces.zip').write_bytes(b'PK')), 'faces.zip',
-     ['faces.zip is no .rec']),
-    (lambda root: (root.mkdir(), (root / '1.jpg').touch()), '', ['one sub-folder per person']),
-    (lambda root: None, '', ['does not exist', 'data.root'])])
+    (lambda root: write_faces(root, people=1), '', 'of one person only.* label for each'),
+    (lambda root: folder_of_people(root / 'CASIA'), '', 'one sub-folder per person'),
+    (write_faces, 'train.idx', 'train.idx is no .rec: .*train.rec'),
+    (lambda root: None, '', 'does not exist: set data.root')])
 def test_a_set_that_is_none_is_told_what_it_is(tmp_path, make, path, words):
     make(tmp_path / 'faces')
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=words):
         faces.load(tmp_path / 'faces' / path, make_config(tmp_path))
-    assert all(word in str(error.value) for word in words), error.value
-
-
-def test_toy_faces_are_drawn_where_the_config_says_and_nowhere_else(tmp_path):
-    with pytest.raises(InputError, match='does not exist'):
-        faces.load(tmp_path / 'faces', make_config(tmp_path))
-    assert not (tmp_path / 'faces').exists()
-    cfg = make_config(tmp_path, f'toy.root={tmp_path}/faces')
-    assert len(faces.load(tmp_path / 'faces', cfg)) == 144
 
 
 def test_photos_that_are_not_square_lose_their_edges_and_a_warning_says_so(tmp_path, capsys):
@@ -173,9 +136,9 @@ def test_photos_that_are_not_square_lose_their_edges_and_a_warning_says_so(tmp_p
 # -------------------------------------------------------------------------------- the secret
 
 @pytest.mark.parametrize('text', [
-    b'', b'a', b'password', b'0' * 64, b'\0' * 64, b'ab' * 31, b'0123456789abcdef' * 4,
-    bytes(range(32)).hex().encode(), bytes(range(0, 96, 3)).hex().encode(),
-    2 * (config.CONFIGS / 'toy.key').read_bytes().strip()])
+    b'password', bytes(range(0, 248, 8)).hex().encode(), b'0123456789abcdef' * 4,
+    bytes(range(0, 96, 3)).hex().encode(), 2 * (config.CONFIGS / 'toy.key').read_bytes().strip()],
+    ids=['no hex', '31 bytes', 'few bytes', 'counting', 'repeated'])
 def test_a_secret_that_can_be_guessed_is_refused(tmp_path, text):
     (tmp_path / 'my.key').write_bytes(text)
     with pytest.raises(InputError, match='64 hex digits'):
@@ -354,11 +317,6 @@ def test_a_kit_inside_another_repository_does_not_name_that(tmp_path, monkeypatc
     assert re.fullmatch('[0-9a-f]{12}', launch.commit())
 
 
-def test_a_photo_that_is_too_large_is_told_the_limit():
-    with pytest.raises(InputError, match='6000 x 4000 pixels, not 1 to 16777216: shrink'):
-        images.decode(images.encode(torch.zeros(3, 4000, 6000, dtype=torch.uint8)), 'photo.jpg')
-
-
 def test_the_data_cards_say_what_the_key_protects_and_which_release_is_photos(finished):
     folder, printed = finished
     card, photos = (' '.join((folder / row / 'reconstructed' / 'README.md').read_text().split())
@@ -386,30 +344,13 @@ def test_attackers_learn_first_from_people_whom_no_recogniser_saw(tmp_path):
         assert (np.diff(seen.astype(int)) >= 0).all()
 
 
-def test_a_foreign_release_in_another_order_is_refused(tmp_path):
+def test_a_foreign_release_of_other_people_is_refused(tmp_path):
     """It would look private: each image would be searched for behind another one."""
     cfg = make_config(tmp_path, f'release={tmp_path}/theirs', f'originals={tmp_path}/faces')
     write_faces(tmp_path / 'faces', people=8, each=3)
-    write_faces(tmp_path / 'theirs', people=8, each=3)
-    assert foreign_groups(cfg, faces.load(tmp_path / 'theirs', cfg), 'cpu')
     write_faces(tmp_path / 'theirs', people=12, each=2)
     with pytest.raises(InputError, match='do not have the same people'):
         foreign_groups(cfg, faces.load(tmp_path / 'theirs', cfg), 'cpu')
-
-
-def test_who_is_excluded_stays_excluded_whatever_is_typed(tmp_path):
-    """A quick hand gives the key twice, forgets the list of the config or base, or writes 010."""
-    folder_of_people(tmp_path / 'faces')
-    (tmp_path / 'faces' / 'id_003').rename(tmp_path / 'faces' / '010')
-    (tmp_path / 'base.yaml').write_text(f'base: {TINY}\ndata: {{root: {tmp_path}/faces, '
-                                        'release_folds: [], exclude: [id_000]}\n')
-    (tmp_path / 'my.yaml').write_text('base: base.yaml\ndata: {exclude: [id_001]}\n')
-    cfg = config.namespace(config.resolve(tmp_path / 'my.yaml', [
-        'data.exclude=[010, id_002]', 'data.exclude=[010]', 'data={exclude: []}']))
-    assert released_people(cfg).keys() == {f'id_{i:03}' for i in range(4, 12)}
-    cfg = config.namespace(config.resolve(tmp_path / 'my.yaml', ['data.exclude=[10]']))
-    with pytest.raises(InputError, match="'10'.* such as 010"):
-        split(cfg)
 
 
 def test_a_picture_of_an_excluded_person_is_not_released_under_another_name(tmp_path):
