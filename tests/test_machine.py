@@ -5,6 +5,7 @@ import ctypes
 import errno
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 from conftest import ENVIRONMENT, ROOT, TINY, Script, run
 from facekit.base import files, launch, machine, process
-from facekit.base.errors import InputError
+from facekit.base.errors import InputError, printable
 from facekit.base.log import StageLog
 
 
@@ -50,16 +51,6 @@ def test_a_file_system_without_locks_or_maps_is_used_all_the_same(tmp_path, monk
     assert files.open_bytes(tmp_path / 'mae.pt') == b'weights'
 
 
-def test_an_error_of_the_system_is_a_sentence_with_the_files_name(copied, monkeypatch):
-    monkeypatch.setattr(os, 'fsync', missing)
-    printed = run(copied, 'train_mae.py', code=2)
-    assert 'Traceback' not in printed
-    last = printed.splitlines()[-1]
-    assert last.startswith('error: run/') and 'not implemented: check path, rights and' in last
-    unnamed = OSError(errno.ENOSPC, 'No space left on device')
-    assert 'a file below' in launch.explanation(unnamed, None)
-
-
 # ----------------------------------------------------------------------------------- the terminal
 
 @pytest.mark.parametrize('screen', ['> /dev/full', '>&-', '2>&- | true'])
@@ -77,6 +68,8 @@ def test_a_screen_in_ascii_shows_other_letters_escaped():
     shown = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
     print('Анна', file=launch.Screen(shown))
     assert shown.buffer.getvalue() == b'\\u0410\\u043d\\u043d\\u0430\n'
+    # And characters that a terminal obeys
+    assert printable('a\x1b[31m\nb\udcff') == 'a\\x1b[31m\\nb\\udcff'
 
 
 @pytest.mark.parametrize('stage, number, name', [
@@ -118,6 +111,11 @@ def test_a_run_under_nohup_outlives_its_terminal():
 def test_numbers_of_a_launcher_may_be_empty_and_are_refused_where_they_are_none(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '')
     assert process.on_this_node() == 1
+    monkeypatch.setenv('WORLD_SIZE', '16')
+    assert process.on_this_node() == 16
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')                 # threads and memory are a node's
+    assert process.on_this_node() == 2
+    monkeypatch.delenv('LOCAL_WORLD_SIZE')
     monkeypatch.setenv('WORLD_SIZE', 'two')
     with pytest.raises(InputError, match="WORLD_SIZE = 'two' in the environment is no number"):
         process.on_this_node()
@@ -133,10 +131,14 @@ def test_a_taken_port_is_a_sentence(copied):
     assert 'Traceback' not in script.err
 
 
-def test_a_missing_compiler_or_header_is_a_sentence():
-    for error in (CppCompileError(['g++', 'x.cpp'], 'fatal error: Python.h: No such file'),
-                  InvalidCxxCompiler()):
-        assert 'install a C++ compiler and the headers of' in launch.explanation(error, None)
+@pytest.mark.parametrize('error, words', [
+    (CppCompileError(['g++', 'x.cpp'], 'fatal error: Python.h: No such file'), 'headers of'),
+    (InvalidCxxCompiler(), r'install a C\+\+ compiler and the headers of'),
+    (OSError(errno.ENOSPC, 'No space left on device'), 'a file below .*No space left'),
+    (PermissionError(errno.EACCES, 'Permission denied', 'run/a.pt'), 'run/a.pt: .*: check path'),
+    (RuntimeError('CUDA out of memory. Tried to allocate'), 'memory is too small')])
+def test_what_the_system_lacks_is_a_sentence(error, words):
+    assert re.search(words, launch.explanation(error, None))
 
 
 # ----------------------------------------------------------------------------- folders and code

@@ -3,7 +3,6 @@ import hashlib
 import re
 import shutil
 import stat
-import subprocess
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from test_data import make_config, write_faces
 import train_mae
 from conftest import TINY, run
 from facekit import check
-from facekit.base import config, launch
+from facekit.base import config
 from facekit.base.errors import InputError
 from facekit.data import batches, faces, images, records, toy
 from facekit.data.people import count_release, split
@@ -303,18 +302,6 @@ def test_a_method_that_reads_hidden_pixels_is_not_released(tmp_path, monkeypatch
         draws_mask=True))
     with pytest.raises(InputError, match='hidden pixels'):
         check_release_images(*arguments)
-
-
-def test_a_kit_inside_another_repository_does_not_name_that(tmp_path, monkeypatch):
-    monkeypatch.delenv('GIT_DIR', raising=False)
-    for words in (['init', '-q'], ['-c', 'user.name=x', '-c', 'user.email=x', 'commit', '-q',
-                                   '--allow-empty', '-m', 'secret']):
-        subprocess.run(['git', *words], cwd=tmp_path, check=True)
-    (tmp_path / 'kit' / 'configs').mkdir(parents=True)
-    monkeypatch.setattr(launch, 'CONFIGS', tmp_path / 'kit' / 'configs')
-    assert launch.commit() == 'version 2.0'
-    monkeypatch.setattr(launch, 'CONFIGS', tmp_path / 'kit')           # the repository's own
-    assert re.fullmatch('[0-9a-f]{12}', launch.commit())
 
 
 def test_the_data_cards_say_what_the_key_protects_and_which_release_is_photos(finished):

@@ -56,10 +56,6 @@ def test_the_pipeline_writes_what_it_promises(finished):
     assert 'facemae' in printed and ' left ' in printed
     table = (folder / 'run' / 'table.txt').read_text().splitlines()
     assert max(map(len, table)) <= 80 and any('originals' in line for line in table)
-    page = (folder / 'run' / 'report.html').read_text()
-    assert page.count('data:image/png;base64,') == 5 and 'not anonymous' in page
-    words = re.sub(r'base64,[^"]*', '', page)      # pictures as text can hold any four letters
-    assert 'originals' in page and 'http' not in words and '<script' not in page
 
 
 def test_the_release_is_insightfaces_and_says_nothing_of_its_source(finished):
@@ -136,14 +132,13 @@ def test_streaming_gives_bit_for_bit_what_memory_gives(copied, finished, monkeyp
         assert one == two
 
 
-def test_attacks_are_kept_until_something_changes(copied, finished):
+def test_attacks_are_kept_until_something_changes(whole):
     """A comparison over several sittings does not attack finished rows again, and what is
     evaluated with few attackers keeps what others found."""
-    shutil.copytree(finished[0] / 'run', copied / 'run', dirs_exist_ok=True)
-    path, comparison = copied / 'run/mask/results.json', copied / 'run/comparison.json'
+    path, comparison = whole / 'run/mask/results.json', whole / 'run/comparison.json'
     first, table = json.loads(path.read_text()), comparison.read_bytes()
     few = 'run.row=mask', 'evaluate.attacks=[judge, pixels]'
-    printed = run(copied, 'evaluate.py', *few, 'evaluate.sets=[]', 'run.log_every=1',
+    printed = run(whole, 'evaluate.py', *few, 'evaluate.sets=[]', 'run.log_every=1',
                   'evaluate.batch=60', 'reference={x: {source: y, toy: 1.0}}')
     assert 'repeated, membership are kept' in printed and '[evaluate/mask]' not in printed
     assert 'results   run/mask/results.json' in printed and 'report.html' not in printed
@@ -151,31 +146,30 @@ def test_attacks_are_kept_until_something_changes(copied, finished):
     for key in ('privacy', 'attacked', 'reconstruction'):
         assert again[key] == first[key]
     # A recogniser that is named by its file is another attacker as soon as the file is another
-    for net, attacked in (('judge', True), ('judge', False), ('teacher', True)):
-        shutil.copy(copied / f'run/fold0/{net}.pt', copied / 'backbone.pt')
-        printed = run(copied, 'evaluate.py', few[0], 'evaluate.attacks=[backbone.pt]')
-        assert ('[evaluate/mask] 100 %' in printed) == attacked
+    for net in ('judge', 'teacher'):
+        shutil.copy(whole / f'run/fold0/{net}.pt', whole / 'backbone.pt')
+        printed = run(whole, 'evaluate.py', few[0], 'evaluate.attacks=[backbone.pt]')
+        assert '[evaluate/mask] 100 %' in printed
     assert comparison.read_bytes() == table
     # Rows that are still to come are named, and the table is of the others
-    printed = run(copied, 'evaluate.py', '--compare', 'compare_seeds=[0, 1]', few[1],
+    printed = run(whole, 'evaluate.py', '--compare', 'compare_seeds=[0, 1]', few[1],
                   'evaluate.centred=true')
     assert 'left out: facemae (seed 1), mask (seed 1), originals (seed 1)' in printed
     assert 'toy centred' in printed and 'facemae minus' in printed
     rows = json.loads(comparison.read_text())['rows']
     assert rows['mask'][0]['privacy'].keys() > first['privacy'].keys()
-    state = torch.load(copied / 'run' / 'fold0' / 'judge.pt', weights_only=True)
+    state = torch.load(whole / 'run' / 'fold0' / 'judge.pt', weights_only=True)
     state['net']['fc.bias'] += 1
-    torch.save(state, copied / 'run' / 'fold0' / 'judge.pt')
-    assert 'are kept' not in run(copied, 'evaluate.py', *few)
+    torch.save(state, whole / 'run' / 'fold0' / 'judge.pt')
+    assert 'are kept' not in run(whole, 'evaluate.py', *few)
     assert json.loads(path.read_text())['attacked'].keys() == {'judge', 'pixels'}
-    mae, only = copied / 'run' / 'fold0' / 'mae.pt', 'evaluate.attacks=[membership]'
-    whole, state = mae.read_bytes(), torch.load(mae, weights_only=True)
+    mae = whole / 'run' / 'fold0' / 'mae.pt'
+    sound, state = mae.read_bytes(), torch.load(mae, weights_only=True)
     torch.save(state | {'std': state['std'] + 1}, mae)
-    assert 'made with another mae' in run(copied, 'evaluate.py', only, code=2)
-    mae.write_bytes(whole)
-    run(copied, 'evaluate.py', '--compare', only)          # no attack that the plot could show
-    (copied / 'run' / 'release.key').write_text(hashlib.sha256(b'another').hexdigest())
-    assert 'made with another secret' in run(copied, 'evaluate.py', *few, code=2)
+    assert 'made with another mae' in run(whole, 'evaluate.py', few[1], code=2)
+    mae.write_bytes(sound)
+    (whole / 'run' / 'release.key').write_text(hashlib.sha256(b'another').hexdigest())
+    assert 'made with another secret' in run(whole, 'evaluate.py', *few, code=2)
 
 
 @pytest.mark.long
@@ -205,9 +199,6 @@ def test_micro_batches_do_not_change_the_gradient(copied, finished):
     ('reconstruct.py', 'run.folder=empty', 'mae.pt.*python .*train_mae.py'),
     ('train_fr.py', 'run.folder=empty', 'reconstructed.*python .*reconstruct.py'),
     ('evaluate.py', 'run.folder=empty', 'reconstructed.*python .*reconstruct.py'),
-    ('evaluate.py', 'evaluate.sets=[nowhere.bin]',
-     'nowhere.bin is neither there .* evaluate.sets .* relative to /'),
-    ('evaluate.py', 'evaluate.attacks=[psychic]', 'psychic.*pixels'),
     ('train_fr.py', 'stage=teacher run.folder=other fr.batch=2000', '(?=.*2000).*fr.batch'),
     ('train_mae.py', 'data.folds=1', '(?=.*data.folds).*data.public'),
     ('reconstruct.py', 'reconstruct.photos=nowhere', 'nowhere does not exist'),
@@ -240,12 +231,6 @@ def test_the_device_is_said_and_named_if_it_emulates_bf16(monkeypatch, capsys, s
         assert (f'use run.precision={remedy}' in said) != supported
 
 
-def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(copied):
-    printed = run(copied, 'train_mae.py', 'mae.lr=1e30', 'mae.name=hot', code=2)
-    assert 'mse' in printed and 'smaller mae.lr' in printed
-    assert not (copied / 'run' / 'fold0' / 'hot.pt').exists()
-
-
 def test_published_checkpoints_and_foreign_releases_are_evaluated(finished, tmp_path):
     folder = finished[0]
     own = (folder / 'run' / 'results.json').read_text()
@@ -273,19 +258,16 @@ def test_photos_become_a_picture(finished, tmp_path):
     assert 'photos.png' in printed and (finished[0] / 'run' / 'figures' / 'photos.png').exists()
 
 
-def test_more_epochs_are_a_new_training_and_a_key_that_is_new_is_not(finished, copied):
-    shutil.copytree(finished[0] / 'run', copied / 'run', dirs_exist_ok=True)
-    printed = run(copied, 'train_fr.py', 'fr.epochs=8', code=2)
-    assert 'fr.epochs (5.0 then, 8.0 now)' in printed
+def test_a_student_may_begin_as_another_one_and_a_new_key_makes_no_other_training(whole):
     words = 'run.folder=further', 'release=run/mask/reconstructed', 'fr.epochs=1'
-    printed = run(copied, 'train_fr.py', 'fr.init=run/fr.pt', *words)
-    assert 'training further/fr.pt' in printed
-    state = torch.load(copied / 'run' / 'fr.pt', weights_only=True)        # from before a key was
+    assert 'training further/fr.pt' in run(whole, 'train_fr.py', 'fr.init=run/fr.pt', *words)
+    student = whole / 'run' / 'fr.pt'
+    state = torch.load(student, weights_only=True)                   # from before a key was
     del state['made_from']['fr.sample_rate']
-    torch.save(state, copied / 'run' / 'fr.pt')
-    assert 'nothing to do' in run(copied, 'train_fr.py', 'fr.shard_classes=true')
-    assert 'sample_rate (1.0 then, 0.5 now)' in run(copied, 'train_fr.py', 'fr.sample_rate=0.5',
-                                                    code=2)
+    torch.save(state, student)
+    assert 'nothing to do' in run(whole, 'train_fr.py', 'fr.shard_classes=true')
+    printed = run(whole, 'train_fr.py', 'fr.sample_rate=0.5', code=2)
+    assert 'sample_rate (1.0 then, 0.5 now)' in printed
 
 
 def test_half_of_a_clusters_environment_and_too_few_gpus_are_a_sentence(monkeypatch):
@@ -306,12 +288,12 @@ def test_the_whole_experiment_is_checked_in_seconds_before_the_first_stage(finis
     before = {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
     monkeypatch.chdir(finished[0])
     for words, sentence in (
-            ('evaluate.sets=[nowhere.bin]', 'nowhere.bin'), ('fr.batch=400', 'fr.batch = 400'),
-            ('data.root=no/faces', 'does not exist'), ('teacher.checkpoint=no.pt', 'no.pt'),
-            ('evaluate.attacks=[psychic]', 'psychic'),
-            ('data.exclude=[999]', '999'), ('fr.depth=12', 'fr.depth'),
+            ('evaluate.sets=[nowhere.bin]', 'nowhere.bin is neither there .* relative to /'),
+            ('fr.batch=400', 'fr.batch = 400'), ('data.root=no/faces', 'does not exist'),
+            ('teacher.checkpoint=no.pt', 'no.pt'), ('data.exclude=[999]', '999'),
+            ('evaluate.attacks=[psychic]', 'psychic.*pixels'),
             ('mae.heads=5', 'does not divide by 5'), ('data.validation=0.01', 'held back')):
-        with pytest.raises(InputError, match=re.escape(sentence)):
+        with pytest.raises(InputError, match=sentence):
             check_experiment(namespace(resolve(TINY, [words])), compare=False)
     assert before == {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
 
@@ -327,35 +309,18 @@ def test_a_damaged_checkpoint_or_one_of_another_teacher_is_one_sentence(copied):
         assert 'Traceback' not in printed and 'error: ' in printed, damage
     cfg = namespace(config)
     claims = [{'config': config | {'mae': config['mae'] | claim}} for claim in (
-        {'depth': 'x'}, {'heads': 0}, {'depth': 10**7}, {'depth': 1 << 10, 'dim': 1 << 14},
-        {'decoder_dim': 'a'}, {'dim': 30})]
+        {'depth': 'x'}, {'heads': 0}, {'depth': 1 << 10, 'dim': 1 << 14}, {'dim': 30})]
     for damage in ({'model': {'a': {'b': torch.ones(1)}}}, {'mean': torch.ones(2, 2)},
-                   {'std': -1.0}, {'std': 'a'}, {'config': {}}, {'step': 'a'}, *claims):
+                   {'std': -1.0}, {'config': {}}, {'step': 'a'}, *claims):
         torch.save(whole | damage, path)
         words = 'damaged config|does not fit' if damage in claims else None
         with pytest.raises(InputError, match=words):
             protect.load_mae(path, cfg, torch.device('cpu'), '')
     torch.save(whole, path)
-    assert protect.load_mae(path, cfg, torch.device('cpu'), '').std == 0.25
     teacher = torch.load(path.with_name('teacher.pt'), weights_only=True)
     teacher['net']['fc.bias'] += 0.1
     torch.save(teacher, path.with_name('teacher.pt'))
     assert 'another teacher' in run(copied, 'train_mae.py', 'mae.epochs=3', code=2)
-
-
-def test_threads_are_shared_by_the_processes_of_a_node_not_of_the_world(monkeypatch):
-    cfg = namespace(resolve(TINY, ['run.device=cpu', 'run.threads=0']))
-    threads = torch.get_num_threads()
-    for name, value in (('WORLD_SIZE', '16'), ('LOCAL_WORLD_SIZE', '2'), ('RANK', '0'),
-                        ('MASTER_ADDR', 'x'), ('MASTER_PORT', '1')):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(process.dist, 'is_initialized', lambda: True)
-    monkeypatch.setattr(process, 'rank', lambda: 1)
-    monkeypatch.setattr(process, 'world', lambda: 16)
-    monkeypatch.setattr(process, 'cores', lambda: 8)
-    process.start_processes(cfg)
-    assert torch.get_num_threads() == 4
-    torch.set_num_threads(threads)
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_any_work(copied, monkeypatch):
