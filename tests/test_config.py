@@ -31,15 +31,13 @@ def test_every_key_of_casia_has_a_spec_and_a_meaning():
 
 
 @pytest.mark.parametrize('assignment, value', [
-    ('mae.batch=64', 64), ('mae.lr=1e-4', 1e-4), ('fr.lr=1', 1.0), ('fr.depth=18', 18),
-    ('run.compile=True', True), ('fr.shard_classes=TRUE', 'true'), ('evaluate.probes=0', 0),
+    ('mae.batch=64', 64), ('fr.lr=1', 1.0), ('mae.lr=1e-4', 1e-4), ('fr.depth=18', 18),
+    ('run.compile=True', True), ('fr.shard_classes=TRUE', 'true'),
     ('reconstruct.mask_ratio=same', 'same'), ('reconstruct.mask_ratio=0.5', 0.5),
     ('data.exclude=[010, 12, no, 12:30, "Li, A"]', ['010', '12', 'no', '12:30', 'Li, A']),
-    ('evaluate.sets=[3]', ['3']), ('fr.lr_drops=[]', []), ('fr.lr_drops=[1, 2e0]', [1.0, 2.0]),
-    ('data.release_folds=[1,2]', [1, 2]), ('compare_seeds=[0, 5]', [0, 5]),
-    ('data.root=/photos #2', '/photos #2'), ('data.root=a: b', 'a: b'), ('data.root=~x', '~x'),
-    ("data.root=O'Hara", "O'Hara"), ('data.root="[a] b"', '[a] b'), ('data.public=', ''),
-    ('data.root=~/faces', str(Path.home() / 'faces'))])
+    ('fr.lr_drops=[]', []), ('fr.lr_drops=[1, 2e0]', [1.0, 2.0]), ('compare_seeds=[5]', [5]),
+    ('data.root=/photos #2', '/photos #2'), ('data.root="[a] b"', '[a] b'), ('data.public=', ''),
+    ('data.root=~x', '~x'), ('data.root=~/faces', str(Path.home() / 'faces'))])
 def test_a_text_becomes_what_its_key_says(assignment, value):
     key = assignment.partition('=')[0]
     found = attrgetter(key)(config.namespace(config.resolve(TOY, [assignment])))

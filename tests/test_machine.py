@@ -96,16 +96,12 @@ def test_ctrl_c_while_torch_is_imported_is_one_sentence(tmp_path):
 
 # ---------------------------------------------------------------------- launchers and compilers
 
-def test_a_run_under_nohup_outlives_its_terminal():
-    before = {number: signal.getsignal(number) for number in launch.ENDING}
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        launch.on_ending_signals(launch.Stop.request)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGUSR1) == launch.Stop.request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def test_a_run_under_nohup_outlives_its_terminal(monkeypatch):
+    answered = []
+    monkeypatch.setattr(signal, 'getsignal', {signal.SIGHUP: signal.SIG_IGN}.get)
+    monkeypatch.setattr(signal, 'signal', lambda number, action: answered.append(number))
+    launch.on_ending_signals(launch.Stop.request)
+    assert answered == [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
 
 def test_numbers_of_a_launcher_may_be_empty_and_are_refused_where_they_are_none(monkeypatch):
@@ -121,10 +117,10 @@ def test_numbers_of_a_launcher_may_be_empty_and_are_refused_where_they_are_none(
         process.on_this_node()
 
 
-def test_a_taken_port_is_a_sentence(copied):
+def test_a_taken_port_is_a_sentence(tmp_path):
     with contextlib.closing(socket.create_server(('127.0.0.1', 0))) as taken:
         port = str(taken.getsockname()[1])
-        script = Script(copied, 'train_fr.py', RANK='0', LOCAL_RANK='0', WORLD_SIZE='2',
+        script = Script(tmp_path, 'train_fr.py', RANK='0', LOCAL_RANK='0', WORLD_SIZE='2',
                         MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
         assert script.wait(60) == 2
     assert f'error: port {port} is taken by another run' in script.err

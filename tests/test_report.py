@@ -2,18 +2,15 @@
 import csv
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from conftest import ROOT, run
+from conftest import run
 from facekit.data.pairs import load_pairs
 from facekit.measure import retrieval
 from facekit.measure.verification import PairScores, fold_accuracies
@@ -173,20 +170,6 @@ def test_a_picture_that_fails_is_a_sentence(tmp_path, capsys):
     assert (tmp_path / 'a.png').stat().st_size > 1000
     told, = capsys.readouterr().out.splitlines()
     assert 'warning: a picture is missing' in told and '/dev/null/b.png' in told
-
-
-def test_pictures_need_no_backend_of_matplotlib(tmp_path):
-    code = """
-import numpy as np
-from facekit.measure import verification
-from facekit.report import pictures
-from facekit.report.tables import Row
-scores = verification.PairScores(np.arange(20) / 10, np.arange(20) < 12)
-pictures.save_roc([Row('row', scores={0: {'lfw': scores}})], 'roc.png')
-"""
-    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=100,
-                   env=os.environ | {'MPLBACKEND': 'inline', 'PYTHONPATH': str(ROOT)})
-    assert (tmp_path / 'roc.png').stat().st_size > 1000
 
 
 def test_what_may_be_published_names_no_file_secret_or_setting():

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 import train_mae
 from conftest import ENVIRONMENT, ROOT, TINY, log_lines, run, tensors
@@ -70,16 +69,8 @@ def test_the_release_is_insightfaces_and_says_nothing_of_its_source(finished):
             assert not any(form in content for form in (
                 secret.encode(), derived.hexdigest().encode(), derived.digest())), path
     for path in (folder / 'run' / 'reconstructed').iterdir():
-        content = path.read_bytes()
-        assert secret.encode() not in content and str(folder).encode() not in content
-        assert b'seed' not in content and b'faces/' not in content
-    original = [bytes(x) for x in records.Records(folder / 'faces')]
-    kept = records.Records(folder / 'run' / 'originals' / 'reconstructed')
-    source = records.Records(folder / 'faces').labels
-    pictures = {images.decode(x, '').numpy().tobytes(): i for i, x in enumerate(original)}
-    pairs = [(kept.labels[i], source[pictures[images.decode(x, '').numpy().tobytes()]])
-             for i, x in enumerate(kept)]
-    assert len(set(pairs)) == 10 and pairs != sorted(pairs, key=lambda p: p[1])
+        assert not any(word in path.read_bytes() for word in (
+            str(folder).encode(), b'seed', b'faces/')), path
 
 
 def test_finished_stages_do_nothing_and_changed_configs_are_refused(finished):
@@ -95,19 +86,13 @@ def test_finished_stages_do_nothing_and_changed_configs_are_refused(finished):
 
 
 def test_two_processes_give_what_one_gives(copied, finished):
-    """Same masks, same losses, same release; the student up to rounding, BatchNorm included."""
+    """Same masks, same losses; the student up to rounding, BatchNorm included. Releases of two
+    processes: test_interrupt.py; comparisons: test_processes.py."""
     run(copied, 'train_mae.py', processes=2)
     one, two = (log_lines(f, 'train_mae/fold0/mae') for f in (finished[0], copied))
     assert [x['step'] for x in one] == [x['step'] for x in two]
     for key in ('mse', 'irm'):
         np.testing.assert_allclose([x[key] for x in one], [x[key] for x in two], rtol=1e-3)
-    shutil.copy(finished[0] / 'run' / 'fold0' / 'mae.pt', copied / 'run' / 'fold0' / 'mae.pt')
-    run(copied, 'reconstruct.py', 'reconstruct.batch=7', processes=2)
-    first, second = (records.Records(f / 'run' / 'reconstructed') for f in (finished[0], copied))
-    assert np.array_equal(first.labels, second.labels)
-    for a, b in zip(first, second):
-        a, b = (images.decode(x, '').int() for x in (a, b))
-        assert (a - b).abs().max() <= 1
     for count in (1, 2):        # other thread counts round otherwise, and SGD amplifies that
         run(copied, 'train_fr.py', 'release=run/mask/reconstructed', f'run.folder=run{count}',
             processes=count)
@@ -212,12 +197,6 @@ def test_a_wrong_input_is_one_sentence_with_exit_code_2(finished, script, argume
     assert re.search(told, last), last
 
 
-def test_half_precision_trains(copied):
-    run(copied, 'train_mae.py', 'run.precision=bf16', 'mae.name=half', 'mae.epochs=2')
-    losses = [x['mse'] for x in log_lines(copied, 'train_mae/fold0/half')]
-    assert losses[-1] < losses[0]
-
-
 @pytest.mark.parametrize('supported', [True, False])
 def test_the_device_is_said_and_named_if_it_emulates_bf16(monkeypatch, capsys, supported):
     monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: supported)
@@ -247,15 +226,6 @@ def test_published_checkpoints_and_foreign_releases_are_evaluated(finished, tmp_
     found = json.loads((folder / 'other' / 'external.json').read_text())['privacy']
     assert found['judge_same_image']['rank1'] == 1 and 'insider_same_image' not in found
     assert (folder / 'run' / 'results.json').read_text() == own
-
-
-def test_photos_become_a_picture(finished, tmp_path):
-    for i, image in enumerate(list(records.Records(finished[0] / 'faces'))[:5]):
-        (tmp_path / f'{i}.JPG').write_bytes(image)
-    Image.fromarray(np.zeros((480, 640, 3), np.uint8)).save(tmp_path / 'phone.webp')
-    printed = run(finished[0], 'reconstruct.py', f'reconstruct.photos={tmp_path}')
-    assert '6 photos' in printed and 'warning' not in printed
-    assert 'photos.png' in printed and (finished[0] / 'run' / 'figures' / 'photos.png').exists()
 
 
 def test_a_student_may_begin_as_another_one_and_a_new_key_makes_no_other_training(whole):
