@@ -53,15 +53,18 @@ def test_a_file_system_without_locks_or_maps_is_used_all_the_same(tmp_path, monk
 
 # ----------------------------------------------------------------------------------- the terminal
 
-@pytest.mark.parametrize('screen', ['> /dev/full', '>&-', '2>&- | true'])
-def test_a_screen_that_takes_nothing_costs_nothing(copied, screen):
-    command = (f'{sys.executable} {ROOT}/train_fr.py {TINY} stage=teacher run.folder=прогон '
-               f'teacher.epochs=0.2 {screen}')
-    done = subprocess.run(['bash', '-o', 'pipefail', '-c', command], cwd=copied, text=True,
-                          stderr=subprocess.PIPE, timeout=100,
-                          env=os.environ | ENVIRONMENT | {'PYTHONIOENCODING': 'ascii'})
-    assert (done.returncode, done.stderr) == (0, '')
-    assert (copied / 'прогон' / 'fold0' / 'teacher.pt').exists()
+def test_a_screen_that_takes_nothing_costs_nothing(copied):
+    """A full one, a closed one, and one that ends before the run."""
+    started = {}
+    for folder, screen in (('полон', '> /dev/full'), ('закрыт', '>&-'), ('конец', '2>&- | true')):
+        command = (f'{sys.executable} {ROOT}/train_fr.py {TINY} stage=teacher run.folder={folder} '
+                   f'teacher.epochs=0.2 {screen}')
+        started[folder] = subprocess.Popen(
+            ['bash', '-o', 'pipefail', '-c', command], cwd=copied, stderr=subprocess.PIPE,
+            env=os.environ | ENVIRONMENT | {'PYTHONIOENCODING': 'ascii'})
+    for folder, one in started.items():
+        assert (one.communicate(timeout=100)[1], one.returncode) == (b'', 0), folder
+        assert (copied / folder / 'fold0' / 'teacher.pt').exists()
 
 
 def test_a_screen_in_ascii_shows_other_letters_escaped():
