@@ -125,11 +125,16 @@ def run(folder, script, *assignments, processes=1, code=0):
     return said.getvalue()
 
 
-def together(folder, *arguments, count=2, largest=None, **environment):
-    """The processes of a run, of which the later ones cannot write one byte into any file."""
+def free_port():
+    """Number of a port of this machine that nothing uses."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
+        return s.getsockname()[1]
+
+
+def together(folder, *arguments, count=2, largest=None, **environment):
+    """The processes of a run, of which the later ones cannot write one byte into any file."""
+    port = str(free_port())
     return [Script(folder, *arguments, largest=limit, RANK=rank, LOCAL_RANK=rank,
                    WORLD_SIZE=str(count), MASTER_ADDR='127.0.0.1', MASTER_PORT=port, **environment)
             for rank, limit in zip('0123'[:count], (largest, 0, 0, 0))]
@@ -141,6 +146,17 @@ def torchrun(folder, script, *assignments, options=('--standalone', '--nproc_per
         [sys.executable, '-m', 'torch.distributed.run', *options, str(script), '--config',
          str(TINY), 'run.folder=run', *assignments], cwd=folder, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env=os.environ | ENVIRONMENT)
+
+
+def in_processes(function, count, *arguments):
+    """Let function(rank, *arguments) run in `count` processes, all of which shall end well."""
+    every = [FORKS.Process(target=function, args=(rank, *arguments)) for rank in range(count)]
+    for one in every:
+        one.start()
+    for one in every:
+        one.join(300)
+        one.kill()                     # who waits for one that failed
+    assert [one.exitcode for one in every] == [0] * count
 
 
 @pytest.fixture(scope='session')
@@ -155,14 +171,19 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def copied(finished, tmp_path):
-    """The same folder to work on, without what stages 1 to 4 made of it."""
-    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+def whole(finished, tmp_path):
+    """The same folder to work on."""
+    return shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def copied(whole):
+    """The same without what stages 1 to 4 made."""
     for name in ('fold0/mae.pt', 'fr.pt', 'results.json'):
-        (tmp_path / 'run' / name).unlink()
+        (whole / 'run' / name).unlink()
     for name in ('reconstructed', 'log'):
-        shutil.rmtree(tmp_path / 'run' / name)
-    return tmp_path
+        shutil.rmtree(whole / 'run' / name)
+    return whole
 
 
 def tensors(state):
@@ -173,6 +194,26 @@ def tensors(state):
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(
         state, list) else []
     return {f'{k}/{name}': t for k, v in items for name, t in tensors(v).items()}
+
+
+def figures(path):
+    """{place: value} of everything in a JSON file of results but how it was made."""
+    def flat(place, value):
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if not isinstance(value, dict):
+            return {place: value}
+        return {k: v for name, x in value.items()
+                if name not in ('seconds', 'made_with', 'config', 'attacked')
+                for k, v in flat(f'{place}/{name}', x).items()}
+
+    return flat('', json.loads(path.read_text()))
+
+
+def differing(one, two):
+    """{place: (value, value)} where two figures() do not agree."""
+    assert one.keys() == two.keys() and len(one) > 100
+    return {place: (value, two[place]) for place, value in one.items() if value != two[place]}
 
 
 def log_lines(folder, stage, drop=('images_per_second', 'seconds', 'memory_gib')):

@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import traceback
 
 import pytest
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import simcuda
-from conftest import FORKS, ROOT, TINY
+from conftest import ROOT, TINY, free_port, in_processes
 from facekit.base import process
 from facekit.base.config import namespace, resolve
 from facekit.base.launch import Stop, leave
@@ -185,9 +184,6 @@ def one_process(rank, port, folder, notes, plan):
     os.environ |= {'RANK': f'{rank}', 'LOCAL_RANK': f'{rank}', 'WORLD_SIZE': '2',
                    'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': f'{port}'}
     patch = pytest.MonkeyPatch()
-    with open(notes / f'{rank}.txt', 'w') as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
     try:
         with stages(patch), simcuda.device() as watch:
             calls = simulate_nccl(patch)
@@ -206,15 +202,5 @@ def one_process(rank, port, folder, notes, plan):
 def two_processes(folder, notes, plan):
     """What each of two processes noted of the stages of a plan, [[script, word, ...], ...]:
     {'faults': [...], 'calls': {...}, 'waits': {...}}. notes: folder for that."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    both = [FORKS.Process(target=one_process, args=(rank, port, folder, notes, plan))
-            for rank in range(2)]
-    for one in both:
-        one.start()
-    for one in both:
-        one.join()
-    text = ''.join((notes / f'{rank}.txt').read_text()[-4000:] for rank in range(2))
-    assert [one.exitcode for one in both] == [0, 0], text
+    in_processes(one_process, 2, free_port(), folder, notes, plan)
     return [json.loads((notes / f'{rank}.json').read_text()) for rank in range(2)]

@@ -49,7 +49,6 @@ class Watch:
         self.phase = ''                         # of the kit's work
         self.steps = collections.Counter()      # {phase: steps of a training}
         self.waits = collections.Counter()      # {(phase, 'what at place'): waits of the host}
-        self.copies = collections.Counter()     # {phase: copies to the device without a wait}
         self.faults = []                        # what no CUDA device would do
         self.pending = []                       # (source, its content then): may still be copied
 
@@ -67,7 +66,6 @@ class Watch:
     def copy(self, source, to_gpu, ahead, name):
         """A copy between host and device; ahead: non_blocking."""
         if ahead and getattr(source, 'pinned', False):
-            self.copies[self.phase] += 1
             self.pending.append((source, source.clone()))
         elif ahead and not to_gpu:
             self.fault('read back with non_blocking, before it is there')
@@ -79,14 +77,14 @@ watch = Watch()
 
 
 def place():
-    """The innermost lines of the kit that lead here: 'embed.py:120 < evaluate.py:88'."""
-    frame, found = sys._getframe(2), []
-    while frame and len(found) < 2:
-        path = frame.f_code.co_filename
-        if path.startswith(f'{ROOT}/') and not path.startswith((f'{ROOT}/tests', f'{ROOT}/.venv')):
-            found.append(f'{Path(path).name}:{frame.f_lineno}')
+    """The innermost line of the kit that leads here: 'embed.py:120'."""
+    frame = sys._getframe(2)
+    while frame:
+        path = Path(frame.f_code.co_filename)
+        if path.parent == ROOT or ROOT / 'facekit' in path.parents:
+            return f'{path.name}:{frame.f_lineno}'
         frame = frame.f_back
-    return ' < '.join(found)
+    return 'the tests'
 
 
 class Cuda(torch.Tensor):

@@ -54,17 +54,6 @@ def test_ranks_equal_a_full_sort():
                                        rtol=1e-5)
 
 
-def test_noise_and_collapse_give_chance():
-    torch.manual_seed(0)
-    gallery, probes = F.normalize(torch.randn(500, 16)), F.normalize(torch.randn(2000, 16))
-    source = np.random.default_rng(0).integers(500, size=2000)
-    search = Search(probes, gallery, source, source, CPU)
-    assert rank(search, 'same_image').first.mean() < 0.008      # 0.002, four standard errors
-    same = F.normalize(torch.ones(500, 16))    # one embedding for everybody
-    found = rank(Search(same[source], same, source, source, CPU), 'same_image')
-    assert torch.allclose(found.first, found.chance)
-
-
 def test_ties_are_drawn_by_lot():
     """A gallery in which some pictures stand twice hides nobody."""
     gallery, person = people(40, 5, 8, 0)
@@ -170,7 +159,6 @@ PROTECTIONS = {
 
 @pytest.mark.parametrize('protection, name, question, low, high', [
     ('none', 'judge', 'same_image', 1, 1), ('none', 'judge', 'same_person', 0.3, 0.999),
-    ('none', 'linear', 'same_image', 0.95, 1),
     ('rotation', 'judge', 'same_image', 0, 0.03), ('rotation', 'linear', 'same_image', 0.9, 1),
     ('little noise', 'judge', 'same_person', 0, 0.08), ('little noise', 'class', 'label', 0.2, 1),
     ('little noise', 'judge', 'same_image', 0, 0.15),
@@ -210,14 +198,8 @@ def test_what_moves_all_images_in_one_direction_hides_nobody():
     found = result.figures['same_image']
     assert found['rank1'] > plain + 0.1 and found['ceiling'] == 1
     assert found['way'] == result.way == 'embeddings, centred'
-    # The same as with a gallery that is centred in memory; cosines are those of this way, too
+    # Cosines are those of this way, too
     probes, gallery = (F.normalize(z - z.mean(0)) for z in (search.probes, search.gallery))
-    n = np.arange(len(probes))
-    first = rank(Search(probes, gallery, n, n, CPU), 'same_image').first
-    [way] = attacks.retrieval.best_ways([{'embeddings': search}], ['same_image']).values()
-    [chooses] = way.choosing()
-    assert first[~chooses].mean().item() == pytest.approx(found['rank1'])
-    assert (~chooses).sum() == found['probes'] and found['ways'] == 2
     np.testing.assert_allclose(result.cosines, (probes * gallery).sum(1), atol=1e-6)
 
 

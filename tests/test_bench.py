@@ -1,7 +1,6 @@
 """bench.py has a row for everything, and the speed of a training is what its log says."""
 import json
 import math
-import runpy
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 import bench
-from conftest import ROOT, TINY
+from conftest import TINY
 from facekit.base import process
 from facekit.base.config import namespace, resolve
 
@@ -48,15 +47,3 @@ def test_every_stage_is_measured_and_missing_peers_are_named(tmp_path, monkeypat
     said = capsys.readouterr().out
     assert all(f'{peer} is left out' in said for peer in
                ('facebookresearch/mae', 'facebookresearch/mae, insightface', 'insightface'))
-
-
-@pytest.mark.parametrize('arguments, sentence', [
-    (['--steps', '1'], 'use 8 or more'),
-    (['mae.epoch=3'], 'did you mean mae.epochs')])
-def test_what_bench_cannot_do_is_a_sentence(tmp_path, monkeypatch, capsys, arguments, sentence):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'argv', ['bench.py', *arguments])
-    with pytest.raises(SystemExit, match='2'):
-        runpy.run_path(str(ROOT / 'tools' / 'bench.py'), run_name='__main__')
-    said = capsys.readouterr().err
-    assert said.startswith('error: ') and said.count('\n') == 1 and sentence in said

@@ -1,19 +1,14 @@
 """The divided class layer: what one process computes, whatever the number of processes."""
-import contextlib
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 import models
-from conftest import ROOT
-from facekit.base import process
+from conftest import in_processes
 from facekit.data import batches
-from facekit.nets import classes
 from facekit.nets.classes import DividedHead
 
 CLASSES, DIM, ROWS = 17, 16, 12           # 17 divides by neither 2 nor 3
@@ -79,7 +74,7 @@ def expected(loss, gradient, margin, rate):
 
 @pytest.mark.parametrize('ranks', [1, 2, 3])
 def test_loss_and_gradients_are_those_of_the_plain_layer(tmp_path, ranks):
-    torch.multiprocessing.spawn(one_rank, (ranks, str(tmp_path)), nprocs=ranks)
+    in_processes(one_rank, ranks, ranks, tmp_path)
     results = [torch.load(tmp_path / f'{ranks}-{rank}.pt', weights_only=True)
                for rank in range(ranks)]
     cases = [(*setting, rate) for setting in SETTINGS for rate in (1.0, 0.3)]
@@ -110,50 +105,3 @@ def test_a_share_without_positives_or_draws_still_has_a_centre():
     head = DividedHead(16, 40, rate=1e-6, share=(3, 4))
     head.sample(7, np.array([1, 2]))
     assert head.sampled.tolist() == [0]
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that the tensors made in a block held at a time."""
-    peak = 0
-
-    def __enter__(self):
-        self.storages = WeakIdKeyDictionary()
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if torch.is_tensor(tensor):
-                self.storages[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
-        self.peak = max(self.peak, sum(self.storages.values()))
-        return out
-
-
-def memory(monkeypatch, people, dim, rows, ranks, rate=1.0):
-    """GB that stay with a process, and that a step's class layer takes at most beside them."""
-    monkeypatch.setattr(process, 'world', lambda: ranks)
-    monkeypatch.setattr(process, 'rank', lambda: ranks - 1)
-    for owner, name in ((process, 'gathered'), (classes, 'gather_rows')):
-        monkeypatch.setattr(owner, name, lambda x: torch.cat([x] * ranks))
-    monkeypatch.setattr(dist, 'all_reduce', lambda *_: None)
-    monkeypatch.setattr(torch, 'autocast', lambda *_, **__: contextlib.nullcontext())
-    with torch.device('meta'):
-        head = DividedHead(dim, people, rate=rate, share=(ranks - 1, ranks))
-        if rate < 1:
-            head.sampled = torch.empty(int(rate * len(head.weight)), dtype=torch.int64)
-        z = torch.empty(rows // ranks, dim, requires_grad=True)
-        labels = torch.empty(rows // ranks, dtype=torch.int64)
-    with LiveBytes() as used:
-        head(z, labels)[0].backward()
-    stays = 3 * head.weight.nbytes              # centres, gradient, momentum
-    return stays / 1e9, (used.peak - head.weight.nbytes) / 1e9
-
-
-def test_memory_of_two_million_classes_is_what_the_page_says(monkeypatch):
-    """Told by tensors that have shapes but no content."""
-    page = (ROOT / 'docs' / 'scale.md').read_text()
-    for ranks, rate, stays, comes in ((1, 1.0, 12.7, 25.3), (8, 1.0, 1.6, 3.2),
-                                      (8, 0.1, 1.6, 0.6)):
-        found = memory(monkeypatch, 2_060_000, 512, 512, ranks, rate)
-        assert [round(x, 1) for x in found] == [stays, comes]
-        assert f'| {ranks} | {rate:g} | {stays} | {comes} |' in page

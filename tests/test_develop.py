@@ -21,19 +21,17 @@ pytestmark = pytest.mark.skipif(not shutil.which('patch'), reason='patch is not 
 
 
 @pytest.fixture
-def changed(finished, tmp_path):
+def changed(whole):
     """A function that makes a copy of the kit with a diff and returns one that runs its scripts on
     the tests' finished experiment in tmp_path."""
-    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-
     def change(diff):
-        kit = tmp_path / 'kit'
+        kit = whole / 'kit'
         shutil.copytree(ROOT, kit, ignore=shutil.ignore_patterns(
             '.*', 'tests', 'docs', 'results', 'runs', 'datasets', '__pycache__'))
         subprocess.run(['patch', '-p1', '--fuzz=0'], input=diff, cwd=kit, text=True, check=True)
 
         def script(name, *words):
-            one = Script(tmp_path, kit / name, *words)
+            one = Script(whole, kit / name, *words)
             assert one.wait() == 0, one.out + one.err
             return one.out
 

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 import hostile
-import models
-from facekit.base.errors import InputError, printable
-from facekit.base.log import StageLog, read_log, stage_seconds
+from facekit.base.errors import InputError
 from facekit.data import bins, images, pairs, toy
 from facekit.data.faces import FaceSet
 from facekit.data.pairs import PairSet, held_back, load_pairs
@@ -169,44 +167,18 @@ def test_a_checkpoint_that_promises_more_than_it_holds_is_refused(tmp_path, monk
 
 
 def test_a_sound_checkpoint_holds_what_was_saved(tmp_path):
-    """Of each type, empty, of no dimension, shared, turned and cut, beside plain values."""
+    """Half floats, empty, of no dimension, shared, turned and cut, beside what others' trainings
+    save."""
     whole = torch.arange(60.).view(3, 20)
-    state = {str(kind): torch.ones(3).to(kind) for kind in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-        torch.int16, torch.int8, torch.uint8, torch.bool)}
-    state |= {'empty': torch.ones(0, 5), 'number': torch.tensor(3.5), 'whole': whole,
-              'turned': whole.T, 'cut': whole[1:, ::3], 'weight': torch.nn.Parameter(whole + 1)}
-    plain = {'net': models.iresnet(10, 8, 32, 16).state_dict(), 'milestones': Counter([3, 5, 5]),
-             'args': argparse.Namespace(lr=1.5, sets=['a', None]), 'size': whole.shape,
-             'people': {1, 2}}
+    state = {'half': whole.bfloat16(), 'empty': torch.ones(0, 5), 'number': torch.tensor(3),
+             'whole': whole, 'turned': whole.T, 'cut': whole[1:, ::3],
+             'weight': torch.nn.Parameter(whole + 1)}
+    plain = {'milestones': Counter([3, 5, 5]), 'size': whole.shape, 'people': {1, 2},
+             'args': argparse.Namespace(lr=1.5, sets=['a', None])}
     torch.save({**state, **plain}, tmp_path / 'a.pt')
     loaded = load_checkpoint(tmp_path / 'a.pt')
     assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
-    assert all(torch.equal(loaded['net'][key], tensor) for key, tensor in plain['net'].items())
-    assert all(loaded[key] == plain[key] for key in ('milestones', 'args', 'size', 'people'))
-    torch.save(loaded, tmp_path / 'b.pt')                            # and again
-    assert load_checkpoint(tmp_path / 'b.pt')['size'] == whole.shape
-
-
-def test_pairs_that_are_not_square_are_cut_with_a_warning_not_stretched(tmp_path, capsys):
-    picture = torch.zeros(3, 112, 96, dtype=torch.uint8)
-    picture[:, 8:104] = 200                                          # the middle, 96 x 96
-    encoded = [images.encode(picture, 'png'), images.encode(picture[:, :96], 'png')] * 10
-    bins.write_bin(tmp_path / 'a.bin', encoded, [True, False] * 5)
-    loaded = load_pairs(tmp_path / 'a.bin', 96)
-    assert (loaded.images[0] == 200).all() and len(loaded.images) == 2
-    assert 'not square' in capsys.readouterr().out
-
-
-def test_a_damaged_log_harms_nothing(tmp_path):
-    path = tmp_path / 'log' / 'student.jsonl'
-    path.parent.mkdir()
-    path.write_bytes(b'\xff\xfe\n{"stage": [1]}\n[3]\n{"step": 4, "seconds": 2.5}\n{"step": 9')
-    StageLog(tmp_path, 'student', 10, 5)(6, 1, loss=1.0)
-    assert stage_seconds(tmp_path) == {'student': 2.5}
-    assert [entry['step'] for _, entry in read_log(path)] == [4, 6]
-    # Characters that a terminal obeys are shown escaped
-    assert printable('a\x1b[31m\nb\udcff') == 'a\\x1b[31m\\nb\\udcff'
+    assert all(loaded[key] == value for key, value in plain.items())
 
 
 def test_pairs_come_from_a_bin_from_lfws_form_and_from_a_list_alike(tmp_path):
@@ -231,8 +203,8 @@ def test_pairs_come_from_a_bin_from_lfws_form_and_from_a_list_alike(tmp_path):
         load_pairs(tmp_path / 'lfw', 32)
 
 
-@pytest.mark.parametrize('form', ['{} {} {}', '{}, {}, {}', '{},{},{}', '{}\t{}\t{}'])
-@pytest.mark.parametrize('yes, no', [('1', '0'), ('True', 'false'), ('1', '-1')])
+@pytest.mark.parametrize('form, yes, no', [
+    ('{} {} {}', '1', '0'), ('{}, {}, {}', 'True', 'false'), ('{},{},{}', '1', '-1')])
 def test_a_list_of_pairs_may_be_written_in_many_ways(tmp_path, form, yes, no):
     for i, image in enumerate(toy.draw(np.arange(4), np.arange(4), 32)):
         (tmp_path / f'Jörg{i}.png').write_bytes(images.encode(image, 'png'))
@@ -243,7 +215,7 @@ def test_a_list_of_pairs_may_be_written_in_many_ways(tmp_path, form, yes, no):
 
 
 @pytest.mark.parametrize('line, words', [
-    ('Jorg 0.png Jorg 1.png 1', 'line 1 is no pair'), ('a.png b.png 2', 'line 1 is no pair'),
+    ('Jorg 0.png Jorg 1.png 1', 'line 1 is no pair'),
     ('a.png b.png 1', 'a.png.*, which is not there'), ('\udce4.png b.png 1', 'no text in UTF-8')])
 def test_a_list_that_is_unclear_is_refused_with_the_cause(tmp_path, line, words):
     (tmp_path / 'list.txt').write_bytes(line.encode(errors='surrogateescape'))

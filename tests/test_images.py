@@ -1,6 +1,5 @@
 """Image files as people have them: turned, transparent, with a film behind the picture."""
 import io
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -71,8 +70,7 @@ def test_truncated_and_foreign_images_are_refused():
     noise = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
     jpeg, png = saved(noise, 'JPEG'), saved(noise, 'PNG')
     cases = [data[:length] for data in (jpeg, png) for length in (
-        0, 1, 2, 3, 10, 24, 100, 300, len(data) // 2, len(data) - 40)]
-    cases += [saved(noise, form) for form in ('GIF', 'BMP', 'WEBP')] + [b'GIF89a' + bytes(100)]
+        0, 10, 300, len(data) // 2, len(data) - 40)] + [saved(noise, 'GIF'), saved(noise, 'BMP')]
     scans = jpeg[:-2], jpeg[:-1], jpeg[:-200] + bytes(200), jpeg[:2000] + bytes(len(jpeg) - 2000)
     for data, words in (*((x, 'image 7') for x in cases), *((x, 'damaged or') for x in scans)):
         with pytest.raises(InputError, match=words) as error:
@@ -100,10 +98,6 @@ def test_encoded_images_come_back():
                     .mean() for q in (50, 95))
     assert fine < coarse and fine < 4
     assert b'Exif' not in images.encode(smooth) and images.encode(smooth) == images.encode(smooth)
-    files = [images.encode(torch.roll(smooth, i, 1)) for i in range(50)]
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda x: images.decode(x, 'x'), files))
-    assert all(torch.equal(a, images.decode(x, 'x')) for a, x in zip(together, files))
 
 
 def test_what_is_transparent_is_grey_whatever_colour_it_had():

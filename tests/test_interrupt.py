@@ -159,7 +159,7 @@ def test_a_file_that_cannot_grow_is_one_sentence(stage):
     stage.renew()
     script = stage.start(largest=stage.sizes[stage.main] - 1)
     assert script.wait(30) == 2, script.out + script.err
-    assert re.fullmatch(r'error: .*\n', script.err), script.err
+    assert re.fullmatch(r'error: .*space.* the same command again.*\n', script.err), script.err
     stage.check_middle()
     stage.finish()
 
@@ -218,8 +218,7 @@ def test_processes_may_be_more_or_less_after_an_interruption(copied, arguments, 
     undisturbed, whole = log_lines(copied, line), tensors(torch.load(path, weights_only=True))
     path.unlink()
     for processes, step in zip(counts, (7, 19, None)):
-        scripts = together(copied, *arguments, count=processes) if processes > 1 else [
-            Script(copied, *arguments)]
+        scripts = together(copied, *arguments, count=processes)
         if step:
             reach(path, step)
             scripts[-1].send(signal.SIGTERM)               # one process tells the other
@@ -245,35 +244,36 @@ def test_processes_may_be_more_or_less_after_an_interruption(copied, arguments, 
 IN_PARTS = """
 import os, pathlib, signal, time, reconstruct
 from facekit.base.launch import launch
-reconstruct.PART = 60 if 'SLOW' in os.environ else 8
+reconstruct.PART = 8
 real = reconstruct.make_part
 
 def make_part(number, *others):
-    if str(number) == os.environ.get('AT'):
-        os.kill(os.getpid(), getattr(signal, os.environ['SIGNAL']))
-    made = real(number, *others)
-    pathlib.Path('made').touch()
-    time.sleep(int(os.environ.get('SLOW', 0)))
-    return made
+    if str(number) == os.environ.get('DIES_AT'):
+        os.kill(os.getpid(), signal.SIGKILL)
+    pathlib.Path('begun').touch()
+    time.sleep(float(os.environ.get('SLOW', 0)))
+    return real(number, *others)
 
 reconstruct.make_part = make_part
 launch(reconstruct.main)
 """
 
 
-def test_an_interrupted_release_is_made_anew_with_any_number_of_processes(copied, finished):
+@pytest.fixture
+def unreleased(whole):
+    """A copy of the finished experiment without its release, and parts.py, which makes that."""
+    shutil.rmtree(whole / 'run' / 'reconstructed')
+    (whole / 'parts.py').write_text(IN_PARTS)
+    return whole
+
+
+def test_an_interrupted_release_is_made_anew_with_any_number_of_processes(unreleased, finished):
     """To the same bytes; nothing half is left where the release shall be."""
-    shutil.copy(finished[0] / 'run' / 'fold0' / 'mae.pt', copied / 'run' / 'fold0' / 'mae.pt')
-    script, release = copied / 'parts.py', copied / 'run' / 'reconstructed'
-    script.write_text(IN_PARTS)
-    for number, code in (('SIGKILL', -signal.SIGKILL), ('SIGHUP', 130)):
-        one = Script(copied, script, AT='3', SIGNAL=number)
-        assert one.wait(30) == code and 'Traceback' not in one.err, one.err
-        assert not release.exists()
-    scripts = together(copied, script, AT='6', SIGNAL='SIGKILL')
+    script, release = unreleased / 'parts.py', unreleased / 'run' / 'reconstructed'
+    scripts = together(unreleased, script, DIES_AT='6')
     assert {one.wait() for one in scripts} == {-signal.SIGKILL, 2}
     assert not release.exists()
-    scripts = together(copied, script, 'run.log_every=3', 'evaluate.batch=9')
+    scripts = together(unreleased, script)
     assert [one.wait() for one in scripts] == [0, 0], scripts[0].err + scripts[1].err
     assert {path.name: path.read_bytes() for path in release.iterdir()} == {
         path.name: path.read_bytes() for path in (finished[0] / 'run/reconstructed').iterdir()}
@@ -291,8 +291,6 @@ def test_when_a_process_dies_the_others_say_so_and_end(copied, dies):
     assert re.search('^error: .*another process', other.err, re.MULTILINE), other.err
 
 
-# -------------------------------------------------------------------- two starts of one thing
-
 def test_weights_that_exploded_do_not_replace_the_last_good_ones(copied, monkeypatch):
     """A finite loss can have a gradient whose update is not; it used to be saved."""
     real = training.Training.update
@@ -308,8 +306,10 @@ def test_weights_that_exploded_do_not_replace_the_last_good_ones(copied, monkeyp
     assert state['step'] == 3 and all(t.isfinite().all() for t in state['model'].values())
 
 
+# -------------------------------------------------------------------- two starts of one thing
+
 def test_a_second_start_waits_for_the_first_and_finds_its_work_done(copied):
-    arguments = 'train_mae.py', 'run.save_minutes=0', 'mae.epochs=30'
+    arguments = 'train_mae.py', 'run.save_minutes=0', 'mae.epochs=20'
     first = Script(copied, *arguments)
     reach(copied / 'run' / 'fold0' / 'mae.pt', 2)
     second = Script(copied, *arguments)
@@ -317,35 +317,34 @@ def test_a_second_start_waits_for_the_first_and_finds_its_work_done(copied):
     assert 'another run is making' in second.out and 'nothing to do' in second.out
 
 
-def test_another_method_in_the_folder_of_a_release_never_mixes_with_it(copied, finished):
+def test_another_method_in_the_folder_of_a_release_never_mixes_with_it(unreleased):
     """A held-up run's part used to end in the other one's release: originals in a masked set."""
-    shutil.copy(finished[0] / 'run' / 'fold0' / 'mae.pt', copied / 'run' / 'fold0' / 'mae.pt')
-    (copied / 'parts.py').write_text(IN_PARTS)
-    first = Script(copied, copied / 'parts.py', 'reconstruct.method=none', SLOW='4')
-    while not (copied / 'made').exists():
+    first = Script(unreleased, unreleased / 'parts.py', 'reconstruct.method=none', SLOW='0.4')
+    while not (unreleased / 'begun').exists():
         time.sleep(0.01)
-    second = Script(copied, 'reconstruct.py', 'reconstruct.method=mask')
+    words = 'reconstruct.py', 'reconstruct.method=mask'
+    second = Script(unreleased, *words)
     assert first.wait(60) == 0
     assert second.wait() == 2 and 'another run is making' in second.out
     assert 'another reconstruct.method' in second.err
-    facts = json.loads((copied / 'run' / 'reconstructed' / 'manifest.json').read_text())
-    assert facts['method'] == 'none'
+    release = unreleased / 'run' / 'reconstructed'
+    assert json.loads((release / 'manifest.json').read_text())['method'] == 'none'
     # What is no release of this kit stays where it is
-    release = copied / 'run' / 'reconstructed'
     (release / 'manifest.json').unlink()
-    words = 'reconstruct.py', 'reconstruct.method=mask'
-    assert 'is no release of this kit' in run(copied, *words, code=2)
+    assert 'is no release of this kit' in run(unreleased, *words, code=2)
     assert (release / 'train.rec').exists()
 
 
-def test_two_rows_are_evaluated_side_by_side(finished, tmp_path):
-    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-    few = 'evaluate.attacks=[pixels]'
+def test_two_rows_are_evaluated_side_by_side(whole):
     rows = 'mask', 'originals'
-    scripts = [Script(tmp_path, 'evaluate.py', f'run.row={row}', few) for row in rows]
+    for row in rows:
+        (whole / 'run' / row / 'results.json').unlink()
+    scripts = [Script(whole, 'evaluate.py', f'run.row={row}', 'evaluate.attacks=[pixels]')
+               for row in rows]
     assert [script.wait() for script in scripts] == [0, 0]
     for row in rows:
-        assert (tmp_path / 'run' / 'figures' / f'{row}_roc.png').exists()
+        assert (whole / 'run' / row / 'results.json').exists()
+        assert (whole / 'run' / 'figures' / f'{row}_roc.png').exists()
 
 
 @LONG

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 import irm
+from conftest import in_processes
 
 KINDS = ['cosine', 'centred', 'l2']
 
@@ -114,7 +115,7 @@ def test_two_processes_give_the_value_and_gradient_of_one(tmp_path):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(6, 5, dtype=torch.float64, generator=generator)
     originals, _ = pair()
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path), images, originals), nprocs=2)
+    in_processes(one_rank, 2, tmp_path, images, originals)
     for rank in range(2):
         results = torch.load(tmp_path / f'rank{rank}.pt', weights_only=True)
         for kind in KINDS:

@@ -5,6 +5,7 @@ import ctypes
 import errno
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 from conftest import ENVIRONMENT, ROOT, TINY, Script, run
 from facekit.base import files, launch, machine, process
-from facekit.base.errors import InputError
+from facekit.base.errors import InputError, printable
 from facekit.base.log import StageLog
 
 
@@ -50,33 +51,28 @@ def test_a_file_system_without_locks_or_maps_is_used_all_the_same(tmp_path, monk
     assert files.open_bytes(tmp_path / 'mae.pt') == b'weights'
 
 
-def test_an_error_of_the_system_is_a_sentence_with_the_files_name(copied, monkeypatch):
-    monkeypatch.setattr(os, 'fsync', missing)
-    printed = run(copied, 'train_mae.py', code=2)
-    assert 'Traceback' not in printed
-    last = printed.splitlines()[-1]
-    assert last.startswith('error: run/') and 'not implemented: check path, rights and' in last
-    unnamed = OSError(errno.ENOSPC, 'No space left on device')
-    assert 'a file below' in launch.explanation(unnamed, None)
-
-
 # ----------------------------------------------------------------------------------- the terminal
 
-@pytest.mark.parametrize('screen', ['> /dev/full', '>&-', '2>&- | true'])
-def test_a_screen_that_takes_nothing_costs_nothing(copied, screen):
-    command = (f'{sys.executable} {ROOT}/train_fr.py {TINY} stage=teacher run.folder=прогон '
-               f'teacher.epochs=0.2 {screen}')
-    done = subprocess.run(['bash', '-o', 'pipefail', '-c', command], cwd=copied, text=True,
-                          stderr=subprocess.PIPE, timeout=100,
-                          env=os.environ | ENVIRONMENT | {'PYTHONIOENCODING': 'ascii'})
-    assert (done.returncode, done.stderr) == (0, '')
-    assert (copied / 'прогон' / 'fold0' / 'teacher.pt').exists()
+def test_a_screen_that_takes_nothing_costs_nothing(copied):
+    """A full one, a closed one, and one that ends before the run."""
+    started = {}
+    for folder, screen in (('полон', '> /dev/full'), ('закрыт', '>&-'), ('конец', '2>&- | true')):
+        command = (f'{sys.executable} {ROOT}/train_fr.py {TINY} stage=teacher run.folder={folder} '
+                   f'teacher.epochs=0.2 {screen}')
+        started[folder] = subprocess.Popen(
+            ['bash', '-o', 'pipefail', '-c', command], cwd=copied, stderr=subprocess.PIPE,
+            env=os.environ | ENVIRONMENT | {'PYTHONIOENCODING': 'ascii'})
+    for folder, one in started.items():
+        assert (one.communicate(timeout=100)[1], one.returncode) == (b'', 0), folder
+        assert (copied / folder / 'fold0' / 'teacher.pt').exists()
 
 
 def test_a_screen_in_ascii_shows_other_letters_escaped():
     shown = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
     print('Анна', file=launch.Screen(shown))
     assert shown.buffer.getvalue() == b'\\u0410\\u043d\\u043d\\u0430\n'
+    # And characters that a terminal obeys
+    assert printable('a\x1b[31m\nb\udcff') == 'a\\x1b[31m\\nb\\udcff'
 
 
 @pytest.mark.parametrize('stage, number, name', [
@@ -103,40 +99,45 @@ def test_ctrl_c_while_torch_is_imported_is_one_sentence(tmp_path):
 
 # ---------------------------------------------------------------------- launchers and compilers
 
-def test_a_run_under_nohup_outlives_its_terminal():
-    before = {number: signal.getsignal(number) for number in launch.ENDING}
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        launch.on_ending_signals(launch.Stop.request)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGUSR1) == launch.Stop.request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def test_a_run_under_nohup_outlives_its_terminal(monkeypatch):
+    answered = []
+    monkeypatch.setattr(signal, 'getsignal', {signal.SIGHUP: signal.SIG_IGN}.get)
+    monkeypatch.setattr(signal, 'signal', lambda number, action: answered.append(number))
+    launch.on_ending_signals(launch.Stop.request)
+    assert answered == [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
 
 def test_numbers_of_a_launcher_may_be_empty_and_are_refused_where_they_are_none(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '')
     assert process.on_this_node() == 1
+    monkeypatch.setenv('WORLD_SIZE', '16')
+    assert process.on_this_node() == 16
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')                 # threads and memory are a node's
+    assert process.on_this_node() == 2
+    monkeypatch.delenv('LOCAL_WORLD_SIZE')
     monkeypatch.setenv('WORLD_SIZE', 'two')
     with pytest.raises(InputError, match="WORLD_SIZE = 'two' in the environment is no number"):
         process.on_this_node()
 
 
-def test_a_taken_port_is_a_sentence(copied):
+def test_a_taken_port_is_a_sentence(tmp_path):
     with contextlib.closing(socket.create_server(('127.0.0.1', 0))) as taken:
         port = str(taken.getsockname()[1])
-        script = Script(copied, 'train_fr.py', RANK='0', LOCAL_RANK='0', WORLD_SIZE='2',
+        script = Script(tmp_path, 'train_fr.py', RANK='0', LOCAL_RANK='0', WORLD_SIZE='2',
                         MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
         assert script.wait(60) == 2
     assert f'error: port {port} is taken by another run' in script.err
     assert 'Traceback' not in script.err
 
 
-def test_a_missing_compiler_or_header_is_a_sentence():
-    for error in (CppCompileError(['g++', 'x.cpp'], 'fatal error: Python.h: No such file'),
-                  InvalidCxxCompiler()):
-        assert 'install a C++ compiler and the headers of' in launch.explanation(error, None)
+@pytest.mark.parametrize('error, words', [
+    (CppCompileError(['g++', 'x.cpp'], 'fatal error: Python.h: No such file'), 'headers of'),
+    (InvalidCxxCompiler(), r'install a C\+\+ compiler and the headers of'),
+    (OSError(errno.ENOSPC, 'No space left on device'), 'a file below .*No space left'),
+    (PermissionError(errno.EACCES, 'Permission denied', 'run/a.pt'), 'run/a.pt: .*: check path'),
+    (RuntimeError('CUDA out of memory. Tried to allocate'), 'memory is too small')])
+def test_what_the_system_lacks_is_a_sentence(error, words):
+    assert re.search(words, launch.explanation(error, None))
 
 
 # ----------------------------------------------------------------------------- folders and code

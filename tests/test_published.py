@@ -144,11 +144,8 @@ def config(*assignments):
 
 @pytest.mark.parametrize('assignments, module, package', [
     (['evaluate.attacks=[judge, dlib]'], 'dlib', 'dlib-bin'),
-    (['evaluate.attacks=[judge]', 'judge.checkpoint=dlib'], 'dlib', 'dlib-bin'),
     (['evaluate.model=dlib'], 'face_recognition_models', 'face-recognition-models'),
-    (['evaluate.attacks=[judge, net.onnx]'], 'onnxruntime', 'onnxruntime'),
-    (['evaluate.attacks=[judge]', 'judge.checkpoint=net.onnx'], 'onnxruntime', 'onnxruntime'),
-    (['evaluate.model=net.onnx'], 'onnxruntime', 'onnxruntime')])
+    (['evaluate.attacks=[judge]', 'judge.checkpoint=net.onnx'], 'onnxruntime', 'onnxruntime')])
 def test_a_missing_package_is_told_before_the_first_stage_and_by_the_evaluation(
         folder, monkeypatch, assignments, module, package):
     find_spec = importlib.util.find_spec

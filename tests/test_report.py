@@ -2,20 +2,15 @@
 import csv
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from conftest import ROOT, run
-from facekit.base import config
-from facekit.base.errors import InputError
+from conftest import run
 from facekit.data.pairs import load_pairs
 from facekit.measure import retrieval
 from facekit.measure.verification import PairScores, fold_accuracies
@@ -158,13 +153,6 @@ def test_published_values_stand_below_and_repeated_ones_get_a_verdict():
     assert sheet(rows, 'repetition', {'CASIA': references['CASIA']}) is None
 
 
-@pytest.mark.parametrize('values', [{'lfw': '1'}, {'source': 'x', 'lfw': 'high'}, ['1'], '1',
-                                    {'source': 'x', 'lfw': ['1']}, {'source': ['x'], 'lfw': '1'}])
-def test_references_of_another_form_are_refused(values):
-    with pytest.raises(InputError, match='reference.row'):
-        config.check_value('reference', {'row': values}, config.SPECS['reference'])
-
-
 def test_tables_say_how_many_patches_are_visible_and_are_not_broken_at_80_columns():
     rows = {'facemae': [result('facemae', 0.9, 0.1, 0.4)], 'blur': [result('blur', 0.9, 0.1, 0.4)]}
     quality = {row[0]: row[1] for row in sheet(rows, 'image quality').rows}
@@ -186,20 +174,6 @@ def test_a_picture_that_fails_is_a_sentence(tmp_path, capsys):
     assert (tmp_path / 'a.png').stat().st_size > 1000
     told, = capsys.readouterr().out.splitlines()
     assert 'warning: a picture is missing' in told and '/dev/null/b.png' in told
-
-
-def test_pictures_need_no_backend_of_matplotlib(tmp_path):
-    code = """
-import numpy as np
-from facekit.measure import verification
-from facekit.report import pictures
-from facekit.report.tables import Row
-scores = verification.PairScores(np.arange(20) / 10, np.arange(20) < 12)
-pictures.save_roc([Row('row', scores={0: {'lfw': scores}})], 'roc.png')
-"""
-    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=100,
-                   env=os.environ | {'MPLBACKEND': 'inline', 'PYTHONPATH': str(ROOT)})
-    assert (tmp_path / 'roc.png').stat().st_size > 1000
 
 
 def test_what_may_be_published_names_no_file_secret_or_setting():
@@ -243,7 +217,9 @@ def test_scores_tables_and_figures_can_be_taken_away(finished, tmp_path):
 
 def test_the_page_begins_with_the_picture_and_the_verdicts_and_says_what_tables_mean(finished):
     page = (finished[0] / 'run' / 'report.html').read_text()
-    words = re.sub(r'base64,[^"]*', '', page)
+    assert page.count('data:image/png;base64,') == 5
+    words = re.sub(r'base64,[^"]*', '', page)      # pictures as text can hold any four letters
+    assert 'not anonymous' in words and 'http' not in words and '<script' not in words
     order = ['class="warning"', 'what is released</h2>', "the paper&#x27;s claims", 'utility:',
              'Privacy against utility', 'Losses in training', 'Settings']
     assert [words.index(x) for x in order] == sorted(words.index(x) for x in order)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 import train_mae
 from conftest import ENVIRONMENT, ROOT, TINY, log_lines, run, tensors
@@ -56,10 +55,6 @@ def test_the_pipeline_writes_what_it_promises(finished):
     assert 'facemae' in printed and ' left ' in printed
     table = (folder / 'run' / 'table.txt').read_text().splitlines()
     assert max(map(len, table)) <= 80 and any('originals' in line for line in table)
-    page = (folder / 'run' / 'report.html').read_text()
-    assert page.count('data:image/png;base64,') == 5 and 'not anonymous' in page
-    words = re.sub(r'base64,[^"]*', '', page)      # pictures as text can hold any four letters
-    assert 'originals' in page and 'http' not in words and '<script' not in page
 
 
 def test_a_release_is_exported_as_folders_of_its_image_files(finished, tmp_path):
@@ -96,16 +91,8 @@ def test_the_release_is_insightfaces_and_says_nothing_of_its_source(finished):
             assert not any(form in content for form in (
                 secret.encode(), derived.hexdigest().encode(), derived.digest())), path
     for path in (folder / 'run' / 'reconstructed').iterdir():
-        content = path.read_bytes()
-        assert secret.encode() not in content and str(folder).encode() not in content
-        assert b'seed' not in content and b'faces/' not in content
-    original = [bytes(x) for x in records.Records(folder / 'faces')]
-    kept = records.Records(folder / 'run' / 'originals' / 'reconstructed')
-    source = records.Records(folder / 'faces').labels
-    pictures = {images.decode(x, '').numpy().tobytes(): i for i, x in enumerate(original)}
-    pairs = [(kept.labels[i], source[pictures[images.decode(x, '').numpy().tobytes()]])
-             for i, x in enumerate(kept)]
-    assert len(set(pairs)) == 10 and pairs != sorted(pairs, key=lambda p: p[1])
+        assert not any(word in path.read_bytes() for word in (
+            str(folder).encode(), b'seed', b'faces/')), path
 
 
 def test_finished_stages_do_nothing_and_changed_configs_are_refused(finished):
@@ -121,19 +108,13 @@ def test_finished_stages_do_nothing_and_changed_configs_are_refused(finished):
 
 
 def test_two_processes_give_what_one_gives(copied, finished):
-    """Same masks, same losses, same release; the student up to rounding, BatchNorm included."""
+    """Same masks, same losses; the student up to rounding, BatchNorm included. Releases of two
+    processes: test_interrupt.py; comparisons: test_processes.py."""
     run(copied, 'train_mae.py', processes=2)
     one, two = (log_lines(f, 'train_mae/fold0/mae') for f in (finished[0], copied))
     assert [x['step'] for x in one] == [x['step'] for x in two]
     for key in ('mse', 'irm'):
         np.testing.assert_allclose([x[key] for x in one], [x[key] for x in two], rtol=1e-3)
-    shutil.copy(finished[0] / 'run' / 'fold0' / 'mae.pt', copied / 'run' / 'fold0' / 'mae.pt')
-    run(copied, 'reconstruct.py', 'reconstruct.batch=7', processes=2)
-    first, second = (records.Records(f / 'run' / 'reconstructed') for f in (finished[0], copied))
-    assert np.array_equal(first.labels, second.labels)
-    for a, b in zip(first, second):
-        a, b = (images.decode(x, '').int() for x in (a, b))
-        assert (a - b).abs().max() <= 1
     for count in (1, 2):        # other thread counts round otherwise, and SGD amplifies that
         run(copied, 'train_fr.py', 'release=run/mask/reconstructed', f'run.folder=run{count}',
             processes=count)
@@ -158,14 +139,13 @@ def test_streaming_gives_bit_for_bit_what_memory_gives(copied, finished, monkeyp
         assert one == two
 
 
-def test_attacks_are_kept_until_something_changes(copied, finished):
+def test_attacks_are_kept_until_something_changes(whole):
     """A comparison over several sittings does not attack finished rows again, and what is
     evaluated with few attackers keeps what others found."""
-    shutil.copytree(finished[0] / 'run', copied / 'run', dirs_exist_ok=True)
-    path, comparison = copied / 'run/mask/results.json', copied / 'run/comparison.json'
+    path, comparison = whole / 'run/mask/results.json', whole / 'run/comparison.json'
     first, table = json.loads(path.read_text()), comparison.read_bytes()
     few = 'run.row=mask', 'evaluate.attacks=[judge, pixels]'
-    printed = run(copied, 'evaluate.py', *few, 'evaluate.sets=[]', 'run.log_every=1',
+    printed = run(whole, 'evaluate.py', *few, 'evaluate.sets=[]', 'run.log_every=1',
                   'evaluate.batch=60', 'reference={x: {source: y, toy: 1.0}}')
     assert 'repeated, membership are kept' in printed and '[evaluate/mask]' not in printed
     assert 'results   run/mask/results.json' in printed and 'report.html' not in printed
@@ -173,31 +153,30 @@ def test_attacks_are_kept_until_something_changes(copied, finished):
     for key in ('privacy', 'attacked', 'reconstruction'):
         assert again[key] == first[key]
     # A recogniser that is named by its file is another attacker as soon as the file is another
-    for net, attacked in (('judge', True), ('judge', False), ('teacher', True)):
-        shutil.copy(copied / f'run/fold0/{net}.pt', copied / 'backbone.pt')
-        printed = run(copied, 'evaluate.py', few[0], 'evaluate.attacks=[backbone.pt]')
-        assert ('[evaluate/mask] 100 %' in printed) == attacked
+    for net in ('judge', 'teacher'):
+        shutil.copy(whole / f'run/fold0/{net}.pt', whole / 'backbone.pt')
+        printed = run(whole, 'evaluate.py', few[0], 'evaluate.attacks=[backbone.pt]')
+        assert '[evaluate/mask] 100 %' in printed
     assert comparison.read_bytes() == table
     # Rows that are still to come are named, and the table is of the others
-    printed = run(copied, 'evaluate.py', '--compare', 'compare_seeds=[0, 1]', few[1],
+    printed = run(whole, 'evaluate.py', '--compare', 'compare_seeds=[0, 1]', few[1],
                   'evaluate.centred=true')
     assert 'left out: facemae (seed 1), mask (seed 1), originals (seed 1)' in printed
     assert 'toy centred' in printed and 'facemae minus' in printed
     rows = json.loads(comparison.read_text())['rows']
     assert rows['mask'][0]['privacy'].keys() > first['privacy'].keys()
-    state = torch.load(copied / 'run' / 'fold0' / 'judge.pt', weights_only=True)
+    state = torch.load(whole / 'run' / 'fold0' / 'judge.pt', weights_only=True)
     state['net']['fc.bias'] += 1
-    torch.save(state, copied / 'run' / 'fold0' / 'judge.pt')
-    assert 'are kept' not in run(copied, 'evaluate.py', *few)
+    torch.save(state, whole / 'run' / 'fold0' / 'judge.pt')
+    assert 'are kept' not in run(whole, 'evaluate.py', *few)
     assert json.loads(path.read_text())['attacked'].keys() == {'judge', 'pixels'}
-    mae, only = copied / 'run' / 'fold0' / 'mae.pt', 'evaluate.attacks=[membership]'
-    whole, state = mae.read_bytes(), torch.load(mae, weights_only=True)
+    mae = whole / 'run' / 'fold0' / 'mae.pt'
+    sound, state = mae.read_bytes(), torch.load(mae, weights_only=True)
     torch.save(state | {'std': state['std'] + 1}, mae)
-    assert 'made with another mae' in run(copied, 'evaluate.py', only, code=2)
-    mae.write_bytes(whole)
-    run(copied, 'evaluate.py', '--compare', only)          # no attack that the plot could show
-    (copied / 'run' / 'release.key').write_text(hashlib.sha256(b'another').hexdigest())
-    assert 'made with another secret' in run(copied, 'evaluate.py', *few, code=2)
+    assert 'made with another mae' in run(whole, 'evaluate.py', few[1], code=2)
+    mae.write_bytes(sound)
+    (whole / 'run' / 'release.key').write_text(hashlib.sha256(b'another').hexdigest())
+    assert 'made with another secret' in run(whole, 'evaluate.py', *few, code=2)
 
 
 @pytest.mark.long
@@ -227,9 +206,6 @@ def test_micro_batches_do_not_change_the_gradient(copied, finished):
     ('reconstruct.py', 'run.folder=empty', 'mae.pt.*python .*train_mae.py'),
     ('train_fr.py', 'run.folder=empty', 'reconstructed.*python .*reconstruct.py'),
     ('evaluate.py', 'run.folder=empty', 'reconstructed.*python .*reconstruct.py'),
-    ('evaluate.py', 'evaluate.sets=[nowhere.bin]',
-     'nowhere.bin is neither there .* evaluate.sets .* relative to /'),
-    ('evaluate.py', 'evaluate.attacks=[psychic]', 'psychic.*pixels'),
     ('train_fr.py', 'stage=teacher run.folder=other fr.batch=2000', '(?=.*2000).*fr.batch'),
     ('train_mae.py', 'data.folds=1', '(?=.*data.folds).*data.public'),
     ('reconstruct.py', 'reconstruct.photos=nowhere', 'nowhere does not exist'),
@@ -243,12 +219,6 @@ def test_a_wrong_input_is_one_sentence_with_exit_code_2(finished, script, argume
     assert re.search(told, last), last
 
 
-def test_half_precision_trains(copied):
-    run(copied, 'train_mae.py', 'run.precision=bf16', 'mae.name=half', 'mae.epochs=2')
-    losses = [x['mse'] for x in log_lines(copied, 'train_mae/fold0/half')]
-    assert losses[-1] < losses[0]
-
-
 @pytest.mark.parametrize('supported', [True, False])
 def test_the_device_is_said_and_named_if_it_emulates_bf16(monkeypatch, capsys, supported):
     monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: supported)
@@ -260,12 +230,6 @@ def test_the_device_is_said_and_named_if_it_emulates_bf16(monkeypatch, capsys, s
         said = capsys.readouterr().out
         assert said.startswith(f'device: {name}') and 'precision: bf16; processes: 1\n' in said
         assert (f'use run.precision={remedy}' in said) != supported
-
-
-def test_a_loss_that_explodes_stops_the_run_and_keeps_the_checkpoint(copied):
-    printed = run(copied, 'train_mae.py', 'mae.lr=1e30', 'mae.name=hot', code=2)
-    assert 'mse' in printed and 'smaller mae.lr' in printed
-    assert not (copied / 'run' / 'fold0' / 'hot.pt').exists()
 
 
 def test_published_checkpoints_and_foreign_releases_are_evaluated(finished, tmp_path):
@@ -286,28 +250,16 @@ def test_published_checkpoints_and_foreign_releases_are_evaluated(finished, tmp_
     assert (folder / 'run' / 'results.json').read_text() == own
 
 
-def test_photos_become_a_picture(finished, tmp_path):
-    for i, image in enumerate(list(records.Records(finished[0] / 'faces'))[:5]):
-        (tmp_path / f'{i}.JPG').write_bytes(image)
-    Image.fromarray(np.zeros((480, 640, 3), np.uint8)).save(tmp_path / 'phone.webp')
-    printed = run(finished[0], 'reconstruct.py', f'reconstruct.photos={tmp_path}')
-    assert '6 photos' in printed and 'warning' not in printed
-    assert 'photos.png' in printed and (finished[0] / 'run' / 'figures' / 'photos.png').exists()
-
-
-def test_more_epochs_are_a_new_training_and_a_key_that_is_new_is_not(finished, copied):
-    shutil.copytree(finished[0] / 'run', copied / 'run', dirs_exist_ok=True)
-    printed = run(copied, 'train_fr.py', 'fr.epochs=8', code=2)
-    assert 'fr.epochs (5.0 then, 8.0 now)' in printed
+def test_a_student_may_begin_as_another_one_and_a_new_key_makes_no_other_training(whole):
     words = 'run.folder=further', 'release=run/mask/reconstructed', 'fr.epochs=1'
-    printed = run(copied, 'train_fr.py', 'fr.init=run/fr.pt', *words)
-    assert 'training further/fr.pt' in printed
-    state = torch.load(copied / 'run' / 'fr.pt', weights_only=True)        # from before a key was
+    assert 'training further/fr.pt' in run(whole, 'train_fr.py', 'fr.init=run/fr.pt', *words)
+    student = whole / 'run' / 'fr.pt'
+    state = torch.load(student, weights_only=True)                   # from before a key was
     del state['made_from']['fr.sample_rate']
-    torch.save(state, copied / 'run' / 'fr.pt')
-    assert 'nothing to do' in run(copied, 'train_fr.py', 'fr.shard_classes=true')
-    assert 'sample_rate (1.0 then, 0.5 now)' in run(copied, 'train_fr.py', 'fr.sample_rate=0.5',
-                                                    code=2)
+    torch.save(state, student)
+    assert 'nothing to do' in run(whole, 'train_fr.py', 'fr.shard_classes=true')
+    printed = run(whole, 'train_fr.py', 'fr.sample_rate=0.5', code=2)
+    assert 'sample_rate (1.0 then, 0.5 now)' in printed
 
 
 def test_half_of_a_clusters_environment_and_too_few_gpus_are_a_sentence(monkeypatch):
@@ -328,12 +280,12 @@ def test_the_whole_experiment_is_checked_in_seconds_before_the_first_stage(finis
     before = {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
     monkeypatch.chdir(finished[0])
     for words, sentence in (
-            ('evaluate.sets=[nowhere.bin]', 'nowhere.bin'), ('fr.batch=400', 'fr.batch = 400'),
-            ('data.root=no/faces', 'does not exist'), ('teacher.checkpoint=no.pt', 'no.pt'),
-            ('evaluate.attacks=[psychic]', 'psychic'),
-            ('data.exclude=[999]', '999'), ('fr.depth=12', 'fr.depth'),
+            ('evaluate.sets=[nowhere.bin]', 'nowhere.bin is neither there .* relative to /'),
+            ('fr.batch=400', 'fr.batch = 400'), ('data.root=no/faces', 'does not exist'),
+            ('teacher.checkpoint=no.pt', 'no.pt'), ('data.exclude=[999]', '999'),
+            ('evaluate.attacks=[psychic]', 'psychic.*pixels'),
             ('mae.heads=5', 'does not divide by 5'), ('data.validation=0.01', 'held back')):
-        with pytest.raises(InputError, match=re.escape(sentence)):
+        with pytest.raises(InputError, match=sentence):
             check_experiment(namespace(resolve(TINY, [words])), compare=False)
     assert before == {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
 
@@ -349,35 +301,18 @@ def test_a_damaged_checkpoint_or_one_of_another_teacher_is_one_sentence(copied):
         assert 'Traceback' not in printed and 'error: ' in printed, damage
     cfg = namespace(config)
     claims = [{'config': config | {'mae': config['mae'] | claim}} for claim in (
-        {'depth': 'x'}, {'heads': 0}, {'depth': 10**7}, {'depth': 1 << 10, 'dim': 1 << 14},
-        {'decoder_dim': 'a'}, {'dim': 30})]
+        {'depth': 'x'}, {'heads': 0}, {'depth': 1 << 10, 'dim': 1 << 14}, {'dim': 30})]
     for damage in ({'model': {'a': {'b': torch.ones(1)}}}, {'mean': torch.ones(2, 2)},
-                   {'std': -1.0}, {'std': 'a'}, {'config': {}}, {'step': 'a'}, *claims):
+                   {'std': -1.0}, {'config': {}}, {'step': 'a'}, *claims):
         torch.save(whole | damage, path)
         words = 'damaged config|does not fit' if damage in claims else None
         with pytest.raises(InputError, match=words):
             protect.load_mae(path, cfg, torch.device('cpu'), '')
     torch.save(whole, path)
-    assert protect.load_mae(path, cfg, torch.device('cpu'), '').std == 0.25
     teacher = torch.load(path.with_name('teacher.pt'), weights_only=True)
     teacher['net']['fc.bias'] += 0.1
     torch.save(teacher, path.with_name('teacher.pt'))
     assert 'another teacher' in run(copied, 'train_mae.py', 'mae.epochs=3', code=2)
-
-
-def test_threads_are_shared_by_the_processes_of_a_node_not_of_the_world(monkeypatch):
-    cfg = namespace(resolve(TINY, ['run.device=cpu', 'run.threads=0']))
-    threads = torch.get_num_threads()
-    for name, value in (('WORLD_SIZE', '16'), ('LOCAL_WORLD_SIZE', '2'), ('RANK', '0'),
-                        ('MASTER_ADDR', 'x'), ('MASTER_PORT', '1')):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(process.dist, 'is_initialized', lambda: True)
-    monkeypatch.setattr(process, 'rank', lambda: 1)
-    monkeypatch.setattr(process, 'world', lambda: 16)
-    monkeypatch.setattr(process, 'cores', lambda: 8)
-    process.start_processes(cfg)
-    assert torch.get_num_threads() == 4
-    torch.set_num_threads(threads)
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_any_work(copied, monkeypatch):
