@@ -7,21 +7,21 @@ import torch
 from facekit.base import process
 from facekit.base.config import variants
 from facekit.base.errors import InputError, counted
-from facekit.data.faces import FaceSet
+from facekit.data.faces import FaceSet, StreamedImages
 from facekit.data.names import excluded_people, looks_of
 from facekit.data.pairs import check_held_back, find_set, read_pairs
 from facekit.data.people import count_release, make_folds
 from facekit.data.sources import open_source
 from facekit.nets.published import DLIB, check_installed, refuse_published
 from facekit.privacy import attacks, protect
-from facekit.privacy.release import read_secret
+from facekit.privacy.release import SAMPLE, check_strength, read_secret
 
 FEW_PEOPLE = 200  # from fewer no recogniser learns what strangers look like
 
 
 def check_experiment(cfg, compare):
-    """Say what a run will do, or refuse it if one of its stages would fail. Nothing is decoded,
-    trained or written."""
+    """Say what a run will do, or refuse it if one of its stages would fail. A few photos are
+    decoded; nothing is trained or written."""
     rows = variants(cfg, compare)
     for variant in rows:
         check_models(variant.cfg)
@@ -34,6 +34,7 @@ def check_experiment(cfg, compare):
         process.say(f'toy faces will be drawn into {cfg.data.root}')
     else:
         check_people(cfg, rows)
+        check_strengths(cfg, rows)
     for name in cfg.evaluate.sets:
         path = find_set(name, cfg)
         if not (drawn and path.name == 'toy.bin'):
@@ -97,8 +98,23 @@ def check_people(cfg, rows):
                                  f'from, {count} images: use a smaller one')
 
 
+def check_strengths(cfg, rows):
+    """Refuse distortions that would hardly change a few of the photos; a FaceMAE is checked once
+    it is trained."""
+    source = open_source(Path(cfg.data.root))
+    some = np.unique(np.linspace(0, len(source.labels) - 1, SAMPLE).astype(int))
+    try:
+        photos = torch.from_numpy(StreamedImages(source, some, cfg)[:])
+    except InputError:
+        return                         # damaged ones, which the first look counts and names
+    for variant in rows:
+        if variant.cfg.reconstruct.method != 'facemae':
+            protected = protect.Protection(variant.cfg, None)(photos, torch.arange(len(photos)))
+            check_strength(variant.cfg, photos, protected)
+
+
 def undecoded(path, first=0):
     """The FaceSet at `path` without its images; numbers from `first` on stand for their hashes."""
     source = open_source(Path(path))
     hashes = np.arange(first, first + len(source.labels), dtype=np.uint64)
-    return FaceSet(Path(path), None, source.labels, source.people, hashes, [], source)
+    return FaceSet(Path(path), None, source.labels, source.people, hashes, [], None, source)

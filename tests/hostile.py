@@ -5,6 +5,7 @@ what makes check sums right again), the hostile ones (path, content or what make
 reads them. `evil` is an object whose pickle is a call that leaves a trace.
 """
 import io
+import json
 import os
 import pickle
 import re
@@ -14,13 +15,16 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from PIL import Image
 
 import models
 from facekit.base import config
+from facekit.base.files import read_json
 from facekit.data import bins, images, records, toy
 from facekit.data.faces import load
+from facekit.data.pairs import read_pairs
 from facekit.nets.weights import recogniser
 
 ROOT = Path(__file__).parent.parent
@@ -274,13 +278,90 @@ def checkpoint_files(folder, evil):
             lambda: recogniser(path, torch.device('cpu')))
 
 
-def folder_files(folder, evil):
-    cfg = config.namespace(config.resolve(ROOT / 'tests' / 'tiny.yaml', [
-        'data.size=16', 'toy.identities=0', f'run.folder={folder}/run']))
+def photos_in(folder):
+    """A folder of two people, and a config."""
     root = folder / 'faces'
     for i, image in enumerate(faces(6)):
         (root / f'{i % 2}').mkdir(parents=True, exist_ok=True)
         (root / f'{i % 2}' / f'{i}.jpg').write_bytes(image)
+    return root, config.namespace(config.resolve(ROOT / 'tests' / 'tiny.yaml', [
+        'data.size=16', 'toy.identities=0', f'run.folder={folder}/run']))
+
+
+def look_files(folder, evil):
+    root, cfg = photos_in(folder)
+    path = load(root, cfg).look
+    content = path.read_bytes()
+    entries = unzipped(content)
+    parts = [{**entries, 'hashes.npy': x} for x in (b'', pickle.dumps(evil), entries['mark.npy'])]
+    file = io.BytesIO()
+    np.savez(file, mark=evil, hashes=evil, small_greys=evil, skipped=evil)
+    return ([(path, content, None)], [(path, x) for x in (
+        b'', pickle.dumps(evil), file.getvalue(), zipped({}), *map(zipped, parts),
+        *(x for x in SPECIAL if x is not os.mkdir))],
+        lambda: load(root, cfg))
+
+
+def pairs_files(folder, evil):
+    for i, image in enumerate(faces(4)):
+        (folder / f'p{i}').mkdir()
+        (folder / f'p{i}' / f'p{i}_0001.jpg').write_bytes(image)
+    a, b = 'p0/p0_0001.jpg', 'p1/p1_0001.jpg'
+    lfw, listed = folder / 'pairs.txt', folder / 'list.txt'
+    lists = [f'{a} {b} 0\n{a} {a} 1\n' * 5, f'{a}, {b}, False\n{b}, {b}, True\n' * 5]
+    lines = ['/', '', ' ', '..', 'p0', '\0', 'a' * 5000, '\ud800', '*', '[', '-1', '9' * 5000]
+    hostile = [(lfw, f'10\n{name}\t1\t2\n') for name in lines]
+    hostile += [(lfw, f'10\np0\t{number}\tp1\t1\n') for number in lines]
+    hostile += [(listed, f'{name} {b} 1\n') for name in lines]
+    hostile += [(listed, f'{name}, {b}, {same}\n') for name in lines for same in (0, 'yes')]
+    readers = {lfw: folder, listed: listed}
+
+    def read():
+        for path in readers:
+            if path.exists() or path.is_symlink():
+                read_pairs(readers[path])
+    return ([(listed, x.encode(), None) for x in lists]
+            + [(lfw, b'10\t2\np0\t1\tp1\t1\np0\t1\t1\n', None)],
+            [(path, x.encode(errors='surrogatepass')) for path, x in hostile]
+            + [(path, x) for path in readers for x in SPECIAL if x is not os.mkdir], read)
+
+
+def onnx_files(folder, evil):
+    h, path = onnx.helper, folder / 'net.onnx'
+    form = [h.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+            for name, shape in (('input', ('n', 3, 16, 16)), ('out', ('n', 4)))]
+    weight = onnx.numpy_helper.from_array(np.ones((768, 4), np.float32), 'weight')
+    graph = h.make_graph([h.make_node('Flatten', ['input'], ['flat']),
+                          h.make_node('MatMul', ['flat', 'weight'], ['out'])],
+                         'net', form[:1], form[1:], [weight])
+    model = h.make_model(graph, opset_imports=[h.make_opsetid('', 17)], ir_version=8)
+    sound = model.SerializeToString()
+    for name in ('/etc/passwd', '../../faces', str(folder)):           # weights in other files
+        graph.initializer[0].ClearField('raw_data')
+        graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+        graph.initializer[0].external_data.add(key='location', value=name)
+    return ([(path, sound, None)], [(path, x) for x in (
+        model.SerializeToString(), pickle.dumps(evil), b'\x0a' + b'\xff' * MANY, *SPECIAL)],
+        lambda: recogniser(path, torch.device('cpu')))
+
+
+def json_files(folder, evil):
+    path, deep = folder / 'release.json', MANY
+    sound = json.dumps({'made_from': {'set of images': 'abc', 'data.size': '32'},
+                        'rows': [1, 2.5, None], 'names': {'José': [True, 'x'] * 9}}).encode()
+    hostile = (b'', b'{', b'[]', b'3', b'null', b'"a"', b'\xff\xfe{}', b'{"a": \xe9}',
+               '{}'.encode('utf-16'), b'{"a": ' + b'9' * 400 + b'}', b'[' * deep, b'{"a":' * deep,
+               b'{"a":' * 200 + b'1' + b'}' * 200, b'{"a": ' + b'[' * 60 + b']' * 60 + b'}',
+               b'{"a": ' + b'[' * deep + b']' * deep + b'}')
+
+    def read():
+        found = read_json(path)
+        float(sum(x for x in found.values() if isinstance(x, int)))    # of 400 digits: it fails
+    return [(path, sound, None)], [(path, x) for x in (*hostile, *SPECIAL)], read
+
+
+def folder_files(folder, evil):
+    root, cfg = photos_in(folder)
     photo = root / '0' / '0.jpg'
     return ([(photo, photo.read_bytes(), None)],
             [(path, x) for path in (photo, root / '0' / 'new\n.png', root / 'new.jpg',

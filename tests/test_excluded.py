@@ -7,6 +7,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from test_data import make_config
 from test_people import folder_of_people, released_people
 
@@ -60,6 +61,31 @@ def test_a_run_folder_remembers_who_was_excluded_without_the_name(tmp_path):
         split(cfg)
 
 
+def saved(picture, path, change=lambda image: image, **how):
+    """Save a picture file once more, changed."""
+    change(Image.open(picture).convert('RGB')).save(path, **how)
+
+
+@pytest.mark.parametrize('copy', [
+    lambda old, new: new.with_suffix('.png').write_bytes(old.read_bytes() + b'more'),
+    lambda old, new: saved(old, new.with_suffix('.jpg'), quality=60),
+    lambda old, new: saved(old, new.with_suffix('.webp'), quality=80),
+    lambda old, new: saved(old, new.with_suffix('.bmp'), ImageOps.mirror),
+    lambda old, new: saved(old, new.with_suffix('.jpg'), ImageOps.grayscale),
+    lambda old, new: saved(old, new.with_suffix('.png'), lambda x: x.resize((70, 70))),
+    lambda old, new: saved(old, new.with_suffix('.png'), lambda x: x.point(lambda v: 0.8 * v)),
+    lambda old, new: saved(old, new.with_suffix('.png'), lambda x: ImageOps.expand(x, (9, 0)))],
+    ids=['longer', 'jpeg', 'webp', 'mirrored', 'grey', 'larger', 'darker', 'with margins'])
+def test_copies_of_an_excluded_person_under_another_name_stay_out(tmp_path, copy):
+    root = folder_of_people(tmp_path / 'faces')
+    copy(root / 'id_005' / '1.png', root / 'id_007' / 'new')
+    words = 'data.exclude=[id_005]', 'data.release_folds=[]', 'data.on_size=resize'
+    cfg = make_config(tmp_path, *words)
+    counts = count_release(split(cfg), cfg)
+    assert (counts.excluded_copies, counts.images, counts.people) == (1, 33, 11)
+    assert '1 image of others, the same picture as one of theirs, or nearly' in counts.sentence([])
+
+
 @pytest.mark.parametrize('run_folder', ['faces/run', '.', 'faces'])
 def test_a_run_folder_and_photos_do_not_contain_one_another(tmp_path, run_folder):
     folder_of_people(tmp_path / 'faces')
@@ -75,8 +101,9 @@ def test_a_run_folder_and_photos_do_not_contain_one_another(tmp_path, run_folder
     'reconstruct.method=mask reconstruct.mask_ratio=0.05'])
 def test_a_strength_that_protects_nothing_is_refused_before_anything_is_written(
         copied, settings):
-    said = run(copied, 'reconstruct.py', *settings.split(), 'run.folder=other', code=2)
-    assert 'protects nothing' in said
+    for command in (['reconstruct.py'], ['evaluate.py', '--check']):
+        said = run(copied, *command, *settings.split(), 'run.folder=other', code=2)
+        assert 'protects nothing' in said
     assert not any((copied / 'other' / name).exists() for name in (
         'reconstructed', 'reconstructed.tmp', 'release.json'))
 

@@ -63,6 +63,20 @@ def test_nets_that_learnt_from_who_is_taken_out_go_too(folder):
     assert 'trained again' in said and not (folder / 'run' / 'reconstructed').exists()
 
 
+def test_two_processes_take_a_person_out_and_nothing_of_others_models_stays(folder):
+    for name in ('external.json', 'external_measured.json', 'external_scores/attack_judge.csv'):
+        (folder / 'run' / name).parent.mkdir(exist_ok=True)
+        (folder / 'run' / name).write_text('{}')
+    name, *others = people_of(folder)[0]
+    words = 'reconstruct.py', f'reconstruct.remove=[{name}]'
+    run(folder, *words, processes=2)
+    assert not list((folder / 'run').glob('external*')) and people_of(folder)[0] == others
+    made = {row: (folder / row / 'reconstructed' / 'train.rec').read_bytes() for row in ROWS}
+    run(folder, *words)                         # as after an interruption: the same once more
+    assert {row: (folder / row / 'reconstructed' / 'train.rec').read_bytes()
+            for row in ROWS} == made
+
+
 def test_pictures_of_originals_are_for_the_user_alone(finished):
     for name in ('figures', 'originals/reconstructed'):
         assert (finished[0] / 'run' / name).stat().st_mode & 0o777 == 0o700

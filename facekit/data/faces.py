@@ -110,6 +110,7 @@ class FaceSet:
     people: np.ndarray        # str (P,): what the source calls them
     hashes: np.ndarray        # uint64 (N,), of the image files
     skipped: list             # numbers of the source's images that were left out as damaged
+    look: Path | None = None  # file of first_look(); None where nobody has looked at the images
     source: object = None     # see sources.open_source()
 
     def __len__(self):
@@ -129,6 +130,11 @@ class FaceSet:
         """ImageRows of some rows."""
         return ImageRows(self.images, rows)
 
+    def small_greys(self):
+        """images.small_grey() of all images, int8 (N, 64)."""
+        with np.load(self.look, allow_pickle=False) as look:
+            return look['small_greys']
+
     def digest(self, rows):
         """16 hex digits that tell one choice of images and people from another."""
         content = np.ascontiguousarray(self.hashes[rows]).tobytes() + self.labels[rows].tobytes()
@@ -147,7 +153,9 @@ def load(path, cfg, photos=True):
         some = ', '.join(str(file.relative_to(source.folder)) for file in paths[:3])
         more = ', ...' if len(paths) > 3 else ''
         process.say(f'{path}: passed over, {why}: {len(paths)} ({some}{more})')
-    hashes, skipped = first_look(path, source, cfg, photos)
+    look = first_look(path, source, cfg, photos)
+    with np.load(look, allow_pickle=False) as content:
+        hashes, skipped = content['hashes'], content['skipped'].tolist()
     if skipped:
         process.say(f'{path}: {counted(len(skipped), "damaged image")} left out '
                     '(data.on_corrupt=skip)')
@@ -155,7 +163,7 @@ def load(path, cfg, photos=True):
         process.say(f'{path}: {counted(copies, "image")} equal to another one of the set')
     numbers = np.delete(np.arange(len(source.labels)), skipped)
     return FaceSet(path, StreamedImages(source, numbers, cfg), source.labels[numbers],
-                   source.people, hashes, skipped, source)
+                   source.people, hashes, skipped, look, source)
 
 
 def load_release(variant):
@@ -168,23 +176,30 @@ def load_release(variant):
 
 
 def first_look(path, source, cfg, photos):
-    """The hashes, uint64 (N,), of the sound image files of a source, and a list of the numbers of
-    the damaged ones, kept in the run folder for as long as the source stays the same."""
+    """Path of a file in the run folder, kept for as long as the source stays the same: the hashes,
+    uint64 (N,), of its sound image files, their small_greys, int8 (N, 64), and the numbers of the
+    damaged ones, which are `skipped`."""
     asked = str(path.resolve()), cfg.data.size, cfg.data.on_size, cfg.data.on_corrupt
     mark, name = fingerprint(source), files.digest(repr(asked).encode())[:10]
     saved = Path(cfg.run.folder, 'looks', f'{path.name}-{name}.npz')
-    process.make_once(saved, lambda: is_current(saved, mark),
+    process.make_once(saved, lambda: is_current(saved, mark, len(source.labels)),
                       lambda: look_at_all(saved, mark, source, cfg, photos))
-    with np.load(saved, allow_pickle=False) as look:
-        return look['hashes'], look['skipped'].tolist()
+    return saved
 
 
-def is_current(saved, mark):
-    """Whether a file of first_look() is whole and of this source."""
+def is_current(saved, mark, count):
+    """Whether a file of first_look() is whole and of this source of `count` images."""
+    if not saved.is_file():    # to open a pipe would wait for ever
+        return False
     try:
         with np.load(saved, allow_pickle=False) as look:
-            content = {name: look[name] for name in ('mark', 'hashes', 'skipped')}   # check sums
-        return bool(content['mark'] == mark)
+            hashes, small_greys, skipped = (look[name] for name in (          # check sums, too
+                'hashes', 'small_greys', 'skipped'))
+            kinds = hashes.dtype, small_greys.dtype, skipped.dtype
+            return (look['mark'].item() == mark and kinds == (np.uint64, np.int8, np.int64)
+                    and hashes.shape == (count - len(skipped),)
+                    and small_greys.shape == (len(hashes), images.SMALL ** 2)
+                    and bool(((skipped >= 0) & (skipped < count)).all()))
     except Exception:          # damage can make any of many kinds
         return False
 
@@ -193,11 +208,12 @@ def look_at_all(saved, mark, source, cfg, photos):
     """Decode all images of a source once, on all cores, and write what first_look() keeps. A
     damaged image ends it or is left out, as data.on_corrupt says."""
     count, damaged, cut = len(source.labels), [], 0
-    hashes = np.zeros(count, np.uint64)
+    hashes, small_greys = np.zeros(count, np.uint64), np.zeros((count, images.SMALL ** 2), np.int8)
     log = StageLog(cfg.run.folder, f'look/{saved.stem}', count)
     parts = [range(first, min(first + PART, count)) for first in range(0, count, PART)]
     with ThreadPoolExecutor(process.cores()) as pool:
-        looks = pool.map(lambda part: look_at(part, source, cfg, hashes), parts)
+        looks = pool.map(lambda part: look_at(part, source, cfg, hashes, small_greys),
+                         parts)
         for part, (some_damaged, some_cut) in zip(parts, looks):
             log.announce(f'looking at {source.path}, image {part.start} of {count}')
             damaged += some_damaged
@@ -211,15 +227,17 @@ def look_at_all(saved, mark, source, cfg, photos):
     if photos and not is_drawn(source.path):
         warn_if_unaligned(StreamedImages(source, sound, cfg), source.path)
     content = io.BytesIO()     # np.savez into a file hides from its error that the disk is full
-    np.savez(content, mark=mark, hashes=hashes[sound], skipped=np.array(damaged, np.int64))
+    np.savez(content, mark=mark, hashes=hashes[sound], small_greys=small_greys[sound],
+             skipped=np.array(damaged, np.int64))
     with files.replacing(saved) as file:
         file.write(content.getvalue())
     log(count, count, skipped=len(damaged))
 
 
-def look_at(numbers, source, cfg, hashes):
-    """Decode the images `numbers` and put the hashes of their files into hashes (N,); returns
-    which of them are damaged, to be left out, and how many are not square."""
+def look_at(numbers, source, cfg, hashes, small_greys):
+    """Decode the images `numbers`, and put the hashes of their files into hashes (N,) and what
+    copies have in common into small_greys (N, 64); returns which of them are damaged, to be left
+    out, and how many are not square."""
     damaged, cut = [], 0
     for i in numbers:
         try:
@@ -234,6 +252,7 @@ def look_at(numbers, source, cfg, hashes):
         cut += image.shape[1] != image.shape[2]
         if cfg.data.on_size == 'refuse':
             images.fitted(image, source.where(i), cfg.data.size, 'refuse')
+        small_greys[i] = images.small_grey(image)
         hashes[i] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
     return damaged, cut
 

@@ -12,6 +12,7 @@ from facekit.base.errors import InputError
 
 warnings.filterwarnings('ignore', module='PIL')    # of damaged EXIF data, which is passed over
 MAX_PIXELS = 16 << 20      # a few bytes can promise an image of any size
+SMALL = 8                  # grey levels a side by which copies of a picture are told
 MAX_SCANS = 500            # of a progressive JPEG: real ones have ten or so, and each takes long
 # What ends a scan of a JPEG: any marker but a stuffed byte (00) or a restart (D0 to D7)
 MARKER = re.compile(rb'\xff+([^\x00\xff\xd0-\xd7])')
@@ -106,6 +107,19 @@ def fitted(image, where, size, on_size):
         image = F.interpolate(square, (size, size), mode='bilinear', antialias=True,
                               align_corners=False)[0].round_().byte()
     return image.permute(1, 2, 0).numpy()
+
+
+def small_grey(image):
+    """What copies of a picture have in common, int8 (64,): 8 x 8 grey levels of the middle square
+    of uint8 (3, H, W), without their mean and scaled to -127..127; 0 where all are equal."""
+    height, width = image.shape[1:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[:, top:top + side, left:left + side].permute(1, 2, 0).float()
+    grey = square @ torch.tensor([0.299, 0.587, 0.114])             # ITU-R BT.601
+    grey = F.adaptive_avg_pool2d(grey[None], SMALL).flatten()
+    grey = grey - grey.mean()
+    return (grey / grey.abs().amax().clamp(min=1e-3) * 127).round().to(torch.int8).numpy()
 
 
 def to_float(images):

@@ -1,12 +1,13 @@
 """Verification pairs: insightface's .bin, LFW's pairs.txt, a list, or people held back."""
 import glob
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from facekit.base import files, process
-from facekit.base.errors import InputError, counted
+from facekit.base.errors import InputError, counted, quoted
 from facekit.data import images
 from facekit.data.bins import read_bin
 from facekit.data.faces import warn_if_unaligned
@@ -72,12 +73,13 @@ def read_pairs(path):
                 first, second, is_same = words
                 pair = [path.parent / first, path.parent / second]
                 same.append(SAME[is_same.lower()])
-        except (ValueError, IndexError, KeyError, StopIteration):
+        # OSError: a name too long; NotImplementedError: one that begins with /
+        except (ValueError, IndexError, KeyError, StopIteration, OSError, NotImplementedError):
             raise InputError(f'{lines}: line {number} is no pair of images that are there: see '
                              'docs/usage.md for the form') from None
-        if missing := [file for file in pair if not file.is_file()]:
-            raise InputError(f'{lines}: line {number} names {missing[0]}, which does not exist: '
-                             'copy it there, or remove the line')
+        if missing := [file for file in pair if not os.path.isfile(file)]:
+            raise InputError(f'{lines}: line {number} names {quoted(str(missing[0]))}, which is '
+                             'not there: copy it there, or remove the line')
         files_of_pairs += pair
     return [files.open_bytes(file) for file in files_of_pairs], np.array(same, bool)
 

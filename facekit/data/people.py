@@ -1,11 +1,14 @@
 """Who is public and who is private: the folds of a cross-fit; nobody is both."""
 import difflib
 import hashlib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from facekit.base import files
 from facekit.base.errors import InputError, counted
@@ -13,6 +16,11 @@ from facekit.data import faces
 from facekit.data.faces import FaceSet
 from facekit.data.names import excluded_people, look_of, looks_of, remember_excluded
 from facekit.data.sources import FolderSource
+
+# Cosine of images.small_grey() above which two pictures are copies. Measured on LFW: 12 of 11,347
+# photos are so alike to one of another person. 1,000 photos that were saved anew, resized, grey or
+# mirrored stay above 0.999; of those a fifth brighter, or cut by a pixel, 99 % above 0.988
+ALIKE = 0.985
 
 
 @dataclass
@@ -102,8 +110,19 @@ def make_folds(private, public, cfg):
 
 
 def is_copy(faceset, excluded):
-    """Which images are the same pictures as one that is excluded, bool (N,), under other names."""
-    return np.isin(faceset.hashes, faceset.hashes[excluded]) & ~excluded
+    """Which images are the same picture as one that is excluded, bool (N,), under other names: the
+    same file, or what looks like it saved anew, resized, mirrored, brighter or cut by a pixel."""
+    same = np.isin(faceset.hashes, faceset.hashes[excluded])
+    if excluded.any() and faceset.look:
+        small = faceset.small_greys()
+        side = math.isqrt(small.shape[1])
+        pictures = small[excluded].reshape(-1, side, side)
+        wanted = np.concatenate([pictures, pictures[:, :, ::-1]]).reshape(-1, side * side)
+        wanted = F.normalize(torch.from_numpy(wanted).float())
+        for part in torch.arange(len(small)).split(max(1, (1 << 26) // len(wanted))):
+            cosine = F.normalize(torch.from_numpy(small[part.numpy()]).float()) @ wanted.T
+            same[part] |= (cosine.amax(1) > ALIKE).numpy()
+    return same & ~excluded
 
 
 def groups_of(people, cfg):
@@ -185,7 +204,7 @@ class ReleaseCounts:
                          f'({counted(self.excluded_images, "image")})')
         if self.excluded_copies:
             parts.append(f'excluded, too: {counted(self.excluded_copies, "image")} of others, the '
-                         'same picture as one of theirs')
+                         'same picture as one of theirs, or nearly')
         if self.people_with_few:
             parts.append(f'{self.people_with_few} with fewer than data.min_images')
         if self.people_in_other_folds:

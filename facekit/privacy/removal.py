@@ -14,8 +14,10 @@ OF_THE_RUN = ('comparison.json', 'table.txt', 'tables.csv', 'report.html', 'figu
 
 
 def results_of(rows):
-    """What is there of OF_A_ROW and OF_THE_RUN of Variants of one run, a list of paths."""
+    """What is there of OF_A_ROW and OF_THE_RUN of Variants of one run, a list of paths, with what
+    others' models and releases found on its photos."""
     paths = [row.folder / name for row in rows for name in OF_A_ROW]
+    paths += [path for row in rows for path in sorted(row.folder.glob('external*'))]
     paths += [rows[0].run / name for name in OF_THE_RUN]
     return [path for path in paths if path.exists()]
 
