@@ -24,7 +24,7 @@ import facekit.base.start  # noqa: F401 (first: says what is not installed)
 
 import contextlib
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ from facekit.base.config import variants
 from facekit.base.made_from import public_dict
 from facekit.base.launch import command, launch, provenance
 from facekit.base.log import StageLog, stage_seconds
-from facekit.data import batches, faces
+from facekit.data import faces
 from facekit.data.images import psnr_and_ssim
 from facekit.data.pairs import held_back, load_pair_sets
 from facekit.data.faces import ImageRows
@@ -46,11 +46,10 @@ from facekit.nets import embed
 from facekit.nets.published import check_installed
 from facekit.nets.weights import load_finished, recogniser, recogniser_from
 from facekit.measure import verification
-from facekit.privacy import attacks, protect
+from facekit.privacy import attacks
 from facekit.privacy.leak import find_leak
-from facekit.privacy.release import (
-    check_release, check_release_images, plan_release, release_made_from, release_secret)
-from facekit.privacy.groups import Owned, Recognisers, foreign_groups, own_groups
+from facekit.privacy.release import planned_release
+from facekit.privacy.groups import Owned, foreign_groups, keep_images, own_groups
 from facekit.report import exports, pictures
 from facekit.report.tables import Row, leads, tables
 from facekit.report.page import write_page
@@ -61,8 +60,10 @@ from facekit.check import check_experiment
 class Shared:
     """What all rows of a comparison share."""
     sets: list                               # PairSets
-    recognisers: Recognisers                 # of public people, with the Folds and the device
+    folds: list                              # Folds; none of others' models and releases
+    device: torch.device
     model: torch.nn.Module | None = None     # the recogniser of evaluate.model
+    embedders: dict = field(default_factory=dict)     # see Owned.cache
 
 
 def main(cfg, device, compare):
@@ -80,7 +81,7 @@ def main(cfg, device, compare):
         folds = split(cfg)
     if len(folds) == 1 and len(folds[0].validation):
         sets.append(held_back(folds[0]))
-    shared = Shared(sets, Recognisers(cfg, folds, device), model)
+    shared = Shared(sets, folds, device, model)
     ready = ready_variants(cfg, compare)
     scores = [evaluate(variant, shared) for variant in ready]
     process.on_rank_0(lambda: report(cfg, shared, ready, scores, compare))
@@ -119,7 +120,7 @@ def picture(variant, name):
 def evaluate(variant, shared):
     """Everything about one row, written to its results.json; returns its {set: PairScores}."""
     cfg, path, scores = variant.cfg, path_of(variant, 'results.json'), {}
-    folds, device = shared.recognisers.folds, shared.recognisers.device
+    folds, device = shared.folds, shared.device
     with process.only_writer(path):
         release = faces.load_release(variant) if cfg.release or folds else None
         student = shared.model or load_student(variant, release, device)
@@ -155,7 +156,7 @@ def student_embeddings(variant, shared, student, release):
     images = {s.name: ImageRows(s.images, np.arange(len(s.images))) for s in shared.sets}
     if release:
         images['released images'] = release.select(np.arange(len(release)))
-    return {name: embed.unit_embeddings(student, rows, variant.cfg, shared.recognisers.device)
+    return {name: embed.unit_embeddings(student, rows, variant.cfg, shared.device)
             .cpu().numpy() for name, rows in images.items()}
 
 
@@ -179,16 +180,14 @@ def load_student(variant, release, device):
 def attack_release(variant, shared, release, student, results):
     """The attacks of evaluate.attacks on a release, and its image quality, into `results`, which
     keep what results.json has of the same."""
-    cfg, folds, device = variant.cfg, shared.recognisers.folds, shared.recognisers.device
+    cfg, folds, device = variant.cfg, shared.folds, shared.device
     results |= {'attacked': {}, 'privacy': {}}
     if cfg.release:
         made_from = ''                              # of others' releases nothing is kept
     else:
-        maes, secret = protect.load_maes(variant, folds, device), release_secret(cfg)
-        release_from = release_made_from(cfg, folds, maes, secret)
-        check_release(variant, release_from)
-        made_from = process.on_rank_0(lambda: attacks.digest_of_row(variant, folds, release,
-                                                                    release_from, device))
+        planned = planned_release(variant, folds, device)
+        planned.check_published()
+        made_from = process.on_rank_0(lambda: attacks.digest_of_row(planned, folds, release))
         results |= process.on_rank_0(lambda: kept_attacks(variant.results, made_from))
     missing = {entry: name for entry, name in attacks.short_names(cfg.evaluate.attacks).items()
                if results['attacked'].get(name, {}).get('entry') != entry}
@@ -197,19 +196,16 @@ def attack_release(variant, shared, release, student, results):
     if cfg.release:
         groups = foreign_groups(cfg, release, device)
     else:
-        plan = plan_release(folds, secret, cfg)
-        check_release_images(variant.release, plan, folds[0].private,
-                             [protect.Protection(cfg, mae) for mae in maes], device)
-        groups = own_groups(cfg, folds, maes, release, plan, device)
+        planned.check_images(variant.release)
+        groups = own_groups(cfg, folds, planned.protections, release, planned.plan, device)
     attack_all(variant, shared, groups, student, missing, made_from, results)
 
 
 def attack_all(variant, shared, groups, student, missing, made_from, results):
     """What attack_release() does, on AttackGroups; missing: {entry of evaluate.attacks: its name}.
     Each attack is written when it is done, so that no later fault costs it."""
-    cfg, device, path = (variant.cfg, shared.recognisers.device,
-                         path_of(variant, 'results.json'))
-    batches.decode_once(rows for group in groups for rows in group.read_often())
+    cfg, device, path = variant.cfg, shared.device, path_of(variant, 'results.json')
+    keep_images(groups)
     released = joined([group.released for group in groups])
     originals = joined([group.sources() for group in groups])
     results['reconstruction'] = psnr_and_ssim(released.pixels(), originals.pixels(), device)
@@ -217,7 +213,9 @@ def attack_all(variant, shared, groups, student, missing, made_from, results):
     for number in range(len(groups)):
         # One a group, dropped with the row: each keeps the embeddings of its originals
         insider = embed.Embedder('insider', student, cfg, device) if student else None
-        owners.append(Owned(shared.recognisers, number, cfg, insider, variant.student))
+        fold = shared.folds[number] if shared.folds else None
+        owners.append(Owned(cfg, number, fold, device, shared.embedders, insider,
+                            variant.student))
     total = len(set(cfg.evaluate.attacks))
     kept = total - len(missing)
     log = StageLog(cfg.run.folder, f'evaluate/{variant.label}'.rstrip('/'), total, kept)
@@ -249,7 +247,7 @@ def check_leak(variant, shared, release):
         raise InputError('evaluate.partners=false compares two sets: give both paths, release '
                          'and originals')
     originals = faces.load(cfg.originals, cfg)
-    owned = Owned(shared.recognisers, 0, cfg)
+    owned = Owned(cfg, 0, None, shared.device, shared.embedders)
     for name in ('judge', 'pixels'):
         leak = find_leak(owned.embedder(name), release, originals)
         found[name], surest = leak.figures(), leak.surest()
@@ -339,7 +337,7 @@ def write_comparison(folder, rows, sheets, results):
 
 def floors(cfg, shared):
     """What is reached without learning anything, as Rows."""
-    private = shared.recognisers.folds[0].private
+    private = shared.folds[0].private
     used = np.flatnonzero(not_excluded(private, cfg))
     some = private.select(used[::len(used) // 5000 + 1]).pixels()
     figures = verification.component_floor(some, shared.sets, cfg.evaluate.centred)

@@ -45,9 +45,7 @@ from facekit.data.people import count_release, split
 from facekit.privacy import protect
 from facekit.privacy.protect import Protection
 from facekit.privacy.removal import delete, nets_of_removed, results_of
-from facekit.privacy.release import (
-    check_release, check_release_files, check_release_images, check_sample, digests,
-    plan_release, release_made_from, release_secret)
+from facekit.privacy.release import digests, planned_release
 from facekit.report import pictures
 
 PART = 2048     # images that a process makes between two times that all send theirs to process 0
@@ -78,27 +76,21 @@ included, can then match this release with its originals.
 
 def release(variant, folds, device):
     """Write one released data set."""
-    cfg, private = variant.cfg, folds[0].private
-    maes = protect.load_maes(variant, folds, device)
-    secret = release_secret(cfg)
-    made_from = release_made_from(cfg, folds, maes, secret)
-    plan = plan_release(folds, secret, cfg)
-    protections = [Protection(cfg, mae) for mae in maes]
-    counts = count_release(folds, cfg)
+    cfg, planned = variant.cfg, planned_release(variant, folds, device)
+    plan, counts = planned.plan, count_release(folds, cfg)
     facts = release_facts(plan, counts, cfg)
     if process.broadcast((variant.release / 'manifest.json').exists()):
-        check_release(variant, made_from)
-        check_release_files(variant.release, plan, secret, facts, data_card)
+        planned.check_published()
+        planned.check_files(variant.release, facts, data_card)
         # It may be of a Protection whose code was changed since
-        check_release_images(variant.release, plan, private, protections, device,
-                             all_images=cfg.reconstruct.check)
+        planned.check_images(variant.release, all_images=cfg.reconstruct.check)
         sound = ' and sound' if cfg.reconstruct.check else ''
         return process.say(f'{variant.release} is finished{sound}: nothing to do')
     refuse_foreign(variant.release)
-    check_sample(plan, private, protections, device)
-    say_what_is_released(variant, counts, private)
+    planned.check_protections()
+    say_what_is_released(variant, counts, planned.private)
     draft = variant.release.with_name(f'{variant.release.name}.tmp')
-    encoded = encoded_images(variant, plan, private, protections, device)
+    encoded = encoded_images(planned)
     if process.rank() == 0:
         shutil.rmtree(draft, ignore_errors=True)           # of an interrupted run
         write_records(draft, encoded, plan.label, cfg.data.size)
@@ -107,17 +99,17 @@ def release(variant, folds, device):
             pass
 
     def finish():
-        save_picture(variant, plan, private, protections, device)
+        save_picture(planned)
         (draft / 'manifest.json').write_text(json.dumps(facts, indent=1) + '\n')
         (draft / 'README.md').write_text(data_card(facts))
-        check_release_files(draft, plan, secret, facts, data_card)
-        check_release_images(draft, plan, private, protections, device)
+        planned.check_files(draft, facts, data_card)
+        planned.check_images(draft)
         refuse_foreign(variant.release)     # that came in the meantime
         if cfg.reconstruct.method == 'none':
             files.make_private(draft)
         # It names the source, and is not released
         files.write_json(variant.folder / 'release.json', {
-            'config': as_dict(cfg), 'made_from': made_from, 'files': digests(draft)})
+            'config': as_dict(cfg), 'made_from': planned.made_from, 'files': digests(draft)})
         os.sync()                           # a power cut shall not leave empty files in a release
         draft.rename(variant.release)
 
@@ -154,24 +146,26 @@ def say_what_is_released(variant, counts, private):
     process.say(counts.sentence(private.people[out]))
 
 
-def encoded_images(variant, plan, private, protections, device):
-    """The files of the released images in their order, on process 0; all processes make and encode
-    them, PART images each at a time."""
-    cfg, count = variant.cfg, math.ceil(len(plan.image) / PART)
+def encoded_images(planned):
+    """The files of the released images of a PlannedRelease in their order, on process 0; all
+    processes make and encode them, PART images each at a time."""
+    variant, private, total = planned.variant, planned.private, len(planned.plan.image)
+    cfg, count = variant.cfg, math.ceil(total / PART)
     encode = partial(images.encode, form=cfg.reconstruct.format, quality=cfg.reconstruct.quality)
-    store = batches.Store(private.select(np.arange(len(private))), device, once=True)
+    store = batches.Store(private.select(np.arange(len(private))), planned.device)
     log = StageLog(cfg.run.folder, f'reconstruct/{variant.label}'.rstrip('/'), count)
     with ThreadPoolExecutor(process.cores()) as pool:
         for first in range(0, count, process.world()):
-            pixels = make_part(first + process.rank(), plan, store, protections, cfg)
+            pixels = make_part(first + process.rank(), planned, store)
             for part in process.collect(list(pool.map(encode, pixels))) or []:
                 yield from part
             done = min(first + process.world(), count)
-            log(done, min(done * PART, len(plan.image)))
+            log(done, min(done * PART, total))
 
 
-def make_part(number, plan, store, protections, cfg):
+def make_part(number, planned, store):
     """Released pixels of a part, uint8 (N, 3, H, W), each fold by its own model."""
+    plan, protections, cfg = planned.plan, planned.protections, planned.variant.cfg
     chosen = slice(number * PART, (number + 1) * PART)
     image, fold, seeds = plan.image[chosen], plan.fold[chosen], plan.seeds[chosen]
     out = torch.empty(len(image), cfg.data.size, cfg.data.size, 3, dtype=torch.uint8)
@@ -203,12 +197,13 @@ def data_card(facts):
     return DATA_CARD.format(facts='\n'.join(f'- {k}: {v}' for k, v in facts.items()))
 
 
-def save_picture(variant, plan, private, protections, device):
+def save_picture(planned):
     """Picture of originals, masked images and the release; it stays in the run folder."""
+    plan, variant, device = planned.plan, planned.variant, planned.device
     places = np.flatnonzero(plan.fold == plan.fold[0])
     some = places[np.linspace(0, len(places) - 1, 8).astype(int)]
-    originals = torch.from_numpy(private.select(plan.image[some]).pixels()).to(device)
-    show(originals, plan.seeds[some].to(device), protections[plan.fold[0]],
+    originals = planned.private.select(plan.image[some]).tensor().to(device)
+    show(originals, plan.seeds[some].to(device), planned.protections[plan.fold[0]],
          variant.run / 'figures' / f'{(variant.label or "release").replace("/", "_")}.png')
 
 

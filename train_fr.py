@@ -205,6 +205,7 @@ def train(cfg, task, device):
     net = make_net(cfg, task, resumed=saved is not None)
     head, divided = class_layer(len(people), c)
     net, head = net.to(device, memory_format=torch.channels_last), head.to(device)
+    task.faces.images.keep(task.rows, device)
     store = batches.Store(task.faces.select(task.rows), device)
     training = Training(
         cfg, path, task.stage, {'net': net, 'head': head}, make_optimizer(net, head, c, device),

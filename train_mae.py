@@ -205,6 +205,7 @@ def train(variant, fold, device):
         return process.say(f'{path} is finished ({steps} steps): nothing to do')
     process.say(f'training {path} on {len(fold.mae)} public images, {steps} steps')
 
+    fold.public.images.keep(fold.mae, device)
     store = batches.Store(fold.public.select(fold.mae), device)
     mae = make_mae(cfg, store, device, resumed=saved is not None)
     objective = Objective(cfg, mae, teacher, store)

@@ -242,9 +242,10 @@ def test_the_way_is_chosen_by_people_on_whom_it_is_not_reported():
 
 def test_the_teacher_that_attacks_is_the_one_of_the_row():
     cfg, asked = SimpleNamespace(teacher=SimpleNamespace(checkpoint='row.pt')), []
-    recognisers = SimpleNamespace(public=lambda *what: asked.append(what) or Plain())
-    figures('teacher', group_of(PROTECTIONS['none']), Owned(recognisers, 3, cfg))
-    assert asked == [('teacher', 3, 'row.pt')]
+    owned = Owned(cfg, 3, None, CPU, {})
+    owned.load = lambda *what: asked.append(what)
+    assert owned.embedder('teacher').name == 'row.pt'
+    assert asked == [('row.pt', 'teacher', '')]
 
 
 def test_whom_an_attacker_learnt_from_and_what_draws_nothing_is_not_attacked():

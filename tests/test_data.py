@@ -16,7 +16,7 @@ from facekit.data import batches, faces, images, pairs, records, toy
 from facekit.data.names import excluded_people
 from facekit.data.people import split
 from facekit.data.sources import RecordSource, open_source
-from facekit.privacy.groups import own_groups
+from facekit.privacy.groups import AttackGroup, keep_images, own_groups
 from facekit.privacy.release import plan_release, release_secret
 
 TINY = Path(__file__).parent / 'tiny.yaml'
@@ -75,27 +75,29 @@ def test_runs_that_start_together_look_at_a_set_once_and_share_one_secret(tmp_pa
     assert 'waiting for it' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('free, processes, once, decoded, said', [
-    (8, 1, False, 6, 'decoded as they are read'), (8.1, 1, True, 6, None),
-    (8.1, 1, False, 4, 'decoded into memory'), (16.1, 2, False, 4, 'decoded into memory')])
+@pytest.mark.parametrize('free, processes, keep, decoded, said', [
+    (10, 1, True, 6, 'decoded as they are read'), (10.1, 1, False, 6, None),
+    (10.1, 1, True, 5, 'decoded into memory'), (20.1, 2, True, 5, 'decoded into memory')])
 def test_what_fits_into_memory_is_decoded_once(tmp_path, monkeypatch, capsys, free, processes,
-                                               once, decoded, said):
-    """`free`: room, in images, of which there are four, three of them read twice."""
+                                               keep, decoded, said):
+    """`free`: room, in images, of which five are kept and six read."""
     pixels = write_faces(tmp_path / 'faces').permute(0, 2, 3, 1)
     found = faces.load(tmp_path / 'faces', make_config(tmp_path))
-    calls, decode, rows = [], images.decode, np.array([7, 2, 9, 2, 23])
+    calls, decode, rows = [], images.decode, np.array([7, 2, 9, 3, 23])
     monkeypatch.setattr(images, 'decode', lambda *x: (calls.append(x), decode(*x))[1])
     monkeypatch.setattr(process, 'free_memory', lambda device: free * 32 * 32 * 3)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
     capsys.readouterr()
     for turn in range(2):                            # the second says nothing new
-        store = batches.Store(found.select(rows), torch.device('cpu'), once)
+        if keep:
+            found.images.keep(rows, torch.device('cpu'))
+        store = batches.Store(found.select(rows), torch.device('cpu'))
         choices = [np.array([3, 0, 4]), np.array([1]), np.array([4, 4])]
         for batch, chosen in zip(store.ahead(choices), choices, strict=True):
             assert torch.equal(batch, pixels[rows[chosen]])
-        assert len(calls) == (decoded if decoded == 4 else decoded * (turn + 1))
+        assert len(calls) == (decoded if decoded == 5 else decoded * (turn + 1))
         assert capsys.readouterr().out == (
-            f'{tmp_path}/faces/train.rec: 4 images, 1.23e-05 GB: {said}\n'
+            f'{tmp_path}/faces/train.rec: 5 images, 1.54e-05 GB: {said}\n'
             if said and not turn else '')
 
 
@@ -108,9 +110,11 @@ def test_a_folder_per_person_is_read_like_records_and_its_rows_decoded_together(
         (person / f'{i}.png').write_bytes(images.encode(x, 'png'))
     found = faces.load(tmp_path / 'faces', make_config(tmp_path))
     assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    several = [found.select(np.array(rows, int)) for rows in ([1, 2], [2, 3], [])]
+    released, originals, pairs = (
+        found.select(np.array(rows, int)) for rows in ([1, 2], [2, 3], []))
+    group = AttackGroup(released, originals, np.arange(2), np.arange(2), pairs, np.arange(0))
     capsys.readouterr()
-    batches.decode_once([*several, faces.ImageRows(pixels, np.arange(1))])
+    keep_images([group, group])
     assert found.images.has(np.arange(1, 4)) and not found.images.has(np.array([0, 1]))
     assert '3 images' in capsys.readouterr().out
     for rows in (slice(None), np.arange(1, 4), np.array([5, 0, 5])):      # in memory, not, in part

@@ -1,8 +1,11 @@
 """Who is out stays out: look-alike names, what a run folder remembers, folders inside one another;
 releases whose files or strength are not what they should be; partners by name."""
 import json
+import re
 import shutil
+import subprocess
 import unicodedata
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from test_data import make_config
 from test_people import folder_of_people, released_people
 
 from conftest import run
+from facekit.base import launch
 from facekit.base.errors import InputError
 from facekit.data import faces, images
 from facekit.data.names import MEMORY, look_of
@@ -118,6 +122,19 @@ def test_a_release_that_was_changed_is_told_by_its_digest(finished, tmp_path, fi
     path.write_bytes(change(path.read_bytes()))
     said = run(tmp_path, 'reconstruct.py', code=2)
     assert 'other files than when it was published' in said
+
+
+def test_a_release_names_the_commit_and_no_tag_of_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, 'CONFIGS', tmp_path / 'configs')
+    monkeypatch.delenv('GIT_DIR', raising=False)
+    (tmp_path / 'configs').mkdir()
+    git = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
+    git(['git', 'init'])
+    assert launch.commit().startswith('version')                  # there is no commit yet
+    who = ['-c', 'user.name=x', '-c', 'user.email=x@example.org']
+    git(['git', *who, 'commit', '--allow-empty', '-m', 'x'])
+    git(['git', *who, 'tag', '-a', 'paper/v1-of-ann', '-m', 'x'])
+    assert re.fullmatch('[0-9a-f]{12}', launch.commit())
 
 
 def people_in(folder, names, files='{}.png', seed=0):

@@ -120,8 +120,8 @@ def test_embeddings_on_the_host_change_no_figure(copied, monkeypatch, where):
     def embed_all(net, store, *args, joined=False, real=embed.embed_all, **kwargs):
         z = real(net, store, *args, joined=joined, **kwargs)
         kind = "an attacker's few pairs"
-        if hasattr(store.images, 'source'):
-            released = 'reconstructed' in str(store.images.source.path)
+        if hasattr(store.chosen.images, 'source'):
+            released = 'reconstructed' in str(store.chosen.images.source.path)
             kind = 'probes' if released else 'gallery'
         seen.add(kind)
         return z.to('cpu') if joined and kind in where else z

@@ -19,9 +19,9 @@ from facekit.base.errors import InputError
 from facekit.data import batches, faces, images, records, toy
 from facekit.data.people import count_release, split
 from facekit.privacy import protect
-from facekit.privacy.groups import Recognisers, foreign_groups, own_groups
+from facekit.privacy.groups import Owned, foreign_groups, own_groups
 from facekit.privacy.protect import FaceMAE, Protection
-from facekit.privacy.release import check_release_images, plan_release, read_secret, release_secret
+from facekit.privacy.release import PlannedRelease, plan_release, read_secret, release_secret
 
 
 def folder_of_people(root, people=12, each=3):
@@ -308,7 +308,7 @@ def test_nets_that_learnt_from_who_is_private_now_are_refused(finished):
         variant, folds = config.variants(cfg, compare=False)[0], split(cfg)
         yield lambda: protect.load_maes(variant, folds, device)
         yield lambda: train_mae.load_teacher(cfg, folds[0], device)
-        yield lambda: Recognisers(cfg, folds, device).public('judge', 0)
+        yield lambda: Owned(cfg, 0, folds[0], device, {}).embedder('judge')
 
     assert all(net() for net in load())
     cfg.data.split_seed = 5
@@ -333,13 +333,14 @@ def test_a_method_that_reads_hidden_pixels_is_not_released(tmp_path, monkeypatch
                                       torch.device('cpu'))
     encoded = [images.encode(torch.from_numpy(x).permute(2, 0, 1), 'png') for x in released]
     records.write_records(tmp_path / 'out', encoded, plan.label, 32)
-    arguments = tmp_path / 'out', plan, folds[0].private, protections, torch.device('cpu')
-    check_release_images(*arguments)
+    planned = PlannedRelease(config.variants(cfg, compare=False)[0], folds[0].private, protections,
+                             b'secret', plan, {}, torch.device('cpu'))
+    planned.check_images(tmp_path / 'out')
     monkeypatch.setitem(protect.PROTECTIONS, 'mask', protect.Method(
         lambda x, *rest: protect.masked(x, *rest) + x.roll(1, 3) / 200, 'mask_ratio',
         draws_mask=True))
     with pytest.raises(InputError, match='hidden pixels'):
-        check_release_images(*arguments)
+        planned.check_images(tmp_path / 'out')
 
 
 def test_a_kit_inside_another_repository_does_not_name_that(tmp_path, monkeypatch):

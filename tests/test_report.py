@@ -31,7 +31,7 @@ def result(method, accuracy, person, photo, spread=0, **more):
         for question, value in (('same_person', share * person), ('same_image', share * photo)):
             attacks[f'{name}_{question}'] = {
                 'rank1': value, 'chance': 0.01, 'rank1_ci': [value - spread, value + spread],
-                'probes': 900, 'people': 90}
+                'rank1_of_choosers': value, 'probes': 900, 'people': 90}
     attacks |= more
     return {'verification': {'lfw': {'accuracy': accuracy, 'auc': 0.9, 'tar@far=1e-2': 0.5}},
             'privacy': attacks, 'attacked': {name.rsplit('_', 2)[0]: {} for name in attacks},
@@ -121,8 +121,9 @@ def test_a_person_with_many_photos_counts_once():
 
 
 def test_the_headline_is_of_a_fixed_list_that_attacked_every_row():
-    figures = {'rank1': 1.0, 'chance': 0.01, 'rank1_ci': [1, 1], 'probes': 9, 'people': 3}
-    linear = figures | {'rank1': 0.35, 'rank1_ci': [0.3, 0.4]}
+    figures = {'rank1': 1.0, 'chance': 0.01, 'rank1_ci': [1, 1], 'rank1_of_choosers': 1.0,
+               'probes': 9, 'people': 3}
+    linear = figures | {'rank1': 0.35, 'rank1_ci': [0.3, 0.4], 'rank1_of_choosers': 0.33}
     more = {f'{name}_same_image': figures for name in ('repeated', 'masked', 'guess', 'backbone')}
     row = Row('facemae', [result('facemae', 0.9, 0.1, 0.3, linear_same_image=linear,
                                  class_label=figures, **more)])
@@ -136,6 +137,9 @@ def test_the_headline_is_of_a_fixed_list_that_attacked_every_row():
     person = row.strongest('same_person', STRONGEST)        # that do not: 12.7 standard errors
     assert person.rank1 == pytest.approx(0.2) and (person.low, person.high) == (0, 1)
     assert np.isnan(row.strongest('same_image', ['nobody']).rank1)
+    row.results[0]['privacy']['linear_same_image'] = linear | {'rank1_of_choosers': 0.2}
+    chosen = row.strongest('same_image', STRONGEST)         # pixels, by those who choose
+    assert chosen.rank1 == pytest.approx((0.3 + 0.35) / 2)
     assert sheet([row, mask], "the paper's claims").title.endswith('strongest of judge, pixels')
 
 

@@ -21,7 +21,7 @@ from facekit.base import process
 from facekit.base.config import namespace, resolve, variants
 from facekit.base.errors import InputError
 from facekit.check import check_experiment
-from facekit.data import batches, images, records, toy
+from facekit.data import faces, images, records, toy
 from facekit.privacy import attacks, protect
 
 
@@ -144,7 +144,7 @@ def test_two_processes_give_what_one_gives(copied, finished):
 
 
 def test_streaming_gives_bit_for_bit_what_memory_gives(copied, finished, monkeypatch):
-    monkeypatch.setattr(batches, 'fits', lambda *_: False)
+    monkeypatch.setattr(faces, 'memory_for', lambda *_: None)
     for script in ('train_mae.py', 'reconstruct.py', 'train_fr.py'):
         assert ('decoded as they are read' in run(copied, script)) == (script != 'reconstruct.py')
     for name in ('fold0/mae.pt', 'fr.pt'):

@@ -90,8 +90,9 @@ def commit():
     name = ''
     with contextlib.suppress(OSError):                            # no git
         if (CONFIGS.parent / '.git').exists():                    # else it is another repository's
-            name = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'],
-                                  cwd=CONFIGS, capture_output=True, text=True).stdout.strip()
+            name = subprocess.run(         # without tags, which are the user's own words
+                ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*'],
+                cwd=CONFIGS, capture_output=True, text=True).stdout.strip()
     return name or f'version {VERSION}'
 
 

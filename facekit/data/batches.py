@@ -5,54 +5,38 @@ batch, process or device, so that a run can be interrupted or spread over more G
 """
 import hashlib
 import itertools
-import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from facekit.base import process
-from facekit.base.errors import InputError, counted
-from facekit.data.faces import StreamedImages
+from facekit.base.errors import InputError
 
 
 class Store:
     """ImageRows as batches on the device: `store(indices) -> uint8 (B, H, W, 3)`.
 
-    Index i means the i-th of the rows. Where images come from disk and are read more than `once`,
-    they are decoded first, into the GPU's memory or the host's, if they fit there.
+    Index i means the i-th of the rows.
     """
 
-    def __init__(self, chosen, device, once=False):
-        self.rows, images = np.asarray(chosen.rows), chosen.images
-        self.images = images.numpy() if torch.is_tensor(images) else images
-        self.device, self.on_gpu = torch.device(device), None
-        if once:
-            return
-        if self.device.type == 'cuda' and fits(self.images, len(self.rows), self.device):
-            say_where(self.images, len(self.rows), "decoded into the GPU's memory")
-            self.on_gpu = torch.cat(list(self.ahead(torch.arange(len(self.rows)).split(4096))))
-        else:
-            decode_once([chosen])
+    def __init__(self, chosen, device):
+        self.chosen, self.device = chosen, torch.device(device)
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.chosen)
 
     def __call__(self, indices):
-        indices = torch.as_tensor(indices)
-        if self.on_gpu is not None:
-            return self.on_gpu[to_device(indices, self.device)]
-        return self.gathered(indices.cpu()).to(self.device, non_blocking=True)
+        return to_device(self.gathered(indices), self.device)
 
     def gathered(self, indices):
-        """uint8 (B, H, W, 3) on the host, pinned where a GPU fetches it; indices int64 (B,)."""
-        batch = torch.from_numpy(np.asarray(self.images[self.rows[np.asarray(indices)]]))
-        return batch if self.device.type == 'cpu' else batch.pin_memory()
+        """uint8 (B, H, W, 3) where the images are, pinned where a GPU fetches them; indices: int64
+        (B,) on the host."""
+        return pinned(self.chosen.take(np.asarray(indices)).tensor(), self.device)
 
     def ahead(self, choices):
         """The batches of an iterable of indices, on the device; while one is used, a thread
-        gathers the next."""
-        if self.on_gpu is not None:
+        gathers the next on the host."""
+        if self.chosen.on_gpu():
             yield from map(self, choices)
             return
         with ThreadPoolExecutor(1) as pool:
@@ -60,51 +44,21 @@ class Store:
             for indices in itertools.chain(choices, [None]):
                 begun = None if indices is None else pool.submit(self.gathered, indices)
                 if waiting:
-                    yield waiting.result().to(self.device, non_blocking=True)
+                    yield to_device(waiting.result(), self.device)
                 waiting = begun
 
 
-def decode_once(choices):
-    """Decode into the host's memory what will be read many times: ImageRows, those of one set
-    together. Where they do not fit, they are decoded whenever they are read."""
-    rows_of = {}
-    for chosen in choices:
-        if isinstance(chosen.images, StreamedImages):
-            rows_of.setdefault(chosen.images, []).append(chosen.rows)
-    for images, parts in rows_of.items():
-        rows = np.unique(np.concatenate(parts))
-        if images.has(rows):
-            continue
-        images.drop()
-        if fits(images, len(rows), torch.device('cpu')):
-            say_where(images, len(rows), 'decoded into memory')
-            images.keep(rows)
-        else:
-            say_where(images, len(rows), 'decoded as they are read')
-            images.expect_random_order()
-
-
-def fits(images, count, device):
-    """Whether `count` of the images may fill a device's memory: half of what is free, which on
-    the host the processes of this run share."""
-    processes = 1 if device.type == 'cuda' else process.on_this_node()
-    return count * math.prod(images.shape[1:]) < process.free_memory(device) / 2 / processes
-
-
-def say_where(images, count, how):
-    """Say how images are decoded that come from disk, if it was not said of them before."""
-    if isinstance(images, StreamedImages) and how != images.said:
-        images.said = how
-        size = count * math.prod(images.shape[1:])
-        process.say(f'{images.source.path}: {counted(count, "image")}, {size / 1e9:.3g} GB: {how}')
+def pinned(tensor, device):
+    """A tensor of the host in memory from which a GPU, if `device` is one, can copy it while the
+    host goes on: a copy of pageable memory would wait until the device has done all its work."""
+    if tensor.device.type == 'cpu' and device.type == 'cuda':
+        return tensor.pin_memory()
+    return tensor
 
 
 def to_device(tensor, device):
-    """A tensor on a device. What comes from the host is pinned first and copied while the host
-    goes on: a copy of pageable memory would wait until the device has done all its work."""
-    if tensor.device.type == 'cpu' and device.type == 'cuda':
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type == 'cuda')
+    """A tensor on a device, to which it is copied while the host goes on, see pinned()."""
+    return pinned(tensor, device).to(device, non_blocking=device.type == 'cuda')
 
 
 class Order:

@@ -178,7 +178,8 @@ class BestWay:
 
     def figures(self):
         """What results.json has of it: a way that was chosen is reported on the people who did
-        not choose it, one without another way on all."""
+        not choose it, one without another way on all. `rank1_of_choosers` chooses the strongest
+        attacker alike."""
         reported = [~chooses for chooses in self.choosing()]
         if self.ways == 1 or len({*np.concatenate(reported)}) == 1:
             reported = [np.ones(len(some), bool) for some in reported]
@@ -187,7 +188,7 @@ class BestWay:
                               for every in (self.rankings, ceilings))
         person = [some[part] for some, part in zip(self.people(), reported)]
         return summary(rankings, ceilings, np.concatenate(person)) | {
-            'way': self.name, 'ways': self.ways}
+            'way': self.name, 'ways': self.ways, 'rank1_of_choosers': share_found(self)}
 
     def cosines(self):
         """Cosine of each probe with its own original, float32 (n,); None if scores are none."""

@@ -70,7 +70,7 @@ def unit_embeddings(net, chosen, cfg, device):
     if device.type == 'cpu':         # a laptop's memory: the largest maps of a batch take 256 MiB
         width = net.conv1.out_channels if isinstance(net, models.IResNet) else 64
         batch = min(batch, max(1, (1 << 26) // (net.size ** 2 * width)))
-    store = Store(chosen, device, once=True)
+    store = Store(chosen, device)
     z = embed_all(net, store, batch, cfg.run.precision, joined=True)[0]
     if not z.isfinite().all():
         remedy = 'make it again, or name another'
@@ -84,7 +84,7 @@ def unit_embeddings(net, chosen, cfg, device):
 def pixel_embeddings(chosen, device):
     """16 x 16 pixels of ImageRows, contrast-normalised, as unit vectors float32 (N, 768)."""
     small = []
-    for part in Store(chosen, device, once=True).ahead(torch.arange(len(chosen)).split(4096)):
+    for part in Store(chosen, device).ahead(torch.arange(len(chosen)).split(4096)):
         x = part.permute(0, 3, 1, 2).float()
         x = F.adaptive_avg_pool2d(x, 16).flatten(2)
         small.append(F.normalize((x - x.mean(2, keepdim=True)).flatten(1)))

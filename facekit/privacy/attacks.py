@@ -309,18 +309,19 @@ def digest_of_attack(row, entry):
     return files.digest(repr([row, digest_of(entry), versions([entry])]).encode())
 
 
-def digest_of_row(variant, folds, release, release_from, device):
-    """What all attacks on a row depend on, 64 hex digits: equal ones mean equal results. release:
-    its FaceSet; release_from: of release.release_made_from()."""
-    cfg, private = variant.cfg, folds[0].private
+def digest_of_row(planned, folds, release):
+    """What all attacks on a row depend on, 64 hex digits: equal ones mean equal results. planned:
+    its PlannedRelease; release: the FaceSet of it."""
+    variant, private = planned.variant, planned.private
+    cfg = variant.cfg
     images = [private.digest(not_excluded(private, cfg)), release.digest(slice(None))]
     nets = [cfg.judge.checkpoint, cfg.teacher.checkpoint, variant.student]
     for fold in folds:
         images += [fold.public.digest(fold.train), fold.public.digest(fold.mae)]
         nets += [variant.run / f'fold{fold.k}' / f'{role}.pt' for role in ('judge', 'teacher')]
-    machine = provenance(device)
+    machine = provenance(planned.device)
     return files.digest(repr([
-        settings(cfg, KEYS), code_digest(), release_from, images,
+        settings(cfg, KEYS), code_digest(), planned.made_from, images,
         [digest_of(path) for path in nets], versions([cfg.judge.checkpoint]),
         [machine[what] for what in ('device', 'torch', 'numpy')]]).encode())
 

@@ -11,7 +11,7 @@ from facekit.base.errors import InputError
 from facekit.base.launch import command
 from facekit.data import batches, faces
 from facekit.data.faces import ImageRows
-from facekit.data.people import not_excluded, share_of
+from facekit.data.people import Fold, not_excluded, share_of
 from facekit.measure.retrieval import Search
 from facekit.nets.embed import Embedder
 from facekit.nets.weights import load_checkpoint, recogniser
@@ -43,11 +43,6 @@ class AttackGroup:
         if shared := set(self.pair_person) & set(self.person):
             raise InputError(f'person {min(shared)} is attacked and in an attacker\'s training: '
                              'this is an error of the split, please report it')
-
-    def read_often(self):
-        """The ImageRows that attackers read again and again."""
-        every = self.released, self.originals, self.pair_originals, self.pair_released
-        return [rows for rows in every if rows is not None]
 
     def training_pairs(self, chosen, seed):
         """Pairs `chosen` (int64 (B,)) of the M, protected with `seed`: protected images and their
@@ -96,56 +91,44 @@ class AttackGroup:
         return Search(probes, gallery, self.source, self.person, self.device, **settings)
 
 
-class Recognisers:
-    """The embedders of a run that do not depend on a release, loaded once for all rows of a
-    comparison. They hold the embeddings of the originals, too, which are the same in all rows."""
-
-    def __init__(self, cfg, folds, device):
-        self.cfg, self.folds, self.device = cfg, folds, device
-        self.cache = {}                 # (path or 'pixels', number of a group) -> Embedder
-
-    def pixels(self, n):
-        """The Embedder of plain pixels for group n."""
-        new = Embedder('pixels', None, self.cfg, self.device)
-        return self.cache.setdefault(('pixels', n), new)
-
-    def public(self, role, n, path=''):
-        """The Embedder of group n that was trained on public people: the judge or teacher of this
-        run, by its role, or the one at a path."""
-        fold, made_by = self.folds[n] if self.folds else None, ''
-        path = path or getattr(self.cfg, role).checkpoint
-        if not path:
-            path = str(Path(self.cfg.run.folder, f'fold{fold.k if fold else 0}', f'{role}.pt'))
-            made_by = command('train_fr.py', f'stage={role}')
-        if (path, n) not in self.cache:
-            if made_by and not Path(path).is_file():
-                raise InputError(f'{path} is missing: first run `{made_by}`, or name the {role} '
-                                 f'of another run by {role}.checkpoint=PATH')
-            net = recogniser(path, self.device, made_by, self.cfg.evaluate.onnx_pixels,
-                             fold if made_by else None)
-            self.cache[path, n] = Embedder(path, net, self.cfg, self.device)
-        return self.cache[path, n]
-
-
 @dataclass
 class Owned:
-    """What the attackers of one group own beside it."""
-    recognisers: Recognisers
-    number: int                       # of the group
+    """What the attackers of one group own beside it: embedders, each loaded when it is first asked
+    for, and the recogniser that was trained on the release."""
     cfg: object                       # the config of the row
+    number: int                       # of the group
+    fold: Fold | None                 # whose people are attacked; None = a foreign release
+    device: torch.device
+    # {(path or 'pixels', number): Embedder} of all rows of a comparison: they hold the embeddings
+    # of the originals, which are the same in all rows
+    cache: dict
     insider: Embedder | None = None   # the recogniser that was trained on the release
     student: Path | None = None       # its checkpoint
 
     def embedder(self, name):
-        """The Embedder called judge, teacher, pixels or insider (or None), or at a path."""
+        """The Embedder called judge, teacher, pixels or insider (or None), or at a path. Judge and
+        teacher are those of this run, which learnt from the fold's public people, or named."""
         if name == 'insider':
             return self.insider
-        if name == 'pixels':
-            return self.recognisers.pixels(self.number)
-        if name == 'judge':
-            return self.recognisers.public('judge', self.number)
-        path = self.cfg.teacher.checkpoint if name == 'teacher' else name
-        return self.recognisers.public('teacher', self.number, path)
+        path, made_by = name, ''
+        if name in ('judge', 'teacher'):
+            path = getattr(self.cfg, name).checkpoint
+        if not path:
+            number = self.fold.k if self.fold else 0
+            path = str(Path(self.cfg.run.folder, f'fold{number}', f'{name}.pt'))
+            made_by = command('train_fr.py', f'stage={name}')
+        if (path, self.number) not in self.cache:
+            net = None if name == 'pixels' else self.load(path, name, made_by)
+            self.cache[path, self.number] = Embedder(path, net, self.cfg, self.device)
+        return self.cache[path, self.number]
+
+    def load(self, path, role, made_by):
+        """The recogniser at a path; made_by: the command that makes one of this run, or ''."""
+        if made_by and not Path(path).is_file():
+            raise InputError(f'{path} is missing: first run `{made_by}`, or name the {role} of '
+                             f'another run by {role}.checkpoint=PATH')
+        return recogniser(path, self.device, made_by, self.cfg.evaluate.onnx_pixels,
+                          self.fold if made_by else None)
 
     def without_pairs(self):
         """{name: Embedder} of all that were made without pairs of other people."""
@@ -156,7 +139,19 @@ class Owned:
     def class_centres(self):
         """The unit vectors float32 (C, d) by which the insider tells its classes apart."""
         head = load_checkpoint(self.student)['head']['weight']
-        return F.normalize(head).to(self.recognisers.device)
+        return F.normalize(head).to(self.device)
+
+
+def keep_images(groups):
+    """Decode what the attackers of AttackGroups read again and again into the host's memory, where
+    they protect and encode it: of one set once, for all groups together."""
+    rows_of = {}
+    for group in groups:
+        for chosen in (group.released, group.originals, group.pair_originals, group.pair_released):
+            if chosen is not None:
+                rows_of.setdefault(chosen.images, []).append(chosen.rows)
+    for images, rows in rows_of.items():
+        images.keep(np.unique(np.concatenate(rows)), torch.device('cpu'))
 
 
 def attacker_seeds(chosen, seed):
@@ -179,9 +174,9 @@ def searched(rows, people, asked, cfg):
     return np.setdiff1d(rows, few, assume_unique=True)
 
 
-def own_groups(cfg, folds, maes, release, plan, device):
-    """The released people of each fold as an AttackGroup; release: FaceSet of what was released by
-    a ReleasePlan."""
+def own_groups(cfg, folds, protections, release, plan, device):
+    """The released people of each fold, whom its Protection protects, as an AttackGroup; release:
+    FaceSet of what was released by a ReleasePlan."""
     private = folds[0].private
     probes = some_of(cfg, len(plan.image))
     pairs = len(some_of(cfg, min(len(f.train) for f in folds)))
@@ -206,7 +201,7 @@ def own_groups(cfg, folds, maes, release, plan, device):
             person=private.labels[gallery], pair_originals=fold.public.select(known),
             # Of another data set, labels say nothing about who it is
             pair_person=people if fold.public is private else -1 - people,
-            protection=Protection(cfg, maes[k]), hidden=hidden,
+            protection=protections[k], hidden=hidden,
             outsiders=private.select(outsiders[k]), device=device))
     return groups
 

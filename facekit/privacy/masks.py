@@ -16,7 +16,7 @@ def cells(chosen, side, device):
     """Mean colour of side x side cells of ImageRows in 0..1, (n, 3, side, side), and a guess of
     how visible they are (n, 1, side, side): their variance v, as v / (v + its image's mean)."""
     colour, visible = [], []
-    for part in Store(chosen, device, once=True).ahead(torch.arange(len(chosen)).split(1024)):
+    for part in Store(chosen, device).ahead(torch.arange(len(chosen)).split(1024)):
         x = to_float(part)
         mean, square = (F.adaptive_avg_pool2d(t, side) for t in (x, x.square()))
         v = (square - mean.square()).mean(1, keepdim=True).clamp(min=0)
@@ -98,7 +98,7 @@ def guess_masks(group, cfg):
     with torch.no_grad():
         some = torch.arange(len(group.released)).split(512)
         return torch.cat([net(with_detail(part)).sigmoid()
-                          for part in Store(group.released, device, once=True).ahead(some)])
+                          for part in Store(group.released, device).ahead(some)])
 
 
 def with_detail(images):

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 
 from facekit.base import files, process
-from facekit.base.config import CONFIGS
+from facekit.base.config import CONFIGS, Variant
 from facekit.base.errors import InputError
 from facekit.base.made_from import check_made_from, settings
 from facekit.data import images
+from facekit.data.faces import FaceSet
 from facekit.data.people import private_digest
 from facekit.data.records import Records
 from facekit.data.sources import is_drawn
 from facekit.privacy import protect
-from facekit.privacy.protect import method_of
+from facekit.privacy.protect import Protection, method_of
 
 SAMPLE = 16       # images of a release that are made once more, chosen anew each time
 # A protection that leaves more than this share of the grey levels within CLOSE of the original's
@@ -172,90 +173,106 @@ def release_made_from(cfg, folds, maes, secret):
     return made_from
 
 
-def check_release(variant, made_from):
-    """Refuse a finished release that was made with another config, secret, model, images or names,
-    whose images would match no originals, and look private; and one of which a file was changed
-    since it was published."""
-    saved = files.read_json(variant.folder / 'release.json')
-    check_made_from(variant.release, files.entry(saved, 'made_from'), made_from,
-                    'give the other settings a row of their own (compare), or use another '
-                    'run.folder')
-    refuse(process.on_rank_0(lambda: digests(variant.release)) != saved.get('files'),
-           variant.release, 'has other files than when it was published')
+@dataclass
+class PlannedRelease:
+    """A release that is to be made, checked or attacked, with all that decides it."""
+    variant: Variant
+    private: FaceSet
+    protections: list         # the Protection of each fold
+    secret: bytes
+    plan: ReleasePlan
+    made_from: dict           # see release_made_from()
+    device: torch.device
+
+    def check_published(self):
+        """Refuse a finished release that was made with another config, secret, model, images or
+        names, whose images would match no originals, and look private; and one of which a file was
+        changed since it was published."""
+        folder = self.variant.release
+        saved = files.read_json(self.variant.folder / 'release.json')
+        check_made_from(folder, files.entry(saved, 'made_from'), self.made_from,
+                        'give the other settings a row of their own (compare), or use another '
+                        'run.folder')
+        refuse(process.on_rank_0(lambda: digests(folder)) != saved.get('files'), folder,
+               'has other files than when it was published')
+
+    def check_files(self, folder, facts, card):
+        """Refuse a release whose files are not exactly what it may hold.
+
+        facts: what manifest.json may say, whatever version of the kit made it; card: a function
+        that makes README.md from it. So no path, name or label of the source needs to be searched
+        for.
+        """
+        names = sorted(path.name for path in folder.iterdir())
+        expected = ['README.md', 'manifest.json', 'property', 'train.idx', 'train.rec']
+        refuse(names != expected, folder, f'holds {names}, not {expected}')
+        manifest = files.read_json(folder / 'manifest.json')
+        made_by = str(manifest.get('made_by'))
+        is_ours = re.fullmatch(r'FaceMAE kit [\w. -]+', made_by)
+        refuse(not is_ours or manifest != facts | {'made_by': made_by}, folder,
+               'has another manifest')
+        text = (folder / 'README.md').read_text()
+        refuse(text != card(manifest), folder, 'has another README.md')
+        keys = self.secret, key_of(self.secret)
+        forms = [form for key in keys
+                 for form in (key, key.hex().encode(), key.hex().upper().encode())]
+        for path in folder.iterdir():
+            content = files.open_bytes(path)
+            refuse(any(content.find(form) >= 0 for form in forms), path, 'holds the secret')
+
+    def check_images(self, folder, all_images=False):
+        """Refuse a release whose labels and images are not those of its plan: SAMPLE images at
+        random, or `all_images`, are made once more and compared, see made_again()."""
+        released, c = Records(folder), self.variant.cfg.reconstruct
+        refuse(not np.array_equal(released.labels, self.plan.label), folder,
+               'has other labels than its plan')
+        sample = np.arange(len(released))
+        if not all_images:
+            sample = np.sort(np.random.default_rng().permutation(sample)[:SAMPLE])
+        for chosen, protected in self.made_again(sample):
+            for i, image in zip(chosen, protected.cpu()):
+                encoded = images.encode(image.permute(2, 0, 1), c.format, c.quality)
+                expected = images.decode(encoded, 'image made for comparison').float()
+                # Other hardware rounds otherwise; another image differs by ten times as much
+                error = (images.decode(released[i], f'{folder} image {i}') - expected).abs().mean()
+                refuse(error > 2, folder,
+                       f'has another image at {i} than its plan ({error:.1f})')
+
+    def check_protections(self):
+        """Refuse what made_again() refuses of a few originals, before anything is made."""
+        some = np.unique(np.linspace(0, len(self.plan.image) - 1, SAMPLE).astype(int))
+        for _ in self.made_again(some):
+            pass
+
+    def made_again(self, rows):
+        """Protect the originals of some released images, by their numbers (n,), part by part: the
+        numbers (B,) and what is made of them, uint8 (B, H, W, 3). Refuses a protection that hardly
+        changes them, or that tells a hidden pixel."""
+        for k in np.unique(self.plan.fold[rows]):
+            protection, of_fold = self.protections[k], rows[self.plan.fold[rows] == k]
+            for chosen in np.split(of_fold, range(PART, len(of_fold), PART)):
+                originals = self.private.select(self.plan.image[chosen]).tensor().to(self.device)
+                seeds = self.plan.seeds[chosen].to(self.device)
+                protected = protection(originals, seeds)
+                check_strength(protection.cfg, originals, protected)
+                if method_of(protection.cfg).draws_mask:
+                    check_hidden(protection, originals, seeds, protected, self.variant.release)
+                yield chosen, protected
+
+
+def planned_release(variant, folds, device):
+    """The PlannedRelease of a Variant; InputError where its nets or its secret are not there."""
+    maes = protect.load_maes(variant, folds, device)
+    secret = release_secret(variant.cfg)
+    return PlannedRelease(
+        variant, folds[0].private, [Protection(variant.cfg, mae) for mae in maes], secret,
+        plan_release(folds, secret, variant.cfg),
+        release_made_from(variant.cfg, folds, maes, secret), device)
 
 
 def digests(folder):
     """{name: SHA-256} of the files of a release."""
     return {path.name: files.digest(files.open_bytes(path)) for path in sorted(folder.iterdir())}
-
-
-def check_release_files(folder, plan, secret, facts, card):
-    """Refuse a release whose files are not exactly what it may hold.
-
-    plan: its ReleasePlan; facts: what manifest.json may say, whatever version of the kit made it;
-    card: a function that makes README.md from it. So no path, name or label of the source needs
-    to be searched for.
-    """
-    names = sorted(path.name for path in folder.iterdir())
-    expected = ['README.md', 'manifest.json', 'property', 'train.idx', 'train.rec']
-    refuse(names != expected, folder, f'holds {names}, not {expected}')
-    manifest = files.read_json(folder / 'manifest.json')
-    made_by = str(manifest.get('made_by'))
-    refuse(manifest != facts | {'made_by': made_by}
-           or not re.fullmatch(r'FaceMAE kit [\w. -]+', made_by), folder, 'has another manifest')
-    refuse((folder / 'README.md').read_text() != card(manifest), folder, 'has another README.md')
-    released = Records(folder)
-    refuse(not np.array_equal(released.labels, plan.label), folder,
-           f'has {len(released)} images whose labels are not the {len(plan.label)} of its plan')
-    keys = secret, key_of(secret)
-    forms = [form for key in keys
-             for form in (key, key.hex().encode(), key.hex().upper().encode())]
-    for path in folder.iterdir():
-        content = files.open_bytes(path)
-        refuse(any(content.find(form) >= 0 for form in forms), path, 'holds the secret')
-
-
-def check_release_images(folder, plan, private, protections, device, all_images=False):
-    """Refuse a release whose images are not those of its plan, that are hardly protected, or that
-    read a hidden pixel: originals, SAMPLE at random or `all_images`, are protected once more and
-    compared with what stands in the release, then protected with hidden patches changed, which
-    must not change a bit."""
-    released, c = Records(folder), protections[0].cfg.reconstruct
-    refuse(len(released) != len(plan.image), folder,
-           f'has {len(released)} images, not the {len(plan.image)} of its plan')
-    sample = np.arange(len(plan.image))
-    if not all_images:
-        sample = np.sort(np.random.default_rng().permutation(sample)[:SAMPLE])
-    for chosen, protection, originals, expected in made_again(sample, plan, private, protections,
-                                                              device):
-        check_strength(protection.cfg, originals, expected)
-        for i, image in zip(chosen, expected.cpu()):
-            encoded = images.encode(image.permute(2, 0, 1), c.format, c.quality)
-            # Other hardware rounds otherwise; another image differs by more than ten times as much
-            error = (images.decode(released[i], f'{folder} image {i}').float()
-                     - images.decode(encoded, 'image made for comparison')).abs().mean().item()
-            refuse(error > 2, folder, f'has another image at {i} than its plan ({error:.1f})')
-        if method_of(protection.cfg).draws_mask:
-            check_hidden(folder, protection, originals, plan.seeds[chosen].to(device), expected)
-
-
-def check_sample(plan, private, protections, device):
-    """Refuse a protection that hardly changes a few originals, before anything is made."""
-    some = np.unique(np.linspace(0, len(plan.image) - 1, SAMPLE).astype(int))
-    for _, protection, originals, protected in made_again(some, plan, private, protections,
-                                                          device):
-        check_strength(protection.cfg, originals, protected)
-
-
-def made_again(rows, plan, private, protections, device):
-    """For some released images, by their numbers (n,), part by part: the numbers (B,), the
-    Protection of their fold, their originals and what it makes of them, uint8 (B, H, W, 3)."""
-    for k in np.unique(plan.fold[rows]):
-        of_fold = rows[plan.fold[rows] == k]
-        for chosen in np.split(of_fold, range(PART, len(of_fold), PART)):
-            originals = torch.from_numpy(private.select(plan.image[chosen]).pixels()).to(device)
-            yield (chosen, protections[k], originals,
-                   protections[k](originals, plan.seeds[chosen].to(device)))
 
 
 def check_strength(cfg, originals, protected):
@@ -272,9 +289,9 @@ def check_strength(cfg, originals, protected):
             'give a greater strength, or use reconstruct.method=none to compare with originals')
 
 
-def check_hidden(folder, protection, originals, seeds, expected):
-    """Refuse a protection that is not `expected` any more once hidden pixels are changed, or that
-    hides another share of them; originals, expected uint8 (B, H, W, 3)."""
+def check_hidden(protection, originals, seeds, protected, folder):
+    """Refuse a protection that makes other images once hidden pixels are changed, or that hides
+    another share of them; originals, protected uint8 (B, H, W, 3)."""
     cfg, ratio = protection.cfg, protection.cfg.reconstruct.mask_ratio
     hidden = protect.hidden_patches(seeds, ratio, cfg)
     visible, patches = protect.visible_count(cfg.data.size, cfg.mae.patch, ratio)
@@ -282,7 +299,7 @@ def check_hidden(folder, protection, originals, seeds, expected):
            f'shows another number of patches than {visible} of {patches}')
     pixels = protect.drawn(hidden, cfg.mae.patch).permute(0, 2, 3, 1)               # (B, H, W, 1)
     changed = torch.where(pixels > 0, 255 - originals, originals)
-    refuse(not torch.equal(protection(changed, seeds), expected), folder,
+    refuse(not torch.equal(protection(changed, seeds), protected), folder,
            'would tell hidden pixels')
 
 

@@ -91,12 +91,13 @@ class Row:
         return float(np.mean(found)) if found else np.nan
 
     def strongest(self, question, attackers):
-        """The Leakage to the strongest of `attackers`, mean of the seeds."""
+        """The Leakage to the strongest of `attackers`, mean of the seeds; it is chosen by the half
+        of the people that chose the attackers' ways, and reported on the other."""
         best = []
         for privacy in self.figures('privacy'):
             tried = [privacy[f'{name}_{question}'] for name in attackers
                      if f'{name}_{question}' in privacy]
-            best += sorted(tried, key=lambda figures: figures['rank1'])[-1:]
+            best += sorted(tried, key=lambda figures: figures['rank1_of_choosers'])[-1:]
         if not best:
             return Leakage()
         shares = [figures['rank1'] for figures in best]
@@ -224,7 +225,8 @@ def attackers_table(rows):
                  ['attacker', 'what it has'],
                  [[name, has.get(name, 'a recogniser that you named')] for name in tried],
                  text=True, meaning=f'The strongest is taken among {", ".join(STRONGEST)}, which '
-                 'need one release and no secret, whatever others are tried.')
+                 'need one release and no secret, whatever others are tried. It and its way are '
+                 'chosen on half of the people and reported on the other half.')
 
 
 def repetition_table(rows, references):
