@@ -7,7 +7,7 @@ import torch
 from facekit.base import process
 from facekit.base.config import variants
 from facekit.base.errors import InputError, counted
-from facekit.data.faces import FaceSet, StreamedImages
+from facekit.data.faces import FaceSet, SourceImages
 from facekit.data.names import excluded_people, looks_of
 from facekit.data.pairs import check_held_back, find_set, read_pairs
 from facekit.data.people import count_release, make_folds
@@ -104,7 +104,7 @@ def check_strengths(cfg, rows):
     source = open_source(Path(cfg.data.root))
     some = np.unique(np.linspace(0, len(source.labels) - 1, SAMPLE).astype(int))
     try:
-        photos = torch.from_numpy(StreamedImages(source, some, cfg)[:])
+        photos = SourceImages(source, some, cfg)[:]
     except InputError:
         return                         # damaged ones, which the first look counts and names
     for variant in rows:
