@@ -365,7 +365,7 @@ def test_the_interval_draws_people_not_images():
     assert narrow == pytest.approx(4 * 0.5 / 1000 ** 0.5, rel=0.25)
 
 
-def test_membership_tells_a_recogniser_that_memorised_from_one_that_did_not():
+def test_membership_tells_a_recogniser_that_memorised_from_one_that_did_not(tmp_path):
     rng = np.random.default_rng(0)
     scores = attacks.Membership(rng.normal(size=4000), rng.normal(size=4000))
     same = attacks.membership_figures([scores])
@@ -375,7 +375,8 @@ def test_membership_tells_a_recogniser_that_memorised_from_one_that_did_not():
                         n + 30, outsiders=ImageRows(faces, n + 30))
     owned = Same(SimpleNamespace(
         embed=lambda chosen: torch.as_tensor(chosen.rows < 30).float()[:, None]))
-    owned.class_centres = lambda: torch.ones(1, 1)
+    owned.student = tmp_path / 'fr.pt'
+    torch.save({'head': {'weight': torch.full((1, 1), 3.0)}}, owned.student)
     found = figures('membership', group, owned)['recogniser']
     assert found['auc'] == 1 and found['members'] == found['others'] == 30
     group.outsiders = None                           # of a foreign release

@@ -230,7 +230,7 @@ def test_embeddings_kept_of_both_sides_are_those_of_the_batch():
     store = batches.Store(ImageRows(faces, np.array([*range(1, 20), 0])), torch.device('cpu'))
     kept = embed.embed_all(models.folded(net), store, 7, 'fp32')
     numbers, flip = torch.tensor([3, 19, 4, 0]), torch.tensor([True, False, False, True])
-    z = embed.embed_batch(net, batches.flipped(store(numbers), flip), 'fp32')
+    z = embed.embed_batch(net, batches.flipped(next(store.ahead([numbers])), flip), 'fp32')
     torch.testing.assert_close(kept[flip.long(), numbers], z, atol=1e-4, rtol=1e-4)
     assert (kept[0] - kept[1]).abs().max() > 0.01
 

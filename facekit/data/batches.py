@@ -14,10 +14,7 @@ from facekit.base.errors import InputError
 
 
 class Store:
-    """ImageRows as batches on the device: `store(indices) -> uint8 (B, H, W, 3)`.
-
-    Index i means the i-th of the rows.
-    """
+    """ImageRows as batches on the device; index i means the i-th of the rows."""
 
     def __init__(self, chosen, device):
         self.chosen, self.device = chosen, torch.device(device)
@@ -25,19 +22,17 @@ class Store:
     def __len__(self):
         return len(self.chosen)
 
-    def __call__(self, indices):
-        return to_device(self.gathered(indices), self.device)
-
     def gathered(self, indices):
         """uint8 (B, H, W, 3) where the images are, pinned where a GPU fetches them; indices: int64
         (B,) on the host."""
         return pinned(self.chosen.take(np.asarray(indices)).tensor(), self.device)
 
     def ahead(self, choices):
-        """The batches of an iterable of indices, on the device; while one is used, a thread
-        gathers the next on the host."""
+        """The batches of an iterable of indices, uint8 (B, H, W, 3) on the device; while one is
+        used, a thread gathers the next on the host."""
         if self.chosen.on_gpu():
-            yield from map(self, choices)
+            for indices in choices:
+                yield to_device(self.gathered(indices), self.device)
             return
         with ThreadPoolExecutor(1) as pool:
             waiting = None

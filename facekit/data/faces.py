@@ -6,6 +6,7 @@ read many times into memory.
 """
 import hashlib
 import io
+import math
 import mmap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class SourceImages:
         self.pool = ThreadPoolExecutor(self.threads)
         self.kept = None                            # uint8 (M, size, size, 3), see keep()
         self.place = np.full(len(numbers), -1)      # int64 (N,): where in it each row is, or -1
-        self.said = ''                              # what keep() has told the user
+        self.said = ''                              # what keep() told the user last
 
     def __len__(self):
         return len(self.numbers)
@@ -53,11 +54,7 @@ class SourceImages:
 
     def has(self, rows):
         """Whether keep() has decoded all of these rows."""
-        return self.kept is not None and bool((self.place[rows] >= 0).all())
-
-    def on_gpu(self):
-        """Whether what keep() has decoded lies in a GPU's memory."""
-        return self.kept is not None and self.kept.is_cuda
+        return bool((self.place[rows] >= 0).all())
 
     def keep(self, rows, device):
         """Decode rows that will be read many times, int64 (M,), into memory, see memory_for(), and
@@ -65,31 +62,21 @@ class SourceImages:
         if self.has(rows):
             return
         self.kept = None
-        size = len(rows) * 3 * self.data.size ** 2
-        memory = memory_for(size, device)
-        if memory is None:
-            how = 'decoded as they are read'
-            self.expect_random_order()
-        elif memory.type == 'cuda':
-            how = "decoded into the GPU's memory"
-        else:
-            how = 'decoded into memory'
-        text = f'{self.source.path}: {counted(len(rows), "image")}, {size / 1e9:.3g} GB: {how}'
+        self.place[:] = -1
+        shape = len(rows), self.data.size, self.data.size, 3
+        memory, how = memory_for(math.prod(shape), device)
+        text = (f'{self.source.path}: {counted(len(rows), "image")}, '
+                f'{math.prod(shape) / 1e9:.3g} GB: decoded {how}')
         if text != self.said:
             process.say(text)
             self.said = text
-        if memory is not None:
-            self.decode_into(memory, rows)
-
-    def decode_into(self, memory, rows):
-        """Decode rows, int64 (M,), into the memory of a device, and keep them there."""
-        kept = torch.empty(len(rows), self.data.size, self.data.size, 3, dtype=torch.uint8,
-                           device=memory)
+        if memory is None:
+            return self.expect_random_order()
+        kept = torch.empty(shape, dtype=torch.uint8, device=memory)
         for first in range(0, len(rows), AT_ONCE):
-            some = rows[first:first + AT_ONCE]
-            kept[first:first + AT_ONCE] = self.decoded(self.numbers[some])
+            part = slice(first, first + AT_ONCE)
+            kept[part] = self.decoded(self.numbers[rows[part]])
         self.kept = kept
-        self.place[:] = -1
         self.place[rows] = np.arange(len(rows))
 
     def decoded(self, numbers):
@@ -114,13 +101,14 @@ class SourceImages:
 
 
 def memory_for(size, device):
-    """The device in whose memory `size` bytes are kept: `device`, or else the host, or None. They
-    may take half of what is free there, which on the host the processes of this run share."""
+    """Where `size` bytes are kept, and how that is called: the device, or else the host, or None.
+    They may take half of what is free there, which on the host the processes of this run share."""
     if device.type == 'cuda' and size < process.free_memory(device) / 2:
-        return device
+        return device, "into the GPU's memory"
     host = torch.device('cpu')
-    fits = size < process.free_memory(host) / 2 / process.on_this_node()
-    return host if fits else None
+    if size < process.free_memory(host) / 2 / process.on_this_node():
+        return host, 'into memory'
+    return None, 'as they are read'
 
 
 @dataclass
@@ -138,7 +126,8 @@ class ImageRows:
 
     def on_gpu(self):
         """Whether they are read from a GPU's memory."""
-        return isinstance(self.images, SourceImages) and self.images.on_gpu()
+        kept = getattr(self.images, 'kept', None)              # an array has none
+        return kept is not None and kept.is_cuda
 
     def tensor(self):
         """uint8 (N, H, W, 3) on the device where the images are."""

@@ -38,7 +38,7 @@ def embed_all(net, store, batch, precision, joined=False):
     """
     numbers = torch.arange(len(store)).split(batch)
     faces = store.ahead(numbers[process.rank()::process.world()])
-    length = embedding_length(net, store.device)
+    length = net(torch.zeros(1, 3, net.size, net.size, device=store.device)).shape[1]
     needed = 4 * len(store) * length
     on_host = joined and needed > max(process.free_memory(store.device) / 4, 1 << 30)
     out = torch.empty(1 if joined else 2, len(store), length,
@@ -53,14 +53,6 @@ def embed_all(net, store, batch, precision, joined=False):
         for rows, z in zip(numbers[first:], process.gathered(own[None])):
             out[:, rows[0]:rows[-1] + 1] = z[:, :len(rows)]
     return out
-
-
-def embedding_length(net, device):
-    """How many numbers an embedding of a recogniser has."""
-    if isinstance(net, models.IResNet):
-        return net.fc.out_features
-    blank = torch.zeros(1, 3, net.size, net.size, device=device)
-    return net(blank).shape[1]
 
 
 def unit_embeddings(net, chosen, cfg, device):

@@ -28,7 +28,7 @@ from facekit.measure.statistics import auc, tar_at_far
 from facekit.nets import embed
 from facekit.nets.embed import Embedder
 from facekit.nets.published import refuse_published, versions
-from facekit.nets.weights import digest_of
+from facekit.nets.weights import digest_of, load_checkpoint
 from facekit.privacy.masks import Patches, guess, masked
 
 # ------------------------------------------------------ attackers without pairs of others
@@ -189,7 +189,7 @@ def membership(group, owned, cfg):
     largest cosine with a class centre."""
     if not owned.insider or group.outsiders is None:
         return None
-    centres = owned.class_centres()
+    centres = F.normalize(load_checkpoint(owned.student)['head']['weight']).to(group.device)
     at_a_time = max(1, (1 << 28) // len(centres))         # images, whose cosines take 1 GiB
 
     def surest(chosen):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from facekit.base.errors import InputError
 from facekit.base.launch import command
@@ -14,7 +13,7 @@ from facekit.data.faces import ImageRows
 from facekit.data.people import Fold, not_excluded, share_of
 from facekit.measure.retrieval import Search
 from facekit.nets.embed import Embedder
-from facekit.nets.weights import load_checkpoint, recogniser
+from facekit.nets.weights import recogniser
 from facekit.privacy.partners import check_alike, partners
 from facekit.privacy.protect import Protection, hidden_patches, method_of
 
@@ -135,11 +134,6 @@ class Owned:
         every = {'recogniser': self.embedder('judge'), 'pixels': self.embedder('pixels'),
                  'insider': self.insider}
         return {name: embedder for name, embedder in every.items() if embedder}
-
-    def class_centres(self):
-        """The unit vectors float32 (C, d) by which the insider tells its classes apart."""
-        head = load_checkpoint(self.student)['head']['weight']
-        return F.normalize(head).to(self.device)
 
 
 def keep_images(groups):

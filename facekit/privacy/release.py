@@ -88,11 +88,6 @@ def key_of(secret):
     return hashlib.sha256(secret).digest()
 
 
-def which_secret(secret):
-    """64 hex digits that tell one secret from another; not those that keyed() has for a key."""
-    return files.digest(b'which secret: ' + secret)
-
-
 def draw_secret(path):
     """Write a new secret that the user alone can read, or refuse where the old one is lost."""
     if any(path.parent.rglob('release.json')):
@@ -167,7 +162,8 @@ def release_made_from(cfg, folds, maes, secret):
     made_from = settings(cfg, keys) | {
         'set of images': private_digest(folds),
         'set of names': files.digest('\0'.join(names).encode(errors='surrogateescape')),
-        'secret': which_secret(secret)}
+        # Tells one secret from another, and is not what keyed() has for a key
+        'secret': files.digest(b'which secret: ' + secret)}
     if maes[0]:
         made_from['mae'] = files.digest(''.join(mae.digest() for mae in maes).encode())
     return made_from
@@ -223,18 +219,17 @@ class PlannedRelease:
     def check_images(self, folder, all_images=False):
         """Refuse a release whose labels and images are not those of its plan: SAMPLE images at
         random, or `all_images`, are made once more and compared, see made_again()."""
-        released, c = Records(folder), self.variant.cfg.reconstruct
+        released = Records(folder)
         refuse(not np.array_equal(released.labels, self.plan.label), folder,
                'has other labels than its plan')
         sample = np.arange(len(released))
         if not all_images:
             sample = np.sort(np.random.default_rng().permutation(sample)[:SAMPLE])
-        for chosen, protected in self.made_again(sample):
-            for i, image in zip(chosen, protected.cpu()):
-                encoded = images.encode(image.permute(2, 0, 1), c.format, c.quality)
-                expected = images.decode(encoded, 'image made for comparison').float()
+        for chosen, expected in self.made_again(sample):
+            for i, image in zip(chosen, expected):
+                found = images.decode(released[i], f'{folder} image {i}').permute(1, 2, 0).numpy()
                 # Other hardware rounds otherwise; another image differs by ten times as much
-                error = (images.decode(released[i], f'{folder} image {i}') - expected).abs().mean()
+                error = np.abs(found.astype(int) - image).mean()
                 refuse(error > 2, folder,
                        f'has another image at {i} than its plan ({error:.1f})')
 
@@ -246,8 +241,8 @@ class PlannedRelease:
 
     def made_again(self, rows):
         """Protect the originals of some released images, by their numbers (n,), part by part: the
-        numbers (B,) and what is made of them, uint8 (B, H, W, 3). Refuses a protection that hardly
-        changes them, or that tells a hidden pixel."""
+        numbers (B,) and what is made of them, encoded and decoded, uint8 (B, H, W, 3), numpy.
+        Refuses a protection that hardly changes them, or that tells a hidden pixel."""
         for k in np.unique(self.plan.fold[rows]):
             protection, of_fold = self.protections[k], rows[self.plan.fold[rows] == k]
             for chosen in np.split(of_fold, range(PART, len(of_fold), PART)):
@@ -257,7 +252,7 @@ class PlannedRelease:
                 check_strength(protection.cfg, originals, protected)
                 if method_of(protection.cfg).draws_mask:
                     check_hidden(protection, originals, seeds, protected, self.variant.release)
-                yield chosen, protected
+                yield chosen, protection.encoded(protected.cpu().numpy())
 
 
 def planned_release(variant, folds, device):
@@ -290,13 +285,10 @@ def check_strength(cfg, originals, protected):
 
 
 def check_hidden(protection, originals, seeds, protected, folder):
-    """Refuse a protection that makes other images once hidden pixels are changed, or that hides
-    another share of them; originals, protected uint8 (B, H, W, 3)."""
-    cfg, ratio = protection.cfg, protection.cfg.reconstruct.mask_ratio
-    hidden = protect.hidden_patches(seeds, ratio, cfg)
-    visible, patches = protect.visible_count(cfg.data.size, cfg.mae.patch, ratio)
-    refuse(bool((hidden.sum(1) != patches - visible).any()), folder,
-           f'shows another number of patches than {visible} of {patches}')
+    """Refuse a protection that makes other images once hidden pixels are changed; originals,
+    protected uint8 (B, H, W, 3)."""
+    cfg = protection.cfg
+    hidden = protect.hidden_patches(seeds, cfg.reconstruct.mask_ratio, cfg)
     pixels = protect.drawn(hidden, cfg.mae.patch).permute(0, 2, 3, 1)               # (B, H, W, 1)
     changed = torch.where(pixels > 0, 255 - originals, originals)
     refuse(not torch.equal(protection(changed, seeds), protected), folder,
