@@ -308,9 +308,11 @@ def report(cfg, shared, ready, scores, compare):
             pictures.attempt(pictures.save_roc, rows, picture(ready[0], 'roc'))
     for sheet in sheets:
         sheet.print(Console())
-    if not external(cfg):
-        process.say(f'releases  {", ".join(str(variant.release) for variant in ready)}; beside '
-                    'each results.json, scores, and measured.json, which may be published')
+    releases = [str(variant.release) for variant in ready
+                if not external(cfg) and variant.cfg.reconstruct.method != 'none']
+    if releases:
+        process.say(f'releases  {", ".join(releases)}')
+        process.say('publish   these and measured.json beside them, nothing else')
     if compare:
         process.say(f'tables    {folder}/table.txt, tables.csv, comparison.json')
         process.say(f'pictures  {folder / "figures"}')

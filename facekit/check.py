@@ -84,8 +84,8 @@ def check_people(cfg, rows):
                     'they shall protect; take them out of one')
     fewest = min(len(np.unique(public.labels[fold.train])) for fold in folds)
     if fewest < FEW_PEOPLE:
-        process.say(f'warning: attackers learn from {fewest} people: others may find far more '
-                    'than they do')
+        process.say(f'warning: nets and attackers learn from {fewest} people: from fewer than '
+                    f'{FEW_PEOPLE} figures say little, and others may find far more')
     if len(folds) == 1 and cfg.data.validation:
         check_held_back(folds[0])
     for variant in rows:

@@ -158,10 +158,12 @@ def test_a_lists_names_can_have_blanks_and_its_images_lie_in_sub_folders(tmp_pat
     ('0.png a\n1.png\n', 'line 2 is no image and its person'),
     ('0.png, \n', 'line 1 is no image and its person'),
     ('0.png Li Ann\n', 'names with blanks need a comma'),
-    ('0.png a\n7.png b\n', '7.png, which does not exist: copy it there, or remove the line'),
+    ('0.png a\n7.png b\n', "7.png', which is not there: copy it there, or remove the line"),
+    (f'0.png a\n{"x" * 5000}.png b\n', "x ..., which is not there"),
+    ('0.png a\n/x/\0.png b\n', 'outside'), ('x\0.png b\n', 'which is not there'),
     ('0.png a\n./0.png b\n', 'line 2 names .*0.png once more'),
-    ('a/../../x.png a\n', 'line 1 names ../x.png, which is outside'),
-    ('/x.png a\n', 'which is outside'), ('\n', 'names no image'),
+    ('a/../../x.png a\n', "line 1 names '../x.png', outside"),
+    ('/x.png a\n', 'outside'), ('\n', 'names no image'),
     ('0.png a\n1.png a\n', 'one person only'), ('0.png é\n', 'no text in UTF-8'),
     ('0.png Ann\n1.png ann\n', 'look alike')])
 def test_a_list_with_a_wrong_line_is_refused_in_one_sentence(tmp_path, text, words):

@@ -53,6 +53,8 @@ def test_the_pipeline_writes_what_it_promises(finished):
                    'release_most_linked.png', 'mask_most_linked.png'):
         assert (folder / 'run' / 'figures' / figure).stat().st_size > 1000
     assert 'facemae' in printed and ' left ' in printed
+    [said] = re.findall('^releases  (.*)', printed, re.MULTILINE)
+    assert said == 'run/reconstructed, run/mask/reconstructed'          # none that shows originals
     table = (folder / 'run' / 'table.txt').read_text().splitlines()
     assert max(map(len, table)) <= 80 and any('originals' in line for line in table)
 

@@ -208,7 +208,8 @@ class ReleaseCounts:
         if self.people_with_few:
             parts.append(f'{self.people_with_few} with fewer than data.min_images')
         if self.people_in_other_folds:
-            parts.append(f'{self.people_in_other_folds} are public (data.release_folds)')
+            parts.append(f'the nets learn from {self.people_in_other_folds} others '
+                         '(data.release_folds)')
         return '; '.join(parts)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from facekit.base.errors import InputError
+from facekit.base.errors import InputError, quoted
 from facekit.base.files import digest, open_bytes
 from facekit.data.names import check_looks
 from facekit.data.records import Records
@@ -133,11 +133,11 @@ class ListSource(FolderSource):
             image = os.path.normpath(words[0])
             file = self.folder / image
             if os.path.isabs(image) or image.split(os.sep)[0] == '..':
-                raise InputError(f'{path}: line {number} names {image}, which is outside of the '
+                raise InputError(f'{path}: line {number} names {quoted(image)}, outside of the '
                                  'list\'s folder: put the list above all its images')
-            if not file.is_file():
-                raise InputError(f'{path}: line {number} names {file}, which does not exist: copy '
-                                 'it there, or remove the line')
+            if not os.path.isfile(file):           # False, too, for a path that no file can have
+                raise InputError(f'{path}: line {number} names {quoted(str(file))}, which is not '
+                                 'there: copy it there, or remove the line')
             if file in names:
                 raise InputError(f'{path}: line {number} names {file} once more: remove one line')
             names[file] = words[1]

@@ -19,7 +19,7 @@ from facekit.data.people import split
 from facekit.nets import embed
 from facekit.nets.weights import recogniser
 from facekit.privacy import protect
-from facekit.privacy.release import plan_release, release_secret
+from facekit.privacy.release import planned_release
 
 PEOPLE, EACH = 4, 2           # how many are shown, and how many photos of each
 CPU = torch.device('cpu')
@@ -29,16 +29,14 @@ def shown(cfg):
     """Faces of the first PEOPLE of the release, EACH of one after the other; what their masks
     leave visible; what is released of them: each float (N, 3, H, W) in 0..1."""
     variant = config.variants(cfg, compare=False)[0]
-    folds = split(cfg)
-    plan = plan_release(folds, release_secret(cfg), cfg)
-    rows = [np.flatnonzero(plan.label == person)[:EACH] for person in range(PEOPLE)]
-    rows = np.concatenate(rows)
-    [mae] = protect.load_maes(variant, folds, CPU)
-    originals = torch.from_numpy(folds[0].private.select(plan.image[rows]).pixels())
-    released = protect.Protection(variant.cfg, mae)(originals, plan.seeds[rows])
-    hidden = protect.hidden_patches(plan.seeds[rows], variant.cfg.reconstruct.mask_ratio, cfg)
+    planned = planned_release(variant, split(cfg), CPU)
+    plan, [protection] = planned.plan, planned.protections
+    rows = np.concatenate([np.flatnonzero(plan.label == person)[:EACH]
+                           for person in range(PEOPLE)])
+    originals, seeds = planned.private.select(plan.image[rows]).tensor(), plan.seeds[rows]
+    hidden = protect.hidden_patches(seeds, variant.cfg.reconstruct.mask_ratio, cfg)
     return (to_float(originals), protect.greyed(to_float(originals), hidden),
-            to_float(released))
+            to_float(protection(originals, seeds)))
 
 
 def relations(faces, teacher):
