@@ -155,7 +155,7 @@ class FaceSet:
 
     def where(self, row):
         """Where image `row` stands on disk, for a sentence."""
-        return self.source.where(np.delete(np.arange(len(self.source.labels)), self.skipped)[row])
+        return self.source.where(self.images.numbers[row])
 
     def left_out(self):
         """{why: number} of what the source holds and this set does not, or holds twice."""

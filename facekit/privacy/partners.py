@@ -23,9 +23,8 @@ def keys_of(faceset):
     sources = faceset.source.files
     if len(sources) < len(faceset):                  # records: one file holds all
         return [person[label] for label in faceset.labels], None
-    rows = np.delete(np.arange(len(sources)), faceset.skipped)
     return ([person[label] for label in faceset.labels],
-            [key_of_name(Path(sources[row]).stem) for row in rows])
+            [key_of_name(Path(sources[row]).stem) for row in faceset.images.numbers])
 
 
 def partners(release, originals):
