@@ -92,8 +92,8 @@ def test_embeddings_on_the_host_change_no_figure(copied, monkeypatch, where):
     """Every attack takes either side from the host, where those of large sets are."""
     def embed_all(net, store, *args, joined=False, real=embed.embed_all, **kwargs):
         z = real(net, store, *args, joined=joined, **kwargs)
-        if not joined or not hasattr(store.chosen.images, 'source'):          # an attacker's few pairs
-            return z
+        if not joined or not hasattr(store.chosen.images, 'source'):
+            return z                                           # an attacker's few pairs
         path = str(store.chosen.images.source.path)
         kind = 'probes' if 'reconstructed' in path else 'gallery'
         seen.add(kind)

@@ -104,7 +104,7 @@ def test_what_a_folder_holds_beside_images_is_counted_and_named(tmp_path, capsys
 
 
 @pytest.mark.parametrize('make, path, words', [
-    (lambda root: write_faces(root, people=1), '', 'of one person only.* label for each'),
+    (lambda root: write_faces(root, people=1), '', 'of one person only.* its label'),
     (lambda root: folder_of_people(root / 'CASIA'), '', 'one sub-folder per person'),
     (write_faces, 'train.idx', 'train.idx is no .rec: .*train.rec'),
     (lambda root: None, '', 'does not exist: set data.root')])

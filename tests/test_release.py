@@ -20,7 +20,12 @@ from facekit.privacy import protect
 from facekit.privacy.groups import Owned
 from facekit.privacy.protect import FaceMAE, Protection
 from facekit.privacy.release import (
-    PlannedRelease, key_of, plan_release, read_secret, release_secret)
+    PlannedRelease,
+    key_of,
+    plan_release,
+    read_secret,
+    release_secret,
+)
 
 CPU = torch.device('cpu')
 SECRET = hashlib.sha256(b'a secret of these tests').digest()
