@@ -27,13 +27,8 @@ def test_planted_copies_are_found_and_nobody_else(tmp_path):
     cfg = make_config(tmp_path)
     originals = load(tmp_path / 'originals', cfg, photos=False)
     noise = np.random.default_rng(0).normal(0, 4, (6, 32, 32, 3))
-<<<<<<< HEAD
-    some = originals.select(np.arange(0, 120, 20)).pixels()
-    copies = (some + noise).clip(0, 255).astype(np.uint8)
-=======
     copied = originals.images[np.arange(0, 120, 20)].numpy()
     copies = (copied + noise).clip(0, 255).astype(np.uint8)
->>>>>>> docs
     planted = [images.encode(torch.from_numpy(x).permute(2, 0, 1), 'png') for x in copies]
     write_set(tmp_path / 'clean', 500, 40)
     write_set(tmp_path / 'leaks', 500, 40, planted=planted)
