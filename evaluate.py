@@ -70,8 +70,7 @@ def main(cfg, device, compare):
     attacks.check_attacks(cfg)
     check_installed(cfg)
     if external(cfg) and compare:
-        raise InputError('evaluate.model and release take the place of the rows: leave out '
-                         '--compare')
+        raise InputError('evaluate.model and release take the place of rows: leave out --compare')
     model, size, folds = None, cfg.data.size, []
     if cfg.evaluate.model:                   # a foreign recogniser sees the pairs at its own size
         model = recogniser(cfg.evaluate.model, device, onnx_pixels=cfg.evaluate.onnx_pixels)
@@ -141,7 +140,8 @@ def evaluate(variant, shared):
         if release and not cfg.evaluate.partners:
             results['leak'] = check_leak(variant, shared, release)
         elif release:
-            attack_release(variant, shared, release, student, results)
+            insider = None if shared.model else student        # which learnt from the release
+            attack_release(variant, shared, release, insider, results)
         results['seconds'] = stage_seconds(variant.run)
         process.write_json(path, results)
         process.write_json(path_of(variant, 'measured.json'), exports.measured(results))

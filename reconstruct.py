@@ -33,7 +33,8 @@ import torch
 
 from facekit.base import files, process
 from facekit.base.errors import InputError
-from facekit.base.config import as_dict, variants
+from facekit.base.config import variants
+from facekit.base.made_from import public_dict
 from facekit.base.launch import Stop, command, commit, launch, on_ending_signals
 from facekit.base.log import StageLog
 from facekit.data import batches, faces, images
@@ -44,7 +45,7 @@ from facekit.data.sources import FolderSource
 from facekit.data.people import count_release, split
 from facekit.privacy import protect
 from facekit.privacy.protect import Protection
-from facekit.privacy.removal import delete, nets_of_removed, results_of
+from facekit.privacy.removal import delete, nets_of_others, results_of, rows_in
 from facekit.privacy.release import digests, planned_release
 from facekit.report import pictures
 
@@ -109,7 +110,7 @@ def release(variant, folds, device):
             files.make_private(draft)
         # It names the source, and is not released
         files.write_json(variant.folder / 'release.json', {
-            'config': as_dict(cfg), 'made_from': planned.made_from, 'files': digests(draft)})
+            'config': public_dict(cfg), 'made_from': planned.made_from, 'files': digests(draft)})
         os.sync()                           # a power cut shall not leave empty files in a release
         draft.rename(variant.release)
 
@@ -277,20 +278,26 @@ def main(cfg, device, compare):
 def remove_people(cfg, device):
     """Take the people of reconstruct.remove out of a run: delete what was made of them, and make
     the releases that were there again, if no net has to be trained before."""
-    c, before = cfg.reconstruct, split(cfg)
+    c = cfg.reconstruct
     names, c.remove = c.remove, []
     cfg.data.exclude += names
     folds = split(cfg)              # refuses a name that nobody has; the run folder remembers it
     rows = variants(cfg, True)
     released = process.on_rank_0(lambda: [row.release.exists() for row in rows])
-    nets = process.on_rank_0(lambda: nets_of_removed(cfg, before, folds))
-    process.on_rank_0(lambda: delete([*nets, *results_of(rows)]))
+    unnamed = process.on_rank_0(lambda: [
+        folder for folder in rows_in(cfg.run.folder) if (folder / 'reconstructed').exists()
+        and folder not in [row.folder for row in rows]])
+    nets = process.on_rank_0(lambda: nets_of_others(cfg, folds))
+    process.on_rank_0(lambda: delete([*nets, *results_of(cfg.run.folder)]))
     process.say(f'out: {", ".join(names)}. Add them to data.exclude of your configs, too, and '
                 'replace what was published; the secret is kept')
     if nets:
         process.say('nets learnt from them: no release can be made before these are trained again')
     else:
         make_releases([row for row, there in zip(rows, released) if there], folds, device)
+    if unnamed:
+        process.say(f'give the rows of {", ".join(map(str, unnamed))} (compare) again to have '
+                    'their releases made')
     process.say(f'then run `./reproduce.sh {cfg.run.config}` for what is missing')
 
 

@@ -1,21 +1,25 @@
 """Checks before the first stage: what cannot end well is said, in seconds."""
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from facekit.base import process
-from facekit.base.config import variants
+from facekit.base import files, process
+from facekit.base.config import SPECS, variants
 from facekit.base.errors import InputError, counted
-from facekit.data.faces import FaceSet, SourceImages
+from facekit.base.made_from import check_made_from, settings
+from facekit.data.faces import FaceSet, SourceImages, check_apart
 from facekit.data.names import excluded_people, looks_of
 from facekit.data.pairs import check_held_back, find_set, read_pairs
 from facekit.data.people import count_release, make_folds
 from facekit.data.sources import open_source
 from facekit.nets.published import DLIB, check_installed, refuse_published
+from facekit.nets.weights import load_checkpoint
 from facekit.privacy import attacks, protect
-from facekit.privacy.release import SAMPLE, check_strength, read_secret
+from facekit.privacy.release import SAMPLE, check_strength, key_file, read_secret
 
+FEW_STEPS = 800   # the demo makes some 900, own.yaml 2,000 with 1,500 photos
 FEW_PEOPLE = 200  # from fewer no recogniser learns what strangers look like
 
 
@@ -27,8 +31,9 @@ def check_experiment(cfg, compare):
         check_models(variant.cfg)
         attacks.check_attacks(variant.cfg)
         check_checkpoints(variant.cfg)
+        check_finished(variant)
     if cfg.reconstruct.key:
-        read_secret(Path(cfg.reconstruct.key))
+        read_secret(key_file(cfg))
     drawn = cfg.data.root == cfg.toy.root and not Path(cfg.data.root).exists()
     if drawn:
         process.say(f'toy faces will be drawn into {cfg.data.root}')
@@ -45,7 +50,14 @@ def check_experiment(cfg, compare):
 
 
 def check_models(cfg):
-    """Refuse sizes of nets that do not fit each other; on the meta device nothing is allocated."""
+    """Refuse sizes of nets that do not fit each other, on the meta device, where nothing is
+    allocated; and a protection that cannot be."""
+    method, strength = cfg.reconstruct.method, protect.method_of(cfg).strength
+    if strength and not hasattr(cfg.reconstruct, strength):
+        raise InputError(f'the protection {method} has the strength {strength}, but '
+                         f'configs/casia.yaml has no key reconstruct.{strength}: add it there')
+    if method == 'blur':
+        protect.gaussian_blur()
     if cfg.reconstruct.method == 'facemae':
         with torch.device('meta'):
             protect.build_mae(cfg.mae, cfg.data.size)
@@ -67,10 +79,32 @@ def check_checkpoints(cfg):
     check_installed(cfg)
 
 
+def check_finished(variant):
+    """Refuse settings that finished files of a row were not made with: told from what each of them
+    keeps of its settings, before anything is trained."""
+    cfg, saved = variant.cfg, {}
+    nets = [variant.student]
+    if cfg.reconstruct.method == 'facemae':
+        nets += [variant.mae(k) for k in range(cfg.data.folds)]
+    for path in nets:
+        if path.is_file():
+            saved[path] = load_checkpoint(path)
+    if (path := variant.folder / 'release.json').is_file():
+        saved[path] = files.read_json(path)
+    for path, content in saved.items():
+        then = files.entry(content, 'made_from')
+        now = settings(cfg, [key for key in then if key in SPECS])
+        if path.name == 'release.json' and cfg.reconstruct.method == 'facemae':
+            name = files.entry(files.entry(content, 'config'), 'mae').get('name')
+            then, now = then | {'mae.name': repr(name)}, now | {'mae.name': repr(cfg.mae.name)}
+        check_made_from(path, then, now, 'give the other settings a row of their own, '
+                        '"compare={NAME: [mae.name=NAME, ...]}"')
+
+
 def check_people(cfg, rows):
     """Refuse a split that leaves a stage too few images, told from labels alone."""
-    private = undecoded(cfg.data.root)
-    public = undecoded(cfg.data.public, len(private)) if cfg.data.public else private
+    private = undecoded(cfg.data.root, cfg)
+    public = undecoded(cfg.data.public, cfg, len(private)) if cfg.data.public else private
     folds = make_folds(private, public, cfg)
     out = private.people[excluded_people(private.people, cfg)]
     process.say(count_release(folds, cfg).sentence(out))
@@ -86,6 +120,7 @@ def check_people(cfg, rows):
     if fewest < FEW_PEOPLE:
         process.say(f'warning: nets and attackers learn from {fewest} people: from fewer than '
                     f'{FEW_PEOPLE} figures say little, and others may find far more')
+    warn_of_few_steps(cfg, len(folds[0].mae), count_release(folds, cfg).images)
     if len(folds) == 1 and cfg.data.validation:
         check_held_back(folds[0])
     for variant in rows:
@@ -96,6 +131,21 @@ def check_people(cfg, rows):
             if batch > count:
                 raise InputError(f'{key} = {batch} is larger than the smallest set it is taken '
                                  f'from, {count} images: use a smaller one')
+
+
+def warn_of_few_steps(cfg, public, released):
+    """Say so if a net makes too few steps to learn faces from as many images."""
+    for section, images in (('mae', public), ('fr', released)):
+        c = getattr(cfg, section)
+        in_epoch = max(1, images // c.batch)
+        if c.epochs * in_epoch < FEW_STEPS:
+            epochs = math.ceil(FEW_STEPS / in_epoch)
+            words = f'{section}.epochs={epochs}'
+            if section == 'mae' and cfg.irm.weight:
+                words += f' irm.warmup_epochs={cfg.irm.warmup_epochs * epochs / c.epochs:.0f}'
+            process.say(f'warning: {section}.epochs = {c.epochs:g} are '
+                        f'{c.epochs * in_epoch:.0f} steps of {counted(images, "image")}, in which '
+                        f'nets hardly learn faces: try {words}')
 
 
 def check_strengths(cfg, rows):
@@ -113,8 +163,9 @@ def check_strengths(cfg, rows):
             check_strength(variant.cfg, photos, protected)
 
 
-def undecoded(path, first=0):
+def undecoded(path, cfg, first=0):
     """The FaceSet at `path` without its images; numbers from `first` on stand for their hashes."""
     source = open_source(Path(path))
+    check_apart(source, cfg)
     hashes = np.arange(first, first + len(source.labels), dtype=np.uint64)
     return FaceSet(Path(path), None, source.labels, source.people, hashes, [], None, source)

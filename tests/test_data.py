@@ -97,7 +97,7 @@ def test_what_fits_into_memory_is_decoded_once(tmp_path, monkeypatch, capsys, fr
             assert torch.equal(batch, pixels[rows[chosen]])
         assert len(calls) == (decoded if decoded == 5 else decoded * (turn + 1))
         assert capsys.readouterr().out == (
-            f'{tmp_path}/faces/train.rec: 5 images, 1.54e-05 GB: {said}\n'
+            f'{tmp_path}/faces/train.rec: 5 images, 0.0 MB: {said}\n'
             if said and not turn else '')
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import unicodedata
 from functools import partial
 
@@ -14,19 +15,25 @@ from PIL import Image, ImageOps
 from test_data import make_config
 from test_people import folder_of_people, released_people
 
-from conftest import run
-from facekit.base import launch
+from conftest import ROOT, TINY, run
+from facekit import check
+from facekit.base import launch, process
+from facekit.base.config import namespace, resolve
 from facekit.base.errors import InputError
 from facekit.data import faces, images
 from facekit.data.names import MEMORY, look_of
 from facekit.data.people import count_release, split
+from facekit.data.records import write_records
+from facekit.privacy import protect
 from facekit.privacy.partners import check_alike, partners
+from facekit.privacy.release import key_file, read_secret
 
 
 @pytest.mark.parametrize('a, b', [
     (unicodedata.normalize('NFC', 'José'), unicodedata.normalize('NFD', 'José')),
     ('ID_005', 'id_005'), ('Ann  Lee', 'ann lee'), ('Ａｎｎ', 'Ann'), ('an\u200bn', 'ann'),
-    ('Аnn', 'Ann'), ('ann\u2013lee', 'ann-lee'), ('Straße', 'STRASSE'), ('ﬁona', 'fiona')])
+    ('Аnn', 'Ann'), ('İbrahim', 'ibrahim'), ('O’Neil', "O'Neil"),
+    ('ann\u2013lee', 'ann-lee'), ('Straße', 'STRASSE'), ('ﬁona', 'fiona')])
 def test_names_that_look_alike_are_one(a, b):
     assert a != b and look_of(a) == look_of(b)
 
@@ -75,11 +82,12 @@ def saved(picture, path, change=lambda image: image, **how):
     lambda old, new: saved(old, new.with_suffix('.jpg'), quality=60),
     lambda old, new: saved(old, new.with_suffix('.webp'), quality=80),
     lambda old, new: saved(old, new.with_suffix('.bmp'), ImageOps.mirror),
+    lambda old, new: saved(old, new.with_suffix('.png'), lambda x: x.rotate(90)),
     lambda old, new: saved(old, new.with_suffix('.jpg'), ImageOps.grayscale),
     lambda old, new: saved(old, new.with_suffix('.png'), lambda x: x.resize((70, 70))),
     lambda old, new: saved(old, new.with_suffix('.png'), lambda x: x.point(lambda v: 0.8 * v)),
     lambda old, new: saved(old, new.with_suffix('.png'), lambda x: ImageOps.expand(x, (9, 0)))],
-    ids=['longer', 'jpeg', 'webp', 'mirrored', 'grey', 'larger', 'darker', 'with margins'])
+    ids='longer jpeg webp mirrored turned grey larger darker margins'.split())
 def test_copies_of_an_excluded_person_under_another_name_stay_out(tmp_path, copy):
     root = folder_of_people(tmp_path / 'faces')
     copy(root / 'id_005' / '1.png', root / 'id_007' / 'new')
@@ -93,9 +101,11 @@ def test_copies_of_an_excluded_person_under_another_name_stay_out(tmp_path, copy
 @pytest.mark.parametrize('run_folder', ['faces/run', '.', 'faces'])
 def test_a_run_folder_and_photos_do_not_contain_one_another(tmp_path, run_folder):
     folder_of_people(tmp_path / 'faces')
+    before = sorted(tmp_path.rglob('*'))
     cfg = make_config(tmp_path, f'run.folder={tmp_path / run_folder}')
     with pytest.raises(InputError, match='contain one another'):
         split(cfg)
+    assert sorted(tmp_path.rglob('*')) == before
 
 
 @pytest.mark.parametrize('settings', [
@@ -137,12 +147,12 @@ def test_a_release_names_the_commit_and_no_tag_of_the_users_own(tmp_path, monkey
     assert re.fullmatch('[0-9a-f]{12}', launch.commit())
 
 
-def people_in(folder, names, files='{}.png', seed=0):
-    """Folders of people with three photos each, drawn by lot from the person's and photo's place,
+def people_in(folder, names, files='{}.png', each=3):
+    """Folders of people with some photos each, drawn by lot from the person's and photo's place,
     so that equal places have equal photos."""
     for number, name in enumerate(names):
         (folder / name).mkdir(parents=True)
-        for i in range(3):
+        for i in range(each):
             rng = np.random.default_rng([number, i])
             image = torch.from_numpy(rng.integers(0, 256, (3, 4, 4), np.uint8))
             image = image.repeat_interleave(8, 1).repeat_interleave(8, 2)
@@ -171,6 +181,87 @@ def test_partners_that_are_none_are_refused(tmp_path):
     theirs, own = two_sets(tmp_path)
     with pytest.raises(InputError, match='no more alike'):
         check_alike(theirs.select(partners(theirs, own)), own, 'cpu')
+    for number, name in enumerate(sorted((tmp_path / 'theirs').iterdir())):
+        if number % 2:                                # a half of the people in their right places
+            shutil.rmtree(name)
+            shutil.copytree(tmp_path / 'faces' / name.name, name)
+    theirs, own = two_sets(tmp_path)
+    with pytest.raises(InputError, match='no more alike'):
+        check_alike(theirs.select(partners(theirs, own)), own, 'cpu')
     shutil.rmtree(tmp_path / 'theirs' / 'p03')
     with pytest.raises(InputError, match='do not have the same people'):
         partners(*two_sets(tmp_path))
+
+
+def test_records_are_matched_with_files_in_the_order_of_their_numbers(tmp_path):
+    """1.jpg, 10.jpg, 11.jpg, 2.jpg as text: in a wrong order a release looks private."""
+    people_in(tmp_path / 'faces', ['0', '1'], each=12)
+    ordered = [(tmp_path / 'faces' / name / f'{i}.png').read_bytes()
+               for name in '01' for i in range(1, 13)]
+    write_records(tmp_path / 'theirs', ordered, [0] * 12 + [1] * 12, 32)
+    theirs, own = two_sets(tmp_path)
+    found = partners(theirs, own)
+    assert np.array_equal(theirs.select(found).pixels(), own.select(np.arange(24)).pixels())
+    check_alike(theirs.select(found), own, 'cpu')
+    within = np.r_[np.roll(found[:12], 1), np.roll(found[12:], 1)]
+    with pytest.raises(InputError, match='no more alike'):
+        check_alike(theirs.select(within), own, 'cpu')
+
+
+@pytest.mark.parametrize('words', ['"reconstruct.remove=[id_002]"',
+                                   '"reconstruct={remove: [id_002]}"', 'reconstruct.export=x'])
+def test_no_row_takes_people_out_by_itself(words):
+    with pytest.raises(InputError, match='which all rows share'):
+        resolve(TINY, [f'compare={{a: [{words}]}}'])
+
+
+def test_small_pictures_and_names_in_a_run_folder_are_the_users_alone(copied):
+    run(copied, 'reconstruct.py', 'data.exclude=[3]', 'reconstruct.method=mask', 'run.folder=new')
+    looks = list((copied / 'new' / 'looks').glob('*.npz'))
+    assert {path.stat().st_mode & 0o777 for path in looks} == {0o600}
+    assert (copied / 'new' / 'looks').stat().st_mode & 0o777 == 0o700
+    saved = json.loads((copied / 'new' / 'release.json').read_text())
+    assert saved['config']['data']['exclude'] == 1
+
+
+@pytest.mark.parametrize('words', [
+    'mae.epochs=3', 'mae.name=short', 'reconstruct.mask_ratio=0.5', 'fr.epochs=3'])
+def test_settings_of_finished_files_are_compared_before_anything_is_trained(finished, words):
+    said = run(finished[0], 'evaluate.py', '--check', words, code=2)
+    assert 'a row of their own' in said
+    row = f'compare={{other: [{words}, mae.name=other]}}'
+    run(finished[0], 'evaluate.py', '--check', '--compare', row)
+
+
+def test_a_strength_without_a_key_and_an_import_that_fails_are_told_at_the_check(monkeypatch):
+    cfg = namespace(resolve(TINY, ['reconstruct.method=blur', 'toy.root=nowhere',
+                                   'data.root=nowhere']))
+    check.check_experiment(cfg, compare=False)
+    monkeypatch.setitem(sys.modules, 'torchvision.transforms.v2.functional', None)
+    with pytest.raises(InputError, match='install torch and torchvision together'):
+        check.check_experiment(cfg, compare=False)
+    monkeypatch.setitem(protect.PROTECTIONS, 'blur', protect.Method(protect.masked, 'darkness'))
+    with pytest.raises(InputError, match='no key reconstruct.darkness: add it there'):
+        check.check_experiment(cfg, compare=False)
+
+
+def test_few_steps_are_told_with_words_that_mend_them(finished, capsys):
+    root = ['data.root=faces', 'toy.root=']
+    words = re.findall(r'hardly learn faces: try (.*)', run(finished[0], 'evaluate.py', '--check',
+                                                            'run.folder=new', *root))
+    assert words == ['mae.epochs=267 irm.warmup_epochs=67', 'fr.epochs=267']
+    said = run(finished[0], 'evaluate.py', '--check', 'run.folder=new', *root,
+               *' '.join(words).split())
+    assert 'hardly learn' not in said
+
+
+def test_a_key_of_the_kit_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = namespace(resolve(ROOT / 'configs' / 'toy.yaml', []))
+    assert read_secret(key_file(cfg)) == bytes.fromhex((ROOT / 'configs/toy.key').read_text())
+
+
+def test_a_task_of_srun_alone_is_told_about_torchrun(monkeypatch):
+    monkeypatch.setenv('SLURM_PROCID', '1')
+    with pytest.raises(InputError, match='start torchrun by it'):
+        process.start_processes(namespace(resolve(TINY)))

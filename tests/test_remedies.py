@@ -79,8 +79,8 @@ HALF = 'compare={half: [reconstruct.mask_ratio=0.5]}'
      ['reconstruct.photos=photos']),
     ('evaluate.py', ['--compare', 'evaluate.model=run/fr.pt'], 'leave out --compare',
      ['evaluate.model=run/fr.pt']),
-    ('evaluate.py', ['--compare', '--check', 'mae.batch=5000', 'mae.micro_batch=5000'],
-     'use a smaller one', ['--compare', '--check']),
+    ('evaluate.py', ['--check', 'mae.batch=5000', 'mae.micro_batch=5000', 'run.folder=new'],
+     'use a smaller one', ['--check', 'run.folder=new']),
     ('evaluate.py', ['evaluate.partners=false', 'release=run/reconstructed'],
      'give both paths, release and originals',
      ['evaluate.partners=false', 'release=run/reconstructed', 'originals=faces']),
@@ -134,7 +134,7 @@ def test_advice_on_files_of_a_run(finished, tmp_path, script, change, sentence, 
     (['run.folder={}/faces/run'], None, 'set run.folder to a place of its own',
      ['run.folder={}/elsewhere']),
     ([], lambda faces: shutil.copytree(faces / 'id_001', faces / 'ID_001'),
-     'put them into one folder if they are one person', None)])
+     'give them one name if they are one person', None)])
 def test_advice_on_photos(tmp_path, words, change, sentence, advised):
     faces = folder_of_people(tmp_path / 'faces')
     if change:

@@ -54,18 +54,27 @@ def test_nets_that_learnt_from_who_is_taken_out_go_too(whole):
     assert 'trained again' in said and not (whole / 'run' / 'reconstructed').exists()
 
 
-def test_two_processes_take_a_person_out_and_nothing_of_others_models_stays(folder):
+def test_two_processes_take_a_person_out_and_nothing_of_others_models_stays(whole):
     for name in ('external.json', 'external_measured.json', 'external_scores/attack_judge.csv'):
-        (folder / 'run' / name).parent.mkdir(exist_ok=True)
-        (folder / 'run' / name).write_text('{}')
-    name, *others = people_of(folder)[0]
+        (whole / 'run' / name).parent.mkdir(exist_ok=True)
+        (whole / 'run' / name).write_text('{}')
+    name, *others = people_of(whole)[0]
     words = 'reconstruct.py', f'reconstruct.remove=[{name}]'
-    run(folder, *words, processes=2)
-    assert not list((folder / 'run').glob('external*')) and people_of(folder)[0] == others
-    made = {row: (folder / row / 'reconstructed' / 'train.rec').read_bytes() for row in ROWS}
-    run(folder, *words)                         # as after an interruption: the same once more
-    assert {row: (folder / row / 'reconstructed' / 'train.rec').read_bytes()
+    run(whole, *words, processes=2)
+    assert not list((whole / 'run').glob('external*')) and people_of(whole)[0] == others
+    made = {row: (whole / row / 'reconstructed' / 'train.rec').read_bytes() for row in ROWS}
+    run(whole, *words)                         # as after an interruption: the same once more
+    assert {row: (whole / row / 'reconstructed' / 'train.rec').read_bytes()
             for row in ROWS} == made
+
+
+def test_rows_that_the_config_does_not_name_lose_the_person_too(whole):
+    name = people_of(whole)[0][0]
+    said = run(whole, 'reconstruct.py', 'compare={}', f'reconstruct.remove=[{name}]')
+    assert 'give the rows of run/mask, run/originals (compare) again' in said
+    assert not (whole / 'run' / 'mask' / 'fr.pt').exists()
+    assert not (whole / 'run' / 'originals' / 'reconstructed').exists()
+    assert (whole / 'run' / 'reconstructed').exists()                     # made anew
 
 
 def test_pictures_of_originals_are_for_the_user_alone(finished):

@@ -20,6 +20,7 @@ from facekit.base.errors import InputError, printable, quoted
 CONFIGS = Path(__file__).parents[2] / 'configs'
 RESERVED = 'fold', 'seed', 'figures', 'reconstructed', 'looks', 'faces', 'log'   # in run folders
 # What rows may change; they share all else: people, split, judge and run folder
+OF_COMMANDS = [f'reconstruct.{key}' for key in ('remove', 'check', 'photos', 'export', 'key')]
 OF_ROWS = 'mae.', 'irm.', 'reconstruct.', 'fr.', 'evaluate.', 'teacher.checkpoint'
 
 
@@ -181,7 +182,7 @@ def config_of_row(config, name):
     for key in SPECS:
         section, _, last = key.rpartition('.')
         before, after = (c[section][last] if section else c[last] for c in (config, row))
-        if before != after and not key.startswith(OF_ROWS):
+        if before != after and (not key.startswith(OF_ROWS) or key in OF_COMMANDS):
             raise InputError(f'{where} sets {key}, which all rows share: set it for all of them')
     return row
 

@@ -77,8 +77,11 @@ def open_bytes(path):
                     raise
                 return file.read()      # the file system maps none
     except (OSError, ValueError) as error:          # ValueError: an empty file cannot be mapped
+        beside = ''
+        if Path(path).suffix in ('.rec', '.idx'):
+            beside = '; a .rec needs its .idx beside it'
         raise InputError(f'{str(path)!r} cannot be read ({error}): check the path, copy the file '
-                         'again; a .rec needs its .idx beside it') from None
+                         f'again{beside}') from None
 
 
 def parsed(text):

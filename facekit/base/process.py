@@ -109,8 +109,14 @@ def start_processes(cfg):
     if wanted > 1 and not {'RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys():
         raise InputError(f'WORLD_SIZE = {wanted} is set, but not RANK, MASTER_ADDR and '
                          'MASTER_PORT: start the script with torchrun, or unset WORLD_SIZE')
+    if wanted == 1 and from_launcher('SLURM_PROCID', 0):
+        raise InputError('srun started several processes that know nothing of each other: start '
+                         'torchrun by it, one a node (docs/casia.md)')
     device = choose_device(cfg)
     if wanted > 1 and not dist.is_initialized():
+        if not from_launcher('LOCAL_RANK', 0):
+            print(f'waiting for {wanted} processes at {os.environ["MASTER_ADDR"]}:'
+                  f'{os.environ["MASTER_PORT"]}', flush=True)
         if device.type == 'cuda':          # device_id: else NCCL guesses it, and warns at barriers
             dist.init_process_group('nccl', timeout=TIMEOUT, device_id=device)
         else:

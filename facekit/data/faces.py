@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import mmap
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from facekit.base.errors import InputError, counted
 from facekit.base.launch import command
 from facekit.base.log import StageLog
 from facekit.data import batches, images, toy
-from facekit.data.sources import fingerprint, is_drawn, open_source
+from facekit.data.sources import FolderSource, fingerprint, is_drawn, open_source
 
 PART = 256        # images that a thread decodes at a time: a run that is stopped waits for them
 AT_ONCE = 4096    # images that are on the host at a time on their way into memory
@@ -66,7 +67,7 @@ class SourceImages:
         shape = len(rows), self.data.size, self.data.size, 3
         memory, how = memory_for(math.prod(shape), device)
         text = (f'{self.source.path}: {counted(len(rows), "image")}, '
-                f'{math.prod(shape) / 1e9:.3g} GB: decoded {how}')
+                f'{math.prod(shape) / 1e6:,.1f} MB: decoded {how}')
         if text != self.said:
             process.say(text)
             self.said = text
@@ -186,6 +187,8 @@ def load(path, cfg, photos=True):
         process.make_once(path, path.exists, lambda: toy.draw_set(
             path, t.identities, t.images, t.test_identities, t.test_pairs, cfg.data.size, t.seed))
     source = open_source(path)
+    if photos:
+        check_apart(source, cfg)
     for why, paths in source.passed_over.items():
         some = ', '.join(str(file.relative_to(source.folder)) for file in paths[:3])
         more = ', ...' if len(paths) > 3 else ''
@@ -201,6 +204,17 @@ def load(path, cfg, photos=True):
     numbers = np.delete(np.arange(len(source.labels)), skipped)
     return FaceSet(path, SourceImages(source, numbers, cfg), source.labels[numbers],
                    source.people, hashes, skipped, look, source)
+
+
+def check_apart(source, cfg):
+    """Refuse a folder of people that holds the run folder, whose pictures would become a person of
+    it, or lies in it."""
+    if type(source) is not FolderSource:       # of a list, or records, nothing else is taken
+        return
+    data, run = (Path(os.path.realpath(path)) for path in (source.folder, cfg.run.folder))
+    if run.is_relative_to(data) or data.is_relative_to(run):
+        raise InputError(f'run.folder = {cfg.run.folder} and the photos in {source.folder} '
+                         'contain one another: set run.folder to a place of its own')
 
 
 def load_release(variant):
@@ -266,7 +280,8 @@ def look_at_all(saved, mark, source, cfg, photos):
     content = io.BytesIO()     # np.savez into a file hides from its error that the disk is full
     np.savez(content, mark=mark, hashes=hashes[sound], small_greys=small_greys[sound],
              skipped=np.array(damaged, np.int64))
-    with files.replacing(saved) as file:
+    files.make_private(saved.parent)           # small_greys are pictures, if small ones
+    with files.replacing(saved, private=True) as file:
         file.write(content.getvalue())
     log(count, count, skipped=len(damaged))
 

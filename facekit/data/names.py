@@ -10,9 +10,10 @@ from facekit.base import files, process
 from facekit.base.errors import InputError
 
 MEMORY = 'excluded.json'      # in a run folder
-# Letters that look like a Latin one, once they are lower case: Cyrillic, then Greek, then dashes
-LIKE_LATIN = str.maketrans('аеорсухіјѕһԁԛԝмтнвк' 'αορνυικτχ' '‐‑‒–—−', 'aeopcyxijshdqwmthbk'
-                           'aopvuiktx' '------')
+# Letters that look like a Latin one, once they are lower case: Cyrillic, Greek, dashes,
+# apostrophes, a Turkish i without its dot; and what is dropped, the dot that a Turkish I keeps in lower case
+LIKE_LATIN = str.maketrans('аеорсухіјѕһԁԛԝмтнвк' 'αορνυικτχ' '‐‑‒–—−' '’ʼı', 'aeopcyxijshdqwmthbk'
+                           'aopvuiktx' '------' "''i", '\u0307')
 
 
 def look_of(name):
@@ -34,8 +35,8 @@ def check_looks(names, path):
     first = {}
     for name in map(str, names):
         if (other := first.setdefault(look_of(name), name)) != name:
-            raise InputError(f'{path} has {other!r} and {name!r}, which look alike: put them into '
-                             'one folder if they are one person, else rename one')
+            raise InputError(f'{path} has {other!r} and {name!r}, which look alike: give them '
+                             'one name if they are one person, else rename one')
 
 
 def remembered(folder):

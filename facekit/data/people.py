@@ -2,9 +2,7 @@
 import difflib
 import hashlib
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +13,6 @@ from facekit.base.errors import InputError, counted
 from facekit.data import faces
 from facekit.data.faces import FaceSet
 from facekit.data.names import excluded_people, look_of, looks_of, remember_excluded
-from facekit.data.sources import FolderSource
 
 # Cosine of images.small_grey() above which two pictures are copies. Measured on LFW: 12 of 11,347
 # photos are so alike to one of another person. 1,000 photos that were saved anew, resized, grey or
@@ -59,7 +56,8 @@ def not_excluded(faceset, cfg):
         near = difflib.get_close_matches(unknown[0], names, 3) or names[:1]
         raise InputError(f'data.exclude has {unknown[0]!r}, with what base configs exclude, but '
                          f'nobody in {faceset.path} is called so: people there have names such as '
-                         f'{" or ".join(near)}')
+                         f'{" or ".join(near)}; a name with a comma needs quotes of its own, '
+                         '["Lee, Ann"]')
     return ~excluded_people(faceset.people, cfg)[faceset.labels]
 
 
@@ -76,21 +74,8 @@ def split(cfg):
     return folds
 
 
-def check_apart(faceset, cfg):
-    """Refuse a folder of people that holds the run folder, whose pictures would become a person of
-    it, or lies in it; drawn faces may."""
-    if not isinstance(faceset.source, FolderSource):
-        return
-    data, run = (Path(os.path.realpath(path)) for path in (faceset.path, cfg.run.folder))
-    if run.is_relative_to(data) or data.is_relative_to(run):
-        raise InputError(f'run.folder = {cfg.run.folder} and the photos in {faceset.path} contain '
-                         'one another: set run.folder to a place of its own')
-
-
 def make_folds(private, public, cfg):
     """split() of FaceSets; public is private where one set is both."""
-    check_apart(private, cfg)
-    check_apart(public, cfg)
     allowed = not_excluded(private, cfg)
     allowed &= ~is_copy(private, ~allowed)
     counts = np.bincount(private.labels, minlength=len(private.people))
@@ -111,13 +96,15 @@ def make_folds(private, public, cfg):
 
 def is_copy(faceset, excluded):
     """Which images are the same picture as one that is excluded, bool (N,), under other names: the
-    same file, or what looks like it saved anew, resized, mirrored, brighter or cut by a pixel."""
+    same file, or what looks like it saved anew, resized, turned, mirrored, brighter."""
     same = np.isin(faceset.hashes, faceset.hashes[excluded])
     if excluded.any() and faceset.look:
         small = faceset.small_greys()
         side = math.isqrt(small.shape[1])
         pictures = small[excluded].reshape(-1, side, side)
-        wanted = np.concatenate([pictures, pictures[:, :, ::-1]]).reshape(-1, side * side)
+        turned = [np.rot90(pictures, quarter, (1, 2)) for quarter in range(4)]
+        turned += [picture[:, :, ::-1] for picture in turned]
+        wanted = np.concatenate(turned).reshape(-1, side * side)
         wanted = F.normalize(torch.from_numpy(wanted).float())
         for part in torch.arange(len(small)).split(max(1, (1 << 26) // len(wanted))):
             cosine = F.normalize(torch.from_numpy(small[part.numpy()]).float()) @ wanted.T

@@ -124,7 +124,7 @@ class Records:
         if end >= EXACT and np.isfinite(end):
             empty = np.flatnonzero(heads.empty[1:])
             first = heads.keys[empty[0] + 1] if len(empty) else len(heads.keys)
-            end = first if abs(first - int(end)) <= np.spacing(end) else end
+            end = first if abs(float(first) - float(end)) <= np.spacing(end) else end
         if not 2 <= end <= len(heads.keys) or heads.keys[int(end) - 1] != int(end) - 1:
             raise InputError(f'{self.path}: the header (key 0) puts the images at keys 1 to '
                              f'{end - 1:.0f}, but the index lacks some: copy both files again')

@@ -3,6 +3,7 @@
 Stages 2 and 4 share them: an attacker who learns from other people's photos protects them exactly
 as the release was protected.
 """
+import importlib
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -156,12 +157,20 @@ def masked(x, seeds, cfg, mae):
     return greyed(x, hidden_patches(seeds, cfg.reconstruct.mask_ratio, cfg))
 
 
+def gaussian_blur():
+    """torchvision's function, imported here as only a blur is worth the three seconds; InputError
+    where torchvision and torch do not fit each other."""
+    try:
+        return importlib.import_module('torchvision.transforms.v2.functional').gaussian_blur
+    except Exception as error:         # of many kinds
+        raise InputError(f'torchvision cannot be imported ({" ".join(str(error).split())[:150]}): '
+                         'install torch and torchvision together') from None
+
+
 def blurred(x, seeds, cfg, mae):
     """A Gaussian blur."""
-    # Here, as only a blur is worth the three seconds that this import takes
-    from torchvision.transforms.v2.functional import gaussian_blur
     sigma = cfg.reconstruct.blur_sigma
-    return gaussian_blur(x, 2 * math.ceil(3 * sigma) + 1, sigma)
+    return gaussian_blur()(x, 2 * math.ceil(3 * sigma) + 1, sigma)
 
 
 def pixelated(x, seeds, cfg, mae):

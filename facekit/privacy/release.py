@@ -30,10 +30,7 @@ PART = 512        # images that are made at a time
 
 def release_secret(cfg):
     """The secret of a run's releases, drawn once: 32 bytes or more."""
-    path = Path(cfg.reconstruct.key or Path(cfg.run.folder) / 'release.key')
-    if cfg.reconstruct.key and not path.is_file():
-        raise InputError(f'reconstruct.key = {path} does not exist: leave it empty to have a new '
-                         'secret drawn')
+    path = key_file(cfg)
     process.make_once(path, path.exists, lambda: draw_secret(path))
     secret = read_secret(path)
     if is_public(secret):
@@ -45,6 +42,18 @@ def release_secret(cfg):
         process.say(f'warning: others can read {path}, from which masks, order and labels of the '
                     f'release follow: chmod 600 {path}')
     return secret
+
+
+def key_file(cfg):
+    """Path of the secret: reconstruct.key, relative to where one is or to the kit, else a file of
+    the run. InputError for a key that is named and not there."""
+    if not cfg.reconstruct.key:
+        return Path(cfg.run.folder) / 'release.key'
+    for path in (Path(cfg.reconstruct.key), CONFIGS.parent / cfg.reconstruct.key):
+        if path.exists():
+            return path
+    raise InputError(f'reconstruct.key = {cfg.reconstruct.key} does not exist: leave it empty to '
+                     'have a new secret drawn')
 
 
 def read_secret(path):
@@ -187,8 +196,8 @@ class PlannedRelease:
         folder = self.variant.release
         saved = files.read_json(self.variant.folder / 'release.json')
         check_made_from(folder, files.entry(saved, 'made_from'), self.made_from,
-                        'give the other settings a row of their own (compare), or use another '
-                        'run.folder')
+                        'give the other settings a row of their own (compare); people are taken '
+                        'out by reconstruct.remove=[NAME]')
         refuse(process.on_rank_0(lambda: digests(folder)) != saved.get('files'), folder,
                'has other files than when it was published')
 

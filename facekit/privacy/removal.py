@@ -13,25 +13,28 @@ OF_THE_RUN = ('comparison.json', 'table.txt', 'tables.csv', 'report.html', 'figu
               'log/student', 'log/student.jsonl')
 
 
-def results_of(rows):
-    """What is there of OF_A_ROW and OF_THE_RUN of Variants of one run, a list of paths, with what
-    others' models and releases found on its photos."""
-    paths = [row.folder / name for row in rows for name in OF_A_ROW]
-    paths += [path for row in rows for path in sorted(row.folder.glob('external*'))]
-    paths += [rows[0].run / name for name in OF_THE_RUN]
+def rows_in(run):
+    """The folders in a run folder that hold a row, whatever rows its config names now."""
+    return sorted({path.parent for name in (*OF_A_ROW, 'external.json')
+                   for path in Path(run).rglob(name)})
+
+
+def results_of(run):
+    """What is there of OF_A_ROW and OF_THE_RUN in a run folder, a list of paths, with what others'
+    models and releases found on its photos."""
+    rows = rows_in(run)
+    paths = [row / name for row in rows for name in OF_A_ROW]
+    paths += [path for row in rows for path in sorted(row.glob('external*'))]
+    paths += [Path(run, name) for name in OF_THE_RUN]
     return [path for path in paths if path.exists()]
 
 
-def nets_of_removed(cfg, before, after):
-    """The checkpoints of a run that learnt from images which are public in the Folds `before`, but
-    not any more in those `after`: they learnt from who was taken out."""
-    found = []
-    for old, new in zip(before, after):
-        for path in sorted(Path(cfg.run.folder, f'fold{old.k}').glob('*.pt')):
-            saved = load_checkpoint(path)
-            if old.taught(saved) and not new.taught(saved):
-                found.append(path)
-    return found
+def nets_of_others(cfg, folds):
+    """The checkpoints of a run that learnt from other images than are public in Folds now: maybe
+    from who was taken out. No stage would use them."""
+    return [path for fold in folds
+            for path in sorted(Path(cfg.run.folder, f'fold{fold.k}').glob('*.pt'))
+            if not fold.taught(load_checkpoint(path))]
 
 
 def delete(paths):
