@@ -11,7 +11,7 @@ from facekit.base.errors import InputError
 
 MEMORY = 'excluded.json'      # in a run folder
 # Letters that look like a Latin one, once they are lower case: Cyrillic, Greek, dashes,
-# apostrophes, a Turkish i without its dot; and what is dropped, the dot that a Turkish I keeps in lower case
+# apostrophes, a Turkish i without its dot; what is dropped is the dot that a Turkish I keeps
 LIKE_LATIN = str.maketrans('аеорсухіјѕһԁԛԝмтнвк' 'αορνυικτχ' '‐‑‒–—−' '’ʼı', 'aeopcyxijshdqwmthbk'
                            'aopvuiktx' '------' "''i", '\u0307')
 
