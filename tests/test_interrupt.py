@@ -238,7 +238,7 @@ def test_processes_may_be_more_or_less_after_an_interruption(copied, arguments, 
     if 'fr.shard_classes=true' in arguments:              # divided twice, whole once
         for name in (n for n in whole if whole[n].shape == whole['head/weight/'].shape):
             error = (saved[name] - whole[name]).abs().max() / whole[name].abs().max()
-            assert error < 1e-3, (name, error)
+            assert error < 5e-3, (name, error)            # rounding grows with the steps
 
 
 IN_PARTS = """

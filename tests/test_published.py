@@ -179,7 +179,7 @@ def test_a_recogniser_named_beside_a_foreign_release_is_used_or_refused(folder, 
     evaluate.main(config(*foreign, 'evaluate.model=dlib'), CPU, compare=False)
     results = json.loads((folder / 'run' / 'external.json').read_text())
     assert results['verification']['toy']['pairs'] == 40
-    assert results['privacy']['insider_same_image']['rank1'] == 1
+    assert results['privacy'] == {}                # it did not learn from the release: no insider
     for name in ('none.pth', 'none.onnx', 'DLIB'):
         for start in (lambda cfg: check.check_experiment(cfg, compare=False),
                       lambda cfg: evaluate.main(cfg, CPU, compare=False)):
