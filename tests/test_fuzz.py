@@ -76,7 +76,7 @@ def read_all(kind, folder, evil, count):
             except InputError as e:
                 text = str(e)
                 good = (text.isprintable() and len(text) < 1000 and 'MemoryError' not in text
-                        and (str(folder) in text or text.startswith('config /')))
+                        and (str(folder) in text or kind == 'yaml'))     # which names its keys
                 log.write('refused\n' if good else f'WRONG WORDS {text[:1000]!r}\n')
             except BaseException as e:
                 log.write(f'{type(e).__name__}\n')
