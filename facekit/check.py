@@ -118,8 +118,8 @@ def check_people(cfg, rows):
                     'they shall protect; take them out of one')
     fewest = min(len(np.unique(public.labels[fold.train])) for fold in folds)
     if fewest < FEW_PEOPLE:
-        process.say(f'warning: nets and attackers learn from {fewest} people: from fewer than '
-                    f'{FEW_PEOPLE} figures say little, and others may find far more')
+        process.say(f'warning: nets and attackers learn from {fewest} people: with fewer than '
+                    f'{FEW_PEOPLE} figures say little')
     warn_of_few_steps(cfg, len(folds[0].mae), count_release(folds, cfg).images)
     if len(folds) == 1 and cfg.data.validation:
         check_held_back(folds[0])
@@ -143,9 +143,8 @@ def warn_of_few_steps(cfg, public, released):
             words = f'{section}.epochs={epochs}'
             if section == 'mae' and cfg.irm.weight:
                 words += f' irm.warmup_epochs={cfg.irm.warmup_epochs * epochs / c.epochs:.0f}'
-            process.say(f'warning: {section}.epochs = {c.epochs:g} are '
-                        f'{c.epochs * in_epoch:.0f} steps of {counted(images, "image")}, in which '
-                        f'nets hardly learn faces: try {words}')
+            process.say(f'warning: {section}.epochs={c.epochs:g} are '
+                        f'{c.epochs * in_epoch:.0f} steps, few for faces: try {words}')
 
 
 def check_strengths(cfg, rows):
