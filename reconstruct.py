@@ -46,7 +46,7 @@ from facekit.data.people import count_release, split
 from facekit.privacy import protect
 from facekit.privacy.protect import Protection
 from facekit.privacy.removal import delete, nets_of_others, results_of, rows_in
-from facekit.privacy.release import digests, planned_release
+from facekit.privacy.release import check_digests, digests, planned_release
 from facekit.report import pictures
 
 PART = 2048     # images that a process makes between two times that all send theirs to process 0
@@ -246,9 +246,7 @@ def export(variant):
     folder, release = Path(variant.cfg.reconstruct.export).absolute(), variant.release
     if not (release / 'manifest.json').exists():
         raise InputError(f'{release} is missing: first run `{command("reconstruct.py")}`')
-    if files.read_json(variant.folder / 'release.json').get('files') != digests(release):
-        raise InputError(f'{release} has other files than when it was published: delete it, and '
-                         f'run `{command("reconstruct.py")}`')
+    check_digests(variant)
     if folder.exists() and not is_empty(folder):
         raise InputError(f'reconstruct.export = {folder} is there already: name a new folder')
     form = files.read_json(release / 'manifest.json')['format']

@@ -39,7 +39,6 @@ def check_experiment(cfg, compare):
         process.say(f'toy faces will be drawn into {cfg.data.root}')
     else:
         check_people(cfg, rows)
-        check_strengths(cfg, rows)
     for name in cfg.evaluate.sets:
         path = find_set(name, cfg)
         if not (drawn and path.name == 'toy.bin'):
@@ -82,16 +81,14 @@ def check_checkpoints(cfg):
 def check_finished(variant):
     """Refuse settings that finished files of a row were not made with: told from what each of them
     keeps of its settings, before anything is trained."""
-    cfg, saved = variant.cfg, {}
-    nets = [variant.student]
+    cfg = variant.cfg
+    paths = [variant.student, variant.folder / 'release.json']
     if cfg.reconstruct.method == 'facemae':
-        nets += [variant.mae(k) for k in range(cfg.data.folds)]
-    for path in nets:
-        if path.is_file():
-            saved[path] = load_checkpoint(path)
-    if (path := variant.folder / 'release.json').is_file():
-        saved[path] = files.read_json(path)
-    for path, content in saved.items():
+        paths += [variant.mae(k) for k in range(cfg.data.folds)]
+    for path in paths:
+        if not path.is_file():
+            continue
+        content = files.read_json(path) if path.suffix == '.json' else load_checkpoint(path)
         then = files.entry(content, 'made_from')
         now = settings(cfg, [key for key in then if key in SPECS])
         if path.name == 'release.json' and cfg.reconstruct.method == 'facemae':
@@ -107,7 +104,8 @@ def check_people(cfg, rows):
     public = undecoded(cfg.data.public, cfg, len(private)) if cfg.data.public else private
     folds = make_folds(private, public, cfg)
     out = private.people[excluded_people(private.people, cfg)]
-    process.say(count_release(folds, cfg).sentence(out))
+    counts = count_release(folds, cfg)
+    process.say(counts.sentence(out))
     both = []
     if public is not private:
         both = [name for name in np.intersect1d(looks_of(public.people), looks_of(private.people))
@@ -120,7 +118,8 @@ def check_people(cfg, rows):
     if fewest < FEW_PEOPLE:
         process.say(f'warning: nets and attackers learn from {fewest} people: with fewer than '
                     f'{FEW_PEOPLE} figures say little')
-    warn_of_few_steps(cfg, len(folds[0].mae), count_release(folds, cfg).images)
+    check_strengths(private.source, cfg, rows)
+    warn_of_few_steps(cfg, len(folds[0].mae), counts.images)
     if len(folds) == 1 and cfg.data.validation:
         check_held_back(folds[0])
     for variant in rows:
@@ -147,10 +146,9 @@ def warn_of_few_steps(cfg, public, released):
                         f'{c.epochs * in_epoch:.0f} steps, few for faces: try {words}')
 
 
-def check_strengths(cfg, rows):
+def check_strengths(source, cfg, rows):
     """Refuse distortions that would hardly change a few of the photos; a FaceMAE is checked once
     it is trained."""
-    source = open_source(Path(cfg.data.root))
     some = np.unique(np.linspace(0, len(source.labels) - 1, SAMPLE).astype(int))
     try:
         photos = SourceImages(source, some, cfg)[:]

@@ -19,7 +19,8 @@ from facekit.base.errors import InputError, printable, quoted
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 RESERVED = 'fold', 'seed', 'figures', 'reconstructed', 'looks', 'faces', 'log'   # in run folders
-# What rows may change; they share all else: people, split, judge and run folder
+# What rows may change, but for keys OF_COMMANDS; they share all else: people, split, judge and run
+# folder
 OF_COMMANDS = [f'reconstruct.{key}' for key in ('remove', 'check', 'photos', 'export', 'key')]
 OF_ROWS = 'mae.', 'irm.', 'reconstruct.', 'fr.', 'evaluate.', 'teacher.checkpoint'
 

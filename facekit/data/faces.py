@@ -263,8 +263,7 @@ def look_at_all(saved, mark, source, cfg, photos):
     log = StageLog(cfg.run.folder, f'look/{saved.stem}', count)
     parts = [range(first, min(first + PART, count)) for first in range(0, count, PART)]
     with ThreadPoolExecutor(process.cores()) as pool:
-        looks = pool.map(lambda part: look_at(part, source, cfg, hashes, small_greys),
-                         parts)
+        looks = pool.map(lambda part: look_at(part, source, cfg, hashes, small_greys), parts)
         for part, (some_damaged, some_cut) in zip(parts, looks):
             log.announce(f'looking at {source.path}, image {part.start} of {count}')
             damaged += some_damaged

@@ -101,21 +101,24 @@ def fitted(image, where, size, on_size):
         if on_size == 'refuse':
             raise InputError(f'{where} is {width}x{height} pixels, data.size is {size}: change '
                              'it, or use data.on_size=resize')
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        square = image[None, :, top:top + side, left:left + side].contiguous().float()
+        square = middle_square(image)[None].contiguous().float()
         image = F.interpolate(square, (size, size), mode='bilinear', antialias=True,
                               align_corners=False)[0].round_().byte()
     return image.permute(1, 2, 0).numpy()
 
 
-def small_grey(image):
-    """What copies of a picture have in common, int8 (64,): 8 x 8 grey levels of the middle square
-    of uint8 (3, H, W), without their mean and scaled to -127..127; 0 where all are equal."""
+def middle_square(image):
+    """The middle (3, S, S) of an image (3, H, W), S the shorter side."""
     height, width = image.shape[1:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    square = image[:, top:top + side, left:left + side].permute(1, 2, 0).float()
+    return image[:, top:top + side, left:left + side]
+
+
+def small_grey(image):
+    """What copies of a picture have in common, int8 (64,): 8 x 8 grey levels of the middle square
+    of uint8 (3, H, W), without their mean and scaled to -127..127; 0 where all are equal."""
+    square = middle_square(image).permute(1, 2, 0).float()
     grey = square @ torch.tensor([0.299, 0.587, 0.114])             # ITU-R BT.601
     grey = F.adaptive_avg_pool2d(grey[None], SMALL).flatten()
     grey = grey - grey.mean()

@@ -30,6 +30,7 @@ class Fold:
     mae: np.ndarray           # rows of `public` that train the MAE: also people with few images
     validation: np.ndarray    # rows of `public` that are kept from all training
     released: np.ndarray      # rows of `private` that are released
+    copies: np.ndarray        # rows of `private` that are left out, see is_copy()
 
     def taught(self, saved):
         """Whether a checkpoint learnt from the public images."""
@@ -77,7 +78,8 @@ def split(cfg):
 def make_folds(private, public, cfg):
     """split() of FaceSets; public is private where one set is both."""
     allowed = not_excluded(private, cfg)
-    allowed &= ~is_copy(private, ~allowed)
+    copies = is_copy(private, ~allowed)
+    allowed &= ~copies
     counts = np.bincount(private.labels, minlength=len(private.people))
     releasable = (counts >= cfg.data.min_images)[private.labels] & allowed
     folds = []
@@ -88,7 +90,8 @@ def make_folds(private, public, cfg):
         validation = held_back_people(public, trainable, cfg)
         fold = Fold(k, public, private, np.flatnonzero(trainable & ~validation),
                     np.flatnonzero(for_mae & ~validation),
-                    np.flatnonzero(trainable & validation), np.flatnonzero(released))
+                    np.flatnonzero(trainable & validation), np.flatnonzero(released),
+                    np.flatnonzero(copies))
         check_disjoint(fold)
         folds.append(fold)
     return folds
@@ -214,7 +217,7 @@ def count_release(folds, cfg):
         people=people, images=int(released.clip(max=most).sum()), of_people=len(images),
         of_images=len(private), excluded_people=int(excluded.sum()),
         excluded_images=int(images[excluded].sum()),
-        excluded_copies=int(is_copy(private, excluded[private.labels]).sum()),
+        excluded_copies=len(folds[0].copies),
         people_with_few=int(few.sum()),
         people_in_other_folds=len(images) - int(excluded.sum() + few.sum()) - people,
         damaged_images=len(private.skipped))

@@ -38,7 +38,10 @@ def embed_all(net, store, batch, precision, joined=False):
     """
     numbers = torch.arange(len(store)).split(batch)
     faces = store.ahead(numbers[process.rank()::process.world()])
-    length = net(torch.zeros(1, 3, net.size, net.size, device=store.device)).shape[1]
+    if isinstance(net, models.IResNet):        # a forward pass of one image would be tuned anew
+        length = net.fc.out_features
+    else:
+        length = net(torch.zeros(1, 3, net.size, net.size, device=store.device)).shape[1]
     needed = 4 * len(store) * length
     on_host = joined and needed > max(process.free_memory(store.device) / 4, 1 << 30)
     out = torch.empty(1 if joined else 2, len(store), length,

@@ -100,8 +100,8 @@ def key_of(secret):
 def draw_secret(path):
     """Write a new secret that the user alone can read, or refuse where the old one is lost."""
     if any(path.parent.rglob('release.json')):
-        raise InputError(f'{path} is missing, but releases were made with it: put it back, or '
-                         'use another run.folder')
+        raise InputError(f'{path} is missing, but releases were made with it: put it back, as '
+                         'with another secret the same photos would show other patches')
     with files.replacing(path, private=True) as file:
         file.write(secrets.token_hex(32).encode() + b'\n')
 
@@ -198,8 +198,7 @@ class PlannedRelease:
         check_made_from(folder, files.entry(saved, 'made_from'), self.made_from,
                         'give the other settings a row of their own (compare); people are taken '
                         'out by reconstruct.remove=[NAME]')
-        refuse(process.on_rank_0(lambda: digests(folder)) != saved.get('files'), folder,
-               'has other files than when it was published')
+        process.on_rank_0(lambda: check_digests(self.variant))
 
     def check_files(self, folder, facts, card):
         """Refuse a release whose files are not exactly what it may hold.
@@ -277,6 +276,13 @@ def planned_release(variant, folds, device):
 def digests(folder):
     """{name: SHA-256} of the files of a release."""
     return {path.name: files.digest(files.open_bytes(path)) for path in sorted(folder.iterdir())}
+
+
+def check_digests(variant):
+    """Refuse a finished release of which a file was changed since it was published."""
+    saved = files.read_json(variant.folder / 'release.json')
+    refuse(digests(variant.release) != saved.get('files'), variant.release,
+           'has other files than when it was published')
 
 
 def check_strength(cfg, originals, protected):
