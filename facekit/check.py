@@ -14,6 +14,7 @@ from facekit.data.names import excluded_people, looks_of
 from facekit.data.pairs import check_held_back, find_set, read_pairs
 from facekit.data.people import count_release, make_folds
 from facekit.data.sources import open_source
+from facekit.forecast import say_forecast
 from facekit.nets.published import DLIB, check_installed, refuse_published
 from facekit.nets.weights import load_checkpoint
 from facekit.privacy import attacks, protect
@@ -25,7 +26,7 @@ FEW_PEOPLE = 200  # from fewer no recogniser learns what strangers look like
 
 def check_experiment(cfg, compare):
     """Say what a run will do, or refuse it if one of its stages would fail. A few photos are
-    decoded; nothing is trained or written."""
+    decoded and steps of untrained nets timed; nothing is written."""
     rows = variants(cfg, compare)
     for variant in rows:
         check_models(variant.cfg)
@@ -37,8 +38,10 @@ def check_experiment(cfg, compare):
     drawn = cfg.data.root == cfg.toy.root and not Path(cfg.data.root).exists()
     if drawn:
         process.say(f'toy faces will be drawn into {cfg.data.root}')
+        private = toy_people(cfg)
     else:
-        check_people(cfg, rows)
+        private = undecoded(cfg.data.root, cfg)
+    folds = check_people(cfg, rows, private)
     for name in cfg.evaluate.sets:
         path = find_set(name, cfg)
         if not (drawn and path.name == 'toy.bin'):
@@ -46,6 +49,7 @@ def check_experiment(cfg, compare):
     names = ', '.join(f'{v.name} (seed {v.seed})' for v in rows)
     process.say(f'checked: {counted(len(rows), "row")}, {names}; each is released below '
                 f'{cfg.run.folder}, where results will be, too')
+    say_forecast(cfg, folds, rows)
 
 
 def check_models(cfg):
@@ -98,9 +102,9 @@ def check_finished(variant):
                         '"compare={NAME: [mae.name=NAME, ...]}"')
 
 
-def check_people(cfg, rows):
-    """Refuse a split that leaves a stage too few images, told from labels alone."""
-    private = undecoded(cfg.data.root, cfg)
+def check_people(cfg, rows, private):
+    """The Folds of a FaceSet; refuses a split that leaves a stage too few images, told from labels
+    alone."""
     public = undecoded(cfg.data.public, cfg, len(private)) if cfg.data.public else private
     folds = make_folds(private, public, cfg)
     out = private.people[excluded_people(private.people, cfg)]
@@ -118,7 +122,8 @@ def check_people(cfg, rows):
     if fewest < FEW_PEOPLE:
         process.say(f'warning: nets and attackers learn from {fewest} people: with fewer than '
                     f'{FEW_PEOPLE} figures say little')
-    check_strengths(private.source, cfg, rows)
+    if private.source:
+        check_strengths(private.source, cfg, rows)
     warn_of_few_steps(cfg, len(folds[0].mae), counts.images)
     if len(folds) == 1 and cfg.data.validation:
         check_held_back(folds[0])
@@ -130,6 +135,7 @@ def check_people(cfg, rows):
             if batch > count:
                 raise InputError(f'{key} = {batch} is larger than the smallest set it is taken '
                                  f'from, {count} images: use a smaller one')
+    return folds
 
 
 def warn_of_few_steps(cfg, public, released):
@@ -158,6 +164,13 @@ def check_strengths(source, cfg, rows):
         if variant.cfg.reconstruct.method != 'facemae':
             protected = protect.Protection(variant.cfg, None)(photos, torch.arange(len(photos)))
             check_strength(variant.cfg, photos, protected)
+
+
+def toy_people(cfg):
+    """The FaceSet of toy faces that are yet to be drawn, without its images."""
+    labels = np.repeat(np.arange(cfg.toy.identities), cfg.toy.images)
+    return FaceSet(Path(cfg.data.root), None, labels, np.unique(labels).astype(str),
+                   np.arange(len(labels), dtype=np.uint64), [])
 
 
 def undecoded(path, cfg, first=0):

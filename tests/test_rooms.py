@@ -5,7 +5,7 @@ import pytest
 
 from conftest import ROOT
 
-ROOMS = ['base', 'data', 'nets', 'measure', 'privacy', 'report', 'check']
+ROOMS = ['base', 'data', 'nets', 'measure', 'privacy', 'report', 'forecast', 'check']
 STAGES = ['train_mae', 'reconstruct', 'train_fr', 'evaluate']
 FILES = [*ROOT.glob('*.py'), *(ROOT / 'facekit').rglob('*.py')]
 

@@ -21,6 +21,8 @@ from facekit.base.config import namespace, resolve, variants
 from facekit.base.errors import InputError
 from facekit.check import check_experiment
 from facekit.data import faces, images, records, toy
+from facekit.data.people import split
+from facekit.forecast import remaining
 from facekit.privacy import attacks, protect
 
 
@@ -278,7 +280,8 @@ def test_half_of_a_clusters_environment_and_too_few_gpus_are_a_sentence(monkeypa
 
 
 def test_the_whole_experiment_is_checked_in_seconds_before_the_first_stage(finished, monkeypatch):
-    assert 'releases 10 of 24 people' in run(finished[0], 'evaluate.py', '--check', '--compare')
+    told = run(finished[0], 'evaluate.py', '--check', '--compare')
+    assert 'releases 10 of 24 people' in told and 'to train' not in told
     before = {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
     monkeypatch.chdir(finished[0])
     for words, sentence in (
@@ -290,6 +293,19 @@ def test_the_whole_experiment_is_checked_in_seconds_before_the_first_stage(finis
         with pytest.raises(InputError, match=sentence):
             check_experiment(namespace(resolve(TINY, [words])), compare=False)
     assert before == {p: p.stat().st_mtime_ns for p in finished[0].rglob('*')}
+
+
+def test_what_is_left_to_train_is_told_before_faces_are_drawn(finished, tmp_path, monkeypatch):
+    told = run(tmp_path, 'evaluate.py', '--check', '--compare')
+    assert 'releases 10 of 24 people' in told and re.search(
+        r'6 nets to train, about \d+ minutes? in one process', told)
+    monkeypatch.chdir(finished[0])
+    cfg = namespace(resolve(TINY, ['run.folder=run']))
+    folds, rows = split(cfg), variants(cfg, compare=True)
+    monkeypatch.setattr(Path, 'exists', lambda path: False)
+    for path, (section, seen) in remaining(folds, rows).items():
+        batch = cfg.mae.batch if section == 'mae' else cfg.fr.batch
+        assert seen == torch.load(path, weights_only=True)['steps'] * batch
 
 
 def test_a_damaged_checkpoint_or_one_of_another_teacher_is_one_sentence(copied):

@@ -14,6 +14,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 0 auto; padding: 1em;
        color: #222; background: #fff; overflow-wrap: anywhere }
 h1 { font-size: 1.5em } h2 { font-size: 1.1em; margin: 2em 0 .4em }
+h1::first-letter, h2::first-letter { text-transform: uppercase }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal }
 th, td { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
@@ -21,7 +22,10 @@ th:first-child, td:first-child { text-align: left; padding-left: 0 }
 table:not(.text) td { white-space: nowrap } .meaning { margin: .2em 0 .6em; color: #555 }
 .wide { overflow-x: auto } img { max-width: 100%; height: auto }
 .warning { border-left: 4px solid #d1495b; padding: .4em 1em; background: #fbf1f2 }
-pre { white-space: pre-wrap; font-size: 13px }
+pre { white-space: pre-wrap; font-size: 13px } summary { margin: 2em 0; cursor: pointer }
+@media (max-width: 520px) {
+  body { padding: .6em } table { font-size: 12px } th, td { padding: .2em .3em }
+  .wide img { max-width: none; width: 640px } }
 @media print { body { max-width: none; font-size: 10pt; padding: 0 } .wide { overflow: visible }
                h2, .meaning { break-after: avoid } tr, img { break-inside: avoid } }
 """
@@ -55,8 +59,8 @@ def html_pictures(folder, titles):
     for name, title in titles.items():
         if (folder / name).is_file():
             content = base64.b64encode((folder / name).read_bytes()).decode()
-            parts.append(f'<h2>{escape(title)}</h2><img alt="{escape(title)}" '
-                         f'src="data:image/png;base64,{content}">')
+            parts.append(f'<h2>{escape(title)}</h2><div class="wide"><img alt="{escape(title)}" '
+                         f'src="data:image/png;base64,{content}"></div>')
     return parts
 
 
@@ -66,11 +70,13 @@ def write_page(folder, sheets, results):
     folder = Path(folder)
     config = {k: v for k, v in results.get('config', {}).items()
               if k not in ('compare', 'base', 'reference')}
-    made = Sheet('Made with; seconds of each stage', ['', ''], [
-        [key, str(value)] for name in ('made_with', 'people', 'seconds')
-        for key, value in results.get(name, {}).items()],
-        meaning='Versions; how many people and images are released, and how many are not and why; '
-                'seconds.')
+    made, seconds = (
+        Sheet(title, ['', ''], [[key, str(value)] for name in names
+                                for key, value in results.get(name, {}).items()], meaning=meaning)
+        for title, names, meaning in (
+            ('Made with', ('made_with', 'people'),
+             'Versions; how many people and images are released, and how many are not and why.'),
+            ('Seconds of each stage', ('seconds',), '')))
     links = ', '.join(
         f'<a href="{escape(os.path.relpath(CONFIGS.parent / name, folder))}">{text}</a>'
         for name, text in EXPLAINED.items())
@@ -78,7 +84,9 @@ def write_page(folder, sheets, results):
     parts = [*html_pictures(folder / 'figures', FIRST), *map(html_table, verdicts_first),
              f'<p>How attackers work, and what was found with them: {links}.</p>',
              *html_pictures(folder / 'figures', LAST), html_table(made),
-             f'<h2>Settings</h2><pre>{escape(yaml.safe_dump(config, sort_keys=False))}</pre>']
+             f'<details><summary>Seconds and settings</summary>{html_table(seconds)}'
+             f'<h2>Settings</h2><pre>{escape(yaml.safe_dump(config, sort_keys=False))}</pre>'
+             '</details>']
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width, initial-scale=1"><title>{escape(folder.name)}</title>'
             f'<style>{STYLE}</style><h1>FaceMAE kit: {escape(folder.name)}</h1>'

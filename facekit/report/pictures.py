@@ -118,7 +118,8 @@ def save_losses(logs, path):
             panel.plot(*zip(*curves[name]), color=colour, label=name)
         panel.set(xlabel='step', title=title)
         if curves:                                         # else it warns
-            panel.legend(frameon=False, fontsize=6)
+            panel.legend(frameon=False, fontsize=7, loc='upper center',
+                         bbox_to_anchor=(0.5, -0.15))
     save_plot(figure, path)
 
 
