@@ -1,5 +1,5 @@
-"""How many are found among 95 to 757 people, by attackers of one finished run; see
-results/runs.md.
+"""How many are found among 95 to 757 people, by attackers of a finished run, in each seed of
+compare_seeds; see results/runs.md.
 
     python results/scale/gallery.py configs/lfw_half.yaml OUT.json [section.key=value ...]
 """
@@ -41,8 +41,6 @@ def some_people(group, people):
 def main(config, out, words):
     cfg, found = namespace(resolve(config, words)), {}
     for variant in variants(cfg, compare=True):
-        if variant.seed != cfg.run.seed:
-            continue
         folds = split(variant.cfg)
         planned = planned_release(variant, folds, CPU)
         release = faces.load_release(variant)
@@ -55,14 +53,16 @@ def main(config, out, words):
             part = some_people(group, order[:count])
             insider = embed.Embedder('insider', student, variant.cfg, CPU)
             owned = Owned(variant.cfg, 0, folds[0], CPU, {}, insider, variant.student)
+            tried = [attacks.attack(name, [part], [owned], variant.cfg).figures
+                     for name in ATTACKERS]
             for question in ('same_person', 'same_image'):
-                tried = [attacks.attack(name, [part], [owned], variant.cfg).figures[question]
-                         for name in ATTACKERS]
-                best = max(tried, key=lambda figures: figures['rank1_of_choosers'])
-                found.setdefault(variant.name, {}).setdefault(count, {})[question] = {
+                best = max((figures[question] for figures in tried),
+                           key=lambda figures: figures['rank1_of_choosers'])
+                row = found.setdefault(variant.name, {}).setdefault(count, {})
+                row.setdefault(question, []).append({
                     key: best[key] for key in ('rank1', 'rank1_ci', 'each_person_once', 'chance',
-                                               'probes', 'people')}
-            print(variant.name, count, found[variant.name][count], flush=True)
+                                               'probes', 'people')} | {'seed': variant.seed})
+            print(variant.name, variant.seed, count, flush=True)
             Path(out).write_text(json.dumps(found, indent=1) + '\n')
 
 
