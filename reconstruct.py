@@ -23,7 +23,9 @@ import facekit.base.start  # noqa: F401 (first: says what is not installed)
 import json
 import math
 import os
+import shlex
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -33,7 +35,7 @@ import torch
 
 from facekit.base import files, process
 from facekit.base.errors import InputError
-from facekit.base.config import variants
+from facekit.base.config import CONFIGS, variants
 from facekit.base.made_from import public_dict
 from facekit.base.launch import Stop, command, commit, launch, on_ending_signals
 from facekit.base.log import StageLog
@@ -45,7 +47,7 @@ from facekit.data.sources import FolderSource
 from facekit.data.people import count_release, split
 from facekit.privacy import protect
 from facekit.privacy.protect import Protection
-from facekit.privacy.removal import delete, nets_of_others, results_of, rows_in
+from facekit.privacy.removal import delete, is_run, nets_of_others, results_of, rows_in
 from facekit.privacy.release import check_digests, digests, planned_release
 from facekit.report import pictures
 
@@ -264,12 +266,12 @@ def export(variant):
 
 def main(cfg, device, compare):
     on_ending_signals(Stop.interrupt)                  # there is nothing to save
+    if cfg.reconstruct.remove:
+        return remove_people(cfg, device)
     if cfg.reconstruct.photos:
         return picture_of_photos(variants(cfg, False)[0], device)
     if cfg.reconstruct.export:
         return process.on_rank_0(lambda: export(variants(cfg, False)[0]))
-    if cfg.reconstruct.remove:
-        return remove_people(cfg, device)
     make_releases(variants(cfg, compare), split(cfg), device)
 
 
@@ -277,6 +279,12 @@ def remove_people(cfg, device):
     """Take the people of reconstruct.remove out of a run: delete what was made of them, and make
     the releases that were there again, if no net has to be trained before."""
     c = cfg.reconstruct
+    if c.photos or c.export:
+        raise InputError('reconstruct.remove goes with neither reconstruct.photos nor '
+                         'reconstruct.export: leave these out')
+    if not is_run(cfg.run.folder):
+        raise InputError(f'run.folder = {cfg.run.folder} holds no run to take somebody out of: '
+                         'name the folder of one')
     names, c.remove = c.remove, []
     cfg.data.exclude += names
     folds = split(cfg)              # refuses a name that nobody has; the run folder remembers it
@@ -285,10 +293,10 @@ def remove_people(cfg, device):
     unnamed = process.on_rank_0(lambda: [
         folder for folder in rows_in(cfg.run.folder) if (folder / 'reconstructed').exists()
         and folder not in [row.folder for row in rows]])
-    nets = process.on_rank_0(lambda: nets_of_others(cfg, folds))
+    nets = process.on_rank_0(lambda: nets_of_others(cfg))
     process.on_rank_0(lambda: delete([*nets, *results_of(cfg.run.folder)]))
     process.say(f'out: {", ".join(names)}. Add them to data.exclude of your configs, too, and '
-                'replace what was published; the secret is kept')
+                'replace what was published or exported; the secret is kept')
     if nets:
         process.say('nets learnt from them: no release can be made before these are trained again')
     else:
@@ -296,7 +304,10 @@ def remove_people(cfg, device):
     if unnamed:
         process.say(f'give the rows of {", ".join(map(str, unnamed))} (compare) again to have '
                     'their releases made')
-    process.say(f'then run `./reproduce.sh {cfg.run.config}` for what is missing')
+    words = [word for word in sys.argv[1:]
+             if '=' in word and not word.startswith(('--', 'reconstruct.remove'))]
+    rest = shlex.join([str(CONFIGS.parent / 'reproduce.sh'), cfg.run.config, *words])
+    process.say(f'then run `{rest}` for what is missing')
 
 
 def make_releases(rows, folds, device):

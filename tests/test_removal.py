@@ -1,8 +1,13 @@
 """One command takes a person out, and leaves nothing of them; pictures are for the user alone."""
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
+import pytest
 from test_data import make_config
+from test_people import folder_of_people
 
 from conftest import run
 from facekit.data import records
@@ -81,3 +86,57 @@ def test_pictures_of_originals_are_for_the_user_alone(finished):
     for name in ('figures', 'originals/reconstructed'):
         assert (finished[0] / 'run' / name).stat().st_mode & 0o777 == 0o700
     assert (finished[0] / 'run' / 'reconstructed').stat().st_mode & 0o777 != 0o700
+
+
+def test_what_is_told_at_the_end_of_a_removal_continues_this_run(whole):
+    name = people_of(whole)[0][0]
+    told = run(whole, 'reconstruct.py', f'reconstruct.remove=[{name}]', 'fr.augment=0')
+    script, _, *words = shlex.split(re.search('then run `(.*?)`', told)[1])
+    assert Path(script).is_file() and words == ['run.folder=run', 'fr.augment=0']
+    assert 'releases 9 of 24' in run(whole, 'evaluate.py', '--check', *words)
+
+
+@pytest.mark.parametrize('script, words, sentence, right', [
+    ('reconstruct.py', ['reconstruct.export=new'], 'reconstruct.export: leave these out', []),
+    ('reconstruct.py', ['run.folder=typo'], 'name the folder of one', ['run.folder=run']),
+    ('train_fr.py', [], 'give it to reconstruct.py alone', []),
+    ('evaluate.py', ['--check'], 'give it to reconstruct.py alone', [])])
+def test_a_removal_that_would_do_nothing_is_refused(whole, script, words, sentence, right):
+    name = people_of(whole)[0][0]
+    before = {path: path.read_bytes() for path in whole.rglob('*') if path.is_file()}
+    told = run(whole, script, *words, f'reconstruct.remove=[{name}]', code=2)
+    assert sentence in told
+    assert {path: path.read_bytes() for path in whole.rglob('*') if path.is_file()} == before
+    assert f'out: {name}' in run(whole, 'reconstruct.py', *right, f'reconstruct.remove=[{name}]')
+
+
+def test_nothing_of_the_person_stays_in_drafts_looks_links_or_other_folds(whole, tmp_path_factory):
+    run_folder, disk = whole / 'run', tmp_path_factory.mktemp('disk') / 'mask'
+    (run_folder / 'mask').rename(disk)
+    (run_folder / 'mask').symlink_to(disk)
+    (run_folder / 'embeddings.npz.tmp').write_bytes(b'x')
+    (run_folder / 'external_scores').mkdir()
+    run(whole, 'train_fr.py', 'stage=judge', 'data.release_folds=[1]')
+    old = set((run_folder / 'looks').glob('reconstructed-*'))
+    assert old and (run_folder / 'fold1' / 'judge.pt').exists()
+    name = people_of(whole)[0][0]
+    run(whole, 'reconstruct.py', 'compare={}', f'reconstruct.remove=[{name}]')
+    assert not (disk / 'reconstructed').exists() and not (disk / 'fr.pt').exists()
+    assert not (run_folder / 'embeddings.npz.tmp').exists()
+    assert not (run_folder / 'external_scores').exists()
+    assert not (run_folder / 'fold1' / 'judge.pt').exists()
+    assert (run_folder / 'fold0' / 'judge.pt').exists()            # it never saw the person
+    assert not old & set((run_folder / 'looks').glob('reconstructed-*'))
+
+
+def test_who_is_excluded_and_whose_photos_are_gone_is_told(tmp_path, capsys):
+    faces = folder_of_people(tmp_path / 'faces')
+    cfg = make_config(tmp_path, 'data.exclude=[id_003]')
+    split(cfg)
+    assert 'warning' not in capsys.readouterr().out
+    (faces / 'id_003').rename(tmp_path / 'id_003')
+    split(cfg)                                     # the name is remembered, and no error
+    assert 'has no photos of 1 of those who are excluded' in capsys.readouterr().out
+    (tmp_path / 'id_003').rename(faces / 'id_003')
+    split(cfg)
+    assert 'put the photos back' not in capsys.readouterr().out

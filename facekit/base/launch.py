@@ -157,6 +157,9 @@ def launch(main, check=None):
         if not args.config and words and '=' not in words[0]:
             args.config, *words = words
         cfg = namespace(resolve(args.config or CONFIGS / 'toy.yaml', words))
+        if cfg.reconstruct.remove and os.path.basename(sys.argv[0]) != 'reconstruct.py':
+            raise InputError('reconstruct.remove takes people out of a finished run: give it to '
+                             'reconstruct.py alone')
         if check and args.check:
             check(cfg, args.compare)
         else:

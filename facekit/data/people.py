@@ -8,11 +8,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from facekit.base import files
+from facekit.base import files, process
 from facekit.base.errors import InputError, counted
 from facekit.data import faces
 from facekit.data.faces import FaceSet
-from facekit.data.names import excluded_people, look_of, looks_of, remember_excluded
+from facekit.data.names import (
+    excluded_people,
+    hashed_look,
+    look_of,
+    looks_of,
+    remember_excluded,
+    remembered,
+)
 
 # Cosine of images.small_grey() above which two pictures are copies. Measured on LFW: 12 of 11,347
 # photos are so alike to one of another person. 1,000 photos that were saved anew, resized, grey or
@@ -48,11 +55,13 @@ class Fold:
 
 def not_excluded(faceset, cfg):
     """Which images of a FaceSet are of nobody who is excluded: bool (N,). InputError for a name in
-    data.exclude that nobody has."""
+    data.exclude that nobody has, nor had when the run folder learnt it."""
     looks = set()
     if cfg.data.exclude:
         looks.update(looks_of(faceset.people))
-    if unknown := sorted(name for name in cfg.data.exclude if look_of(name) not in looks):
+    salt, hashes = remembered(cfg.run.folder)
+    if unknown := sorted(name for name in cfg.data.exclude if look_of(name) not in looks
+                         and hashed_look(look_of(name), salt) not in hashes):
         names = faceset.people.tolist()
         near = difflib.get_close_matches(unknown[0], names, 3) or names[:1]
         raise InputError(f'data.exclude has {unknown[0]!r}, with what base configs exclude, but '
@@ -72,6 +81,11 @@ def split(cfg):
     public = faces.load(cfg.data.public, cfg) if cfg.data.public else private
     folds = make_folds(private, public, cfg)
     remember_excluded(cfg)
+    _, hashes = remembered(cfg.run.folder)
+    gone = len(hashes) - excluded_people(private.people, cfg).sum()
+    if gone > 0:
+        process.say(f'warning: {private.path} has no photos of {gone} of those who are excluded: '
+                    'copies of them under other names cannot be told; put the photos back')
     return folds
 
 
