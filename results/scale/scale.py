@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from facekit.measure.verification import fold_decisions
 
 ROWS = {'originals': 'originals', 'noise_128': 'noise, 128', 'facemae': "kit's FaceMAE",
@@ -44,6 +46,20 @@ def means(decisions, rng):
     return total
 
 
+def over_seeds(draws, rng):
+    """Means over seeds, {row: float64 (DRAWS + 1,)}, of what means() gives for each; the draws
+    also have the spread of few seeds (Student's t), which rows share where they vary together."""
+    count = len(draws)
+    total = {row: np.mean([d[row] for d in draws], 0) for row in draws[0]}
+    if count > 1:
+        weights = rng.standard_normal((DRAWS, count))
+        weights *= np.sqrt((count - 1) / rng.chisquare(count - 1, (DRAWS, 1)))
+        for row in total:
+            apart = np.array([d[row][0] for d in draws]) - total[row][0]
+            total[row][1:] += weights @ apart / np.sqrt(count * (count - 1))
+    return total
+
+
 def summary(runs):
     """{people: {row: figures}} of the seeds that are there, per cent."""
     result = {}
@@ -57,14 +73,14 @@ def summary(runs):
         if not draws:
             continue
         result[people] = {}
+        mean = over_seeds(draws, np.random.default_rng(1))
         for row in ROWS:
-            accuracy = np.mean([d[row] for d in draws], 0)
-            ahead = accuracy - np.mean([d['mask'] for d in draws], 0)
-            gap = np.mean([d['originals'] - d['mask'] for d in draws], 0)
-            figures = {'accuracy': accuracy, 'ahead of masked': ahead,
-                       'share of the gap closed': ahead / gap,
-                       'ahead of noise': accuracy - np.mean([d['noise_128'] for d in draws], 0)}
-            result[people][row] = {'seeds': len(draws)} | {
+            ahead = mean[row] - mean['mask']
+            figures = {'accuracy': mean[row], 'ahead of masked': ahead,
+                       'share of the gap closed': ahead / (mean['originals'] - mean['mask']),
+                       'ahead of noise': mean[row] - mean['noise_128']}
+            of_seeds = [round(100 * d[row][0], 2) for d in draws]
+            result[people][row] = {'seeds': len(draws), 'accuracy of each seed': of_seeds} | {
                 name: [round(100 * x, 2) for x in (v[0], *np.percentile(v[1:], [2.5, 97.5]))]
                 for name, v in figures.items()}
     return result
