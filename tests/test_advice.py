@@ -58,8 +58,8 @@ def change(path, content):
 @pytest.mark.parametrize('wrong, sentence, right', [
     (['mae.epochs=many'], r'does not fit: give float 1e-6\.\.1e9',
      ['mae.epochs=3', 'irm.weight=0']),
-    ([f'reconstruct.key={"ab12" * 16}'], 'give the path of a file with it',
-     ['reconstruct.key=my.key']),
+    ([f'reconstruct.key={"ab12" * 16}'], 'give the path of a file with the secret',
+     ['reconstruct.key=configs/toy.key']),
     (['mae'], 'write section.key=value', ['mae.depth=4']),
     (['compare={"a b": []}'], 'use letters, digits, _ and -', ['compare={a_b: []}']),
     (['compare={seed1: []}'], 'do not begin with', ['compare={first: []}']),

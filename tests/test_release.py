@@ -179,10 +179,11 @@ def test_nets_that_learnt_from_who_is_private_now_are_refused(finished):
             net()
 
 
-def test_who_asked_to_be_left_out_is_not_named_in_a_checkpoint(copied):
+def test_neither_who_asked_to_be_left_out_nor_the_key_is_named_in_a_checkpoint(copied):
     run(copied, 'train_mae.py', 'irm.weight=0', 'mae.name=few', 'data.exclude=[3, 14]')
     saved = torch.load(copied / 'run' / 'fold0' / 'few.pt', weights_only=True)
     assert saved['config']['data']['exclude'] == 2
+    assert 'key' not in saved['config']['reconstruct']
 
 
 @pytest.fixture

@@ -68,10 +68,21 @@ def read_specs(path):
     return specs
 
 
+def key_path(text, name='reconstruct.key'):
+    """The file with the secret, at a path relative to where one is or to the kit. The InputError
+    for another text does not repeat it, as it may be the secret itself; `name` is who has it."""
+    for folder in (Path(), CONFIGS.parent):
+        path = folder / os.path.expanduser(str(text))
+        if os.path.isfile(path):
+            return path
+    raise InputError(f'{name} names no file that is there: give the path of a file with the '
+                     'secret, or leave it empty to have a new one drawn')
+
+
 def check_value(name, value, spec):
     """What a text (or list, or mapping) stands for by a spec; `name` is who has it."""
-    if name.endswith('reconstruct.key') and re.match(r'(0x)?([\da-fA-F][\s:-]*){64}', str(value)):
-        raise InputError(f'{name} is given the secret itself: give the path of a file with it')
+    if name.endswith('reconstruct.key') and value:
+        return str(key_path(value, name))
     kind, _, item = spec.partition(' of ')
     if kind == 'map' and isinstance(value, dict):
         return {key: check_value(f'{name}.{key[:60]}', part, item) for key, part in value.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from facekit.base import files, process
-from facekit.base.config import CONFIGS, Variant
+from facekit.base.config import CONFIGS, Variant, key_path
 from facekit.base.errors import InputError
 from facekit.base.made_from import check_made_from, settings
 from facekit.data import images
@@ -45,15 +45,11 @@ def release_secret(cfg):
 
 
 def key_file(cfg):
-    """Path of the secret: reconstruct.key, relative to where one is or to the kit, else a file of
-    the run. InputError for a key that is named and not there."""
-    if not cfg.reconstruct.key:
-        return Path(cfg.run.folder) / 'release.key'
-    for path in (Path(cfg.reconstruct.key), CONFIGS.parent / cfg.reconstruct.key):
-        if path.exists():
-            return path
-    raise InputError(f'reconstruct.key = {cfg.reconstruct.key} does not exist: leave it empty to '
-                     'have a new secret drawn')
+    """Path of the secret: reconstruct.key, else a file of the run. InputError for a key that is
+    named and not there."""
+    if cfg.reconstruct.key:
+        return key_path(cfg.reconstruct.key)
+    return Path(cfg.run.folder) / 'release.key'
 
 
 def read_secret(path):
