@@ -268,6 +268,7 @@ def test_advice_on_a_folder_or_a_list(tmp_path, path, wrong, sentence, right):
 @pytest.mark.parametrize('wrong, sentence', [
     (None, r'\(DCFace keeps them in list.txt beside the .rec\)'),
     ('1\ta/1.jpg\n2\tb.jpg\n', 'which says whose image a record is: mend it'),
+    ('1\ta/1.jpg\n2\tb/1.jpg\n2\ta/1.jpg\n', 'keep the line of the person whom it shows'),
     ('1\ta/1.jpg\n', 'has no line for record 2 of .*: copy both files again')])
 def test_advice_on_records_of_one_label(tmp_path, wrong, sentence):
     records.write_records(tmp_path, [b'x', b'y'], [0, 0], 32)                  # keys 1 and 2
