@@ -21,7 +21,7 @@ from facekit.base import launch, process
 from facekit.base.config import namespace, resolve
 from facekit.base.errors import InputError
 from facekit.data import faces, images
-from facekit.data.names import MEMORY, look_of
+from facekit.data.names import MEMORY, look_of, remembered
 from facekit.data.people import count_release, split
 from facekit.data.records import write_records
 from facekit.privacy import protect
@@ -72,9 +72,19 @@ def test_a_run_folder_remembers_who_was_excluded_without_the_name(tmp_path):
     memory = tmp_path / 'run' / MEMORY
     assert memory.stat().st_mode & 0o777 == 0o600 and 'id_00' not in memory.read_text()
     assert len(json.loads(memory.read_text())['people']) == 2
-    memory.write_text('{}')
+
+
+@pytest.mark.parametrize('damage', [
+    {'salt': '00' * 65}, {'salt': ''}, {'salt': 3}, {'people': [3]}, {'people': [None]},
+    {'people': {}}, {'people': 'abc'}, {'people': ['abc']}, {'people': []}])
+def test_a_damaged_memory_of_who_was_excluded_is_not_taken_for_an_empty_one(tmp_path, damage):
+    memory = tmp_path / 'run' / MEMORY
+    memory.parent.mkdir()
+    memory.write_text(json.dumps({'salt': '00' * 32, 'people': ['0' * 128]}))
+    assert remembered(tmp_path / 'run')
+    memory.write_text(json.dumps(json.loads(memory.read_text()) | damage))
     with pytest.raises(InputError, match='remembers who was excluded, is damaged'):
-        split(cfg)
+        remembered(tmp_path / 'run')
 
 
 def saved(picture, path, change=lambda image: image, **how):

@@ -11,6 +11,7 @@ from facekit.base import files, process
 from facekit.base.errors import InputError
 
 MEMORY = 'excluded.json'      # in a run folder
+SALT = 32                     # bytes
 # What looks like a Latin letter, in lower case, for which the capital counts where that alone is
 # alike: Cyrillic, Greek, others (a Turkish i without its dot); dashes; apostrophes
 LIKE_LATIN = str.maketrans('аеорсухіјѕһԁԛԝмтнвк' 'αορνυικτχβεζημ' 'օɑɡı' '‐‑‒–—―⁃−' '’‘ʼ′`',
@@ -55,10 +56,15 @@ def remembered(folder):
     set of texts; InputError if the file is damaged."""
     path = Path(folder, MEMORY)
     if not path.exists():
-        return secrets.token_bytes(32), set()
+        return secrets.token_bytes(SALT), set()
     try:
         saved = files.read_json(path)
-        return bytes.fromhex(saved['salt']), set(saved['people'])
+        salt, people = bytes.fromhex(saved['salt']), saved['people']
+        if len(salt) != SALT or not people or not isinstance(people, list):
+            raise ValueError('not as remember_excluded() writes it')
+        if not all(re.fullmatch('[0-9a-f]{128}', person) for person in people):
+            raise ValueError('no hash')
+        return salt, set(people)
     except (KeyError, TypeError, ValueError):      # of read_json(), too; a file can hold anything
         raise InputError(f'{path}, which remembers who was excluded, is damaged: put a copy back, '
                          'or delete it and name everybody in data.exclude again') from None
