@@ -1,8 +1,10 @@
 """A release: its secret, its plan, what it hides, and what is checked before it appears."""
 import hashlib
 import json
+import os
 import shutil
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,17 +38,20 @@ FACTS = {'method': 'mask', 'made_by': 'FaceMAE kit 2.0'}
 
 @pytest.mark.parametrize('text', [
     b'password', bytes(range(0, 248, 8)).hex().encode(), b'0123456789abcdef' * 4,
-    bytes(range(0, 96, 3)).hex().encode(), 2 * (config.CONFIGS / 'toy.key').read_bytes().strip()],
-    ids=['no hex', '31 bytes', 'few bytes', 'counting', 'repeated'])
+    bytes(range(0, 96, 3)).hex().encode(), 2 * (config.CONFIGS / 'toy.key').read_bytes().strip(),
+    np.random.default_rng(0).bytes(3000).hex().encode()],
+    ids=['no hex', '31 bytes', 'few bytes', 'counting', 'repeated', 'large'])
 def test_a_secret_that_can_be_guessed_is_refused(tmp_path, text):
     (tmp_path / 'my.key').write_bytes(text)
     with pytest.raises(InputError, match='64 hex digits'):
         read_secret(tmp_path / 'my.key')
 
 
-def test_a_secret_that_cannot_be_read_is_not_called_missing(tmp_path):
+@pytest.mark.parametrize('make', [
+    Path.mkdir, os.mkfifo, lambda path: path.symlink_to('/dev/zero')])
+def test_a_secret_that_cannot_be_read_is_not_called_missing(tmp_path, make):
     """Who followed that would delete it, and with it all that matches releases and originals."""
-    (tmp_path / 'my.key').mkdir()
+    make(tmp_path / 'my.key')
     with pytest.raises(InputError, match='cannot be read') as error:
         read_secret(tmp_path / 'my.key')
     assert 'delete' not in str(error.value)

@@ -26,6 +26,7 @@ SAMPLE = 16       # images of a release that are made once more, chosen anew eac
 # is none: JPEG at quality 95 alone moves them by less, a mask of 25 % leaves 75 %
 UNCHANGED, CLOSE = 0.9, 8
 PART = 512        # images that are made at a time
+LARGEST_KEY = 4096     # bytes of a key file
 
 
 def release_secret(cfg):
@@ -56,13 +57,17 @@ def read_secret(path):
     """The bytes of a key file, which holds 64 or more hex digits; InputError for another, and for
     one that somebody could guess."""
     try:
-        secret = bytes.fromhex(path.read_text(encoding='utf-8-sig').strip())
+        if path.exists() and not path.is_file():
+            raise OSError(0, 'no plain file')      # of a pipe or a device the end may never come
+        with path.open('rb') as file:
+            content = file.read(LARGEST_KEY + 1)
+        secret = bytes.fromhex(content.decode('utf-8-sig').strip())
     except OSError as error:           # whose file may hold a good secret
         raise InputError(f'{path} cannot be read ({error.strerror}): get the right to read it, or '
                          'name your copy of it in reconstruct.key') from None
     except ValueError:
         secret = b''
-    if len(secret) < 32 or is_regular(secret):
+    if len(secret) < 32 or len(content) > LARGEST_KEY or is_regular(secret):
         raise InputError(f'{path} holds no random secret of 64 hex digits: put the right file '
                          'back, or, if nothing was released with it, delete it to have a new one '
                          'drawn')
