@@ -25,7 +25,7 @@ from facekit.data.names import MEMORY, look_of, remembered
 from facekit.data.people import count_release, split
 from facekit.data.records import write_records
 from facekit.privacy import protect
-from facekit.privacy.partners import check_alike, partners
+from facekit.privacy.partners import check_alike, key_of_name, partners
 from facekit.privacy.release import key_file, read_secret
 
 
@@ -221,6 +221,12 @@ def test_records_are_matched_with_files_in_the_order_of_their_numbers(tmp_path):
     within = np.r_[np.roll(found[:12], 1), np.roll(found[12:], 1)]
     with pytest.raises(InputError, match='no more alike'):
         check_alike(theirs.select(within), own, 'cpu')
+
+
+@pytest.mark.parametrize('a, b', [
+    ('p01', 'p1'), ('p000', 'p0'), ('9' * 5000, '0' + '9' * 5000)])
+def test_numbers_in_names_are_matched_as_numbers(a, b):
+    assert key_of_name(a) == key_of_name(b) != key_of_name('7')
 
 
 @pytest.mark.parametrize('words', ['"reconstruct.remove=[id_002]"',
