@@ -330,6 +330,7 @@ PAIRS = 'a.png b.png 1\n' * 6 + 'a.png c.png 0\n' * 6
     (PAIRS + 'a.png b.png\n', 'see docs/usage.md for the form', 'list.txt', PAIRS),
     (PAIRS + 'a.png x.png 0\n', 'which is not there: copy it there', 'x.png', None),
     (PAIRS + 'a.png x.png 0\n', 'or remove the line', 'list.txt', PAIRS),
+    (PAIRS + './b.png a.png 0\n', 'says the contrary: remove the wrong one', 'list.txt', PAIRS),
     ('a.png b.png 1\n' * 12, 'needs both kinds, and 10 pairs or more', 'list.txt', PAIRS)])
 def test_advice_on_a_list_of_pairs(tmp_path, wrong, sentence, name, content):
     pictures(tmp_path, 'a.png', 'b.png', 'c.png')
