@@ -60,6 +60,7 @@ def change(path, content):
      ['mae.epochs=3', 'irm.weight=0']),
     ([f'reconstruct.key={"ab12" * 16}'], 'give the path of a file with the secret',
      ['reconstruct.key=configs/toy.key']),
+    (['mae.name=teacher'], 'choose another, such as mae2', ['mae.name=mae2']),
     (['mae'], 'write section.key=value', ['mae.depth=4']),
     (['compare={"a b": []}'], 'use letters, digits, _ and -', ['compare={a_b: []}']),
     (['compare={seed1: []}'], 'do not begin with', ['compare={first: []}']),

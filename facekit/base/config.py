@@ -83,6 +83,9 @@ def check_value(name, value, spec):
     """What a text (or list, or mapping) stands for by a spec; `name` is who has it."""
     if name.endswith('reconstruct.key') and value:
         return str(key_path(value, name))
+    if name.endswith('mae.name') and str(value).lower() in ('teacher', 'judge'):
+        raise InputError(f'{name} = {value} is the name of another net\'s file: choose another, '
+                         'such as mae2')
     kind, _, item = spec.partition(' of ')
     if kind == 'map' and isinstance(value, dict):
         return {key: check_value(f'{name}.{key[:60]}', part, item) for key, part in value.items()}
