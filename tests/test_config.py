@@ -75,6 +75,8 @@ def test_what_cannot_be_is_one_sentence_before_anything_begins(assignments, word
     ('mae: {epochs: {a: 1}}', 'mae.epochs'), ('base: [x]', 'bad.yaml: base'),
     ('base: nowhere.yaml', 'nowhere.yaml does not exist'), ('base: bad.yaml', 'circle'),
     ('compare: {x: 3}', 'list of text'), ('compare: {reconstructed: []}', 'begin with'),
+    *((f'compare: {{{name}: []}}', 'begin with') for name in (
+        'scores', 'external_scores', 'release', 'photos', 'roc', 'tradeoff', 'losses')),
     ('compare: {facemae: []}', 'rename'),
     ('reference: {a: {lfw: 3}}', 'reference.a'),
     ('data: {exclude: &a [x], cache: *a}', 'alias'),

@@ -18,7 +18,9 @@ import yaml
 from facekit.base.errors import InputError, printable, quoted
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-RESERVED = 'fold', 'seed', 'figures', 'reconstructed', 'looks', 'faces', 'log'   # in run folders
+# What the kit calls its own in run folders, and pictures in figures/, where a row has its own
+RESERVED = ('fold', 'seed', 'figures', 'reconstructed', 'looks', 'faces', 'log', 'scores',
+            'external', 'release', 'photos', 'roc', 'tradeoff', 'losses')
 # What rows may change, but for keys OF_COMMANDS; they share all else: people, split, judge and run
 # folder
 OF_COMMANDS = [f'reconstruct.{key}' for key in ('remove', 'check', 'photos', 'export', 'key')]
