@@ -27,6 +27,7 @@ SAMPLE = 16       # images of a release that are made once more, chosen anew eac
 UNCHANGED, CLOSE = 0.9, 8
 PART = 512        # images that are made at a time
 LARGEST_KEY = 4096     # bytes of a key file
+HASHES = hashlib.algorithms_guaranteed - {'shake_128', 'shake_256'}
 
 
 def release_secret(cfg):
@@ -75,22 +76,36 @@ def read_secret(path):
 
 
 def is_regular(secret):
-    """Whether a secret repeats itself, counts, or has few different bytes: no random one does."""
+    """Whether a secret repeats itself, counts, is text or has few different bytes: no random one
+    does."""
     steps = {(b - a) % 256 for a, b in itertools.pairwise(secret)}
     parts = [secret[:n] for n in range(1, len(secret) // 2 + 1)]
     repeats = any((part * len(secret))[:len(secret)] == secret for part in parts)
-    return len(set(secret)) < 16 or len(steps) < 8 or repeats
+    return len(set(secret)) < 16 or len(steps) < 8 or repeats or secret.isascii()
 
 
 def is_public(secret):
-    """Whether a secret is the toy's, which everybody has, or follows from it."""
-    text = (CONFIGS / 'toy.key').read_text()
+    """Whether a secret is the toy's, which everybody has, or follows from it: turned, read
+    backwards, inverted, changed in some places, or hashed once or twice."""
+    text = (CONFIGS / 'toy.key').read_text().strip()
     known = bytes.fromhex(text)
-    forms = known, known[::-1], bytes.fromhex(text.strip()[::-1])
-    hashes = [hashlib.new(name, content).digest() for name in (
-        'sha256', 'sha512', 'sha3_256', 'blake2b', 'blake2s') for content in (
-        known, text.encode(), text.strip().encode())]
-    return any(form in secret for form in (*forms, *hashes))
+    contents = {known, text.encode(), f'{text}\n'.encode()}
+    for _ in range(2):
+        digests = {hashlib.new(name, content, usedforsecurity=False).digest()
+                   for name in HASHES for content in contents}
+        contents |= digests | {digest.hex().encode() for digest in digests}
+    if any(content[:16] in secret for content in contents):
+        return True
+    backwards = bytes.fromhex(text[::-1])                       # by digits
+    parts = [int.from_bytes(secret[i:i + 32]) for i in range(len(secret) - 31)]
+    for form in (known, known[::-1], backwards, backwards[::-1]):
+        number = int.from_bytes(form)
+        for turn in range(256):
+            turned = (number >> turn | number << 256 - turn) % 2**256
+            # Of a random secret 128 bits differ, with a standard deviation of 8
+            if any(abs((part ^ turned).bit_count() - 128) > 56 for part in parts):
+                return True
+    return False
 
 
 def key_of(secret):
