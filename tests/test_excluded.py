@@ -1,6 +1,7 @@
 """Who is out stays out: look-alike names, what a run folder remembers, folders inside one another;
 releases whose files or strength are not what they should be; partners by name."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -59,6 +60,14 @@ def test_an_exclusion_by_another_spelling_excludes(tmp_path):
     folder_of_people(tmp_path / 'faces')
     cfg = make_config(tmp_path, 'data.exclude=[ID_005]', 'data.release_folds=[]')
     assert 'id_005' not in released_people(cfg) and len(released_people(cfg)) == 11
+
+
+@pytest.mark.parametrize('form', ['[{}]', '["{}"]', "['{}']"])
+def test_a_name_that_is_no_utf_8_excludes(tmp_path, form):
+    root, name = folder_of_people(tmp_path / 'faces'), os.fsdecode(b'Jos\xe9')
+    (root / 'id_005').rename(root / name)
+    cfg = make_config(tmp_path, f'data.exclude={form.format(name)}', 'data.release_folds=[]')
+    assert name not in released_people(cfg) and len(released_people(cfg)) == 11
 
 
 def test_a_run_folder_remembers_who_was_excluded_without_the_name(tmp_path):

@@ -31,6 +31,10 @@ class TextLoader(yaml.BaseLoader):
     """Texts, lists and mappings; no key twice, of which YAML would keep the last one, and no
     aliases, by which a few lines can stand for more than fits into memory."""
 
+    def check_printable(self, data):
+        """Let Python's stand-ins pass for the bytes of a name that is no UTF-8."""
+        super().check_printable(re.sub('[\udc80-\udcff]', '?', data))
+
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f'it has the alias *{self.peek_event().anchor}: write it out')
