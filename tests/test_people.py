@@ -170,7 +170,7 @@ def test_what_only_the_user_can_tell_of_the_people_is_said(tmp_path, capsys):
     folder_of_people(tmp_path / 'faces')
     folder_of_people(tmp_path / 'other', people=3)
     cfg = make_config(tmp_path, f'data.public={tmp_path}/other')
-    check.check_people(cfg, [])
+    check.check_people(cfg, [], check.undecoded(cfg.data.root, cfg))
     printed = capsys.readouterr().out
     assert re.search(r'other has 3 names of .*faces, too \(id_000\)', printed)
     assert 'attackers learn from 3 people' in printed
