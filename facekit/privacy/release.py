@@ -21,13 +21,13 @@ from facekit.data.sources import is_drawn
 from facekit.privacy import protect
 from facekit.privacy.protect import Protection, method_of
 
+LARGEST_KEY = 4096    # bytes of a key file
+HASHES = hashlib.algorithms_guaranteed - {'shake_128', 'shake_256'}
 SAMPLE = 16       # images of a release that are made once more, chosen anew each time
 # A protection that leaves more than this share of the grey levels within CLOSE of the original's
 # is none: JPEG at quality 95 alone moves them by less, a mask of 25 % leaves 75 %
 UNCHANGED, CLOSE = 0.9, 8
 PART = 512        # images that are made at a time
-LARGEST_KEY = 4096     # bytes of a key file
-HASHES = hashlib.algorithms_guaranteed - {'shake_128', 'shake_256'}
 
 
 def release_secret(cfg):
