@@ -58,8 +58,9 @@ def change(path, content):
 @pytest.mark.parametrize('wrong, sentence, right', [
     (['mae.epochs=many'], r'does not fit: give float 1e-6\.\.1e9',
      ['mae.epochs=3', 'irm.weight=0']),
-    ([f'reconstruct.key={"ab12" * 16}'], 'give the path of a file with it',
-     ['reconstruct.key=my.key']),
+    ([f'reconstruct.key={"ab12" * 16}'], 'give the path of a file with the secret',
+     ['reconstruct.key=configs/toy.key']),
+    (['mae.name=teacher'], 'choose another, such as mae2', ['mae.name=mae2']),
     (['mae'], 'write section.key=value', ['mae.depth=4']),
     (['compare={"a b": []}'], 'use letters, digits, _ and -', ['compare={a_b: []}']),
     (['compare={seed1: []}'], 'do not begin with', ['compare={first: []}']),
@@ -268,6 +269,7 @@ def test_advice_on_a_folder_or_a_list(tmp_path, path, wrong, sentence, right):
 @pytest.mark.parametrize('wrong, sentence', [
     (None, r'\(DCFace keeps them in list.txt beside the .rec\)'),
     ('1\ta/1.jpg\n2\tb.jpg\n', 'which says whose image a record is: mend it'),
+    ('1\ta/1.jpg\n2\tb/1.jpg\n2\ta/1.jpg\n', 'keep the line of the person whom it shows'),
     ('1\ta/1.jpg\n', 'has no line for record 2 of .*: copy both files again')])
 def test_advice_on_records_of_one_label(tmp_path, wrong, sentence):
     records.write_records(tmp_path, [b'x', b'y'], [0, 0], 32)                  # keys 1 and 2
@@ -329,6 +331,7 @@ PAIRS = 'a.png b.png 1\n' * 6 + 'a.png c.png 0\n' * 6
     (PAIRS + 'a.png b.png\n', 'see docs/usage.md for the form', 'list.txt', PAIRS),
     (PAIRS + 'a.png x.png 0\n', 'which is not there: copy it there', 'x.png', None),
     (PAIRS + 'a.png x.png 0\n', 'or remove the line', 'list.txt', PAIRS),
+    (PAIRS + './b.png a.png 0\n', 'says the contrary: remove the wrong one', 'list.txt', PAIRS),
     ('a.png b.png 1\n' * 12, 'needs both kinds, and 10 pairs or more', 'list.txt', PAIRS)])
 def test_advice_on_a_list_of_pairs(tmp_path, wrong, sentence, name, content):
     pictures(tmp_path, 'a.png', 'b.png', 'c.png')

@@ -184,7 +184,11 @@ def test_records_of_one_label_take_their_people_from_dcfaces_list(tmp_path):
     source = open_source(tmp_path / 'train.rec')
     assert source.people[source.labels].tolist() == ['7', '7', '12', '7']
     for text, words in ((''.join(lines[:2]), f'no line for record {keys[2]} of'),
-                        ('1 a/b.jpg\n', 'line 1 is not'), ('1\tb.jpg\n', 'line 1 is not')):
+                        ('1 a/b.jpg\n', 'line 1 is not'), ('1\tb.jpg\n', 'line 1 is not'),
+                        ('1\t../a/b.jpg\n', 'line 1 is not'),
+                        ('1\ta/1.jpg\n1\tb/1.jpg\n', 'line 2 names its record once more'),
+                        ('1\tann/1.jpg\n2\tx/../Ann/2.jpg\n3\ta/3.jpg\n4\ta/4.jpg\n',
+                         "'Ann' and 'ann', which look alike")):
         path.write_text(text)
         with pytest.raises(InputError, match=words):
             open_source(tmp_path / 'train.rec')

@@ -198,9 +198,11 @@ def test_pairs_come_from_a_bin_from_lfws_form_and_from_a_list_alike(tmp_path):
     first, other = (load_pairs(tmp_path / name, 32) for name in ('lfw.bin', 'lfw'))
     assert np.array_equal(first.images, other.images) and len(first.images) == 7
     assert np.array_equal(first.pairs, other.pairs) and np.array_equal(first.same, other.same)
-    (tmp_path / 'lfw' / 'pairs.txt').write_text('Nobody\t1\t2\n' * 12)
-    with pytest.raises(InputError, match='line 1 is no pair'):
-        load_pairs(tmp_path / 'lfw', 32)
+    for text, words in (('Nobody\t1\t2\n' * 12, 'line 1 is no pair'),
+                        ('10\t300\n' + '\n'.join([*lines, 'Person_0\t1']), 'line 14 is no pair')):
+        (tmp_path / 'lfw' / 'pairs.txt').write_text(text)
+        with pytest.raises(InputError, match=words):
+            load_pairs(tmp_path / 'lfw', 32)
 
 
 @pytest.mark.parametrize('form, yes, no', [

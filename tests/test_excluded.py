@@ -1,6 +1,7 @@
 """Who is out stays out: look-alike names, what a run folder remembers, folders inside one another;
 releases whose files or strength are not what they should be; partners by name."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,11 +22,11 @@ from facekit.base import launch, process
 from facekit.base.config import namespace, resolve
 from facekit.base.errors import InputError
 from facekit.data import faces, images
-from facekit.data.names import MEMORY, look_of
+from facekit.data.names import MEMORY, look_of, remembered
 from facekit.data.people import count_release, split
 from facekit.data.records import write_records
 from facekit.privacy import protect
-from facekit.privacy.partners import check_alike, partners
+from facekit.privacy.partners import check_alike, key_of_name, partners
 from facekit.privacy.release import key_file, read_secret
 
 
@@ -33,12 +34,17 @@ from facekit.privacy.release import key_file, read_secret
     (unicodedata.normalize('NFC', 'José'), unicodedata.normalize('NFD', 'José')),
     ('ID_005', 'id_005'), ('Ann  Lee', 'ann lee'), ('Ａｎｎ', 'Ann'), ('an\u200bn', 'ann'),
     ('Аnn', 'Ann'), ('İbrahim', 'ibrahim'), ('O’Neil', "O'Neil"),
-    ('ann\u2013lee', 'ann-lee'), ('Straße', 'STRASSE'), ('ﬁona', 'fiona')])
+    ('ann\u2013lee', 'ann-lee'), ('Straße', 'STRASSE'), ('ﬁona', 'fiona'),
+    ('Εva', 'Eva'), ('ΒΕΖΗΜΝΥ', 'BEZHMNY'), ('Νina', 'Nina'), ('νίκος', 'Νίκος'), ('Eνa', 'Eva'),
+    ('zoё', 'Zoë'), ('ɑɡօ', 'ago'), ('ann⁃lee', 'ann―lee'),
+    *((f"O{mark}Brien", "O'Brien") for mark in '‘´′`'),
+    *((f'Ann{mark}', 'Ann') for mark in '\ufe0f\U000e0100\u034f\u180b\u3164\uffa0\u2800')])
 def test_names_that_look_alike_are_one(a, b):
     assert a != b and look_of(a) == look_of(b)
 
 
-@pytest.mark.parametrize('a, b', [('José', 'Jose'), ('id_005', 'id_05'), ('a_b', 'a b')])
+@pytest.mark.parametrize('a, b', [
+    ('José', 'Jose'), ('Żaneta', 'Zaneta'), ('id_005', 'id_05'), ('a_b', 'a b'), ('Lia', 'Ila')])
 def test_other_names_are_others(a, b):
     assert look_of(a) != look_of(b)
 
@@ -56,6 +62,14 @@ def test_an_exclusion_by_another_spelling_excludes(tmp_path):
     assert 'id_005' not in released_people(cfg) and len(released_people(cfg)) == 11
 
 
+@pytest.mark.parametrize('form', ['[{}]', '["{}"]', "['{}']"])
+def test_a_name_that_is_no_utf_8_excludes(tmp_path, form):
+    root, name = folder_of_people(tmp_path / 'faces'), os.fsdecode(b'Jos\xe9')
+    (root / 'id_005').rename(root / name)
+    cfg = make_config(tmp_path, f'data.exclude={form.format(name)}', 'data.release_folds=[]')
+    assert name not in released_people(cfg) and len(released_people(cfg)) == 11
+
+
 def test_a_run_folder_remembers_who_was_excluded_without_the_name(tmp_path):
     folder_of_people(tmp_path / 'faces')
     split(make_config(tmp_path, 'data.exclude=[id_005]', 'data.release_folds=[]'))
@@ -67,9 +81,19 @@ def test_a_run_folder_remembers_who_was_excluded_without_the_name(tmp_path):
     memory = tmp_path / 'run' / MEMORY
     assert memory.stat().st_mode & 0o777 == 0o600 and 'id_00' not in memory.read_text()
     assert len(json.loads(memory.read_text())['people']) == 2
-    memory.write_text('{}')
+
+
+@pytest.mark.parametrize('damage', [
+    {'salt': '00' * 65}, {'salt': ''}, {'salt': 3}, {'people': [3]}, {'people': [None]},
+    {'people': {}}, {'people': 'abc'}, {'people': ['abc']}, {'people': []}])
+def test_a_damaged_memory_of_who_was_excluded_is_not_taken_for_an_empty_one(tmp_path, damage):
+    memory = tmp_path / 'run' / MEMORY
+    memory.parent.mkdir()
+    memory.write_text(json.dumps({'salt': '00' * 32, 'people': ['0' * 128]}))
+    assert remembered(tmp_path / 'run')
+    memory.write_text(json.dumps(json.loads(memory.read_text()) | damage))
     with pytest.raises(InputError, match='remembers who was excluded, is damaged'):
-        split(cfg)
+        remembered(tmp_path / 'run')
 
 
 def saved(picture, path, change=lambda image: image, **how):
@@ -206,6 +230,12 @@ def test_records_are_matched_with_files_in_the_order_of_their_numbers(tmp_path):
     within = np.r_[np.roll(found[:12], 1), np.roll(found[12:], 1)]
     with pytest.raises(InputError, match='no more alike'):
         check_alike(theirs.select(within), own, 'cpu')
+
+
+@pytest.mark.parametrize('a, b', [
+    ('p01', 'p1'), ('p000', 'p0'), ('9' * 5000, '0' + '9' * 5000)])
+def test_numbers_in_names_are_matched_as_numbers(a, b):
+    assert key_of_name(a) == key_of_name(b) != key_of_name('7')
 
 
 @pytest.mark.parametrize('words', ['"reconstruct.remove=[id_002]"',

@@ -1,6 +1,7 @@
 """A release: its secret, its plan, what it hides, and what is checked before it appears."""
 import hashlib
 import json
+import os
 import shutil
 import stat
 
@@ -21,6 +22,7 @@ from facekit.privacy.groups import Owned
 from facekit.privacy.protect import FaceMAE, Protection
 from facekit.privacy.release import (
     PlannedRelease,
+    is_public,
     key_of,
     plan_release,
     read_secret,
@@ -36,20 +38,40 @@ FACTS = {'method': 'mask', 'made_by': 'FaceMAE kit 2.0'}
 
 @pytest.mark.parametrize('text', [
     b'password', bytes(range(0, 248, 8)).hex().encode(), b'0123456789abcdef' * 4,
-    bytes(range(0, 96, 3)).hex().encode(), 2 * (config.CONFIGS / 'toy.key').read_bytes().strip()],
-    ids=['no hex', '31 bytes', 'few bytes', 'counting', 'repeated'])
+    bytes(range(0, 96, 3)).hex().encode(), 2 * (config.CONFIGS / 'toy.key').read_bytes().strip(),
+    np.random.default_rng(0).bytes(3000).hex().encode(),
+    b'correct horse battery staple, Ann'.hex().encode()],
+    ids=['no hex', '31 bytes', 'few bytes', 'counting', 'repeated', 'large', 'words'])
 def test_a_secret_that_can_be_guessed_is_refused(tmp_path, text):
     (tmp_path / 'my.key').write_bytes(text)
     with pytest.raises(InputError, match='64 hex digits'):
         read_secret(tmp_path / 'my.key')
 
 
-def test_a_secret_that_cannot_be_read_is_not_called_missing(tmp_path):
+@pytest.mark.parametrize('make', [
+    os.mkdir, os.mkfifo, lambda path: path.symlink_to('/dev/zero')])
+def test_a_secret_that_cannot_be_read_is_not_called_missing(tmp_path, make):
     """Who followed that would delete it, and with it all that matches releases and originals."""
-    (tmp_path / 'my.key').mkdir()
+    make(tmp_path / 'my.key')
     with pytest.raises(InputError, match='cannot be read') as error:
         read_secret(tmp_path / 'my.key')
     assert 'delete' not in str(error.value)
+
+
+def test_what_follows_from_the_public_secret_is_as_public():
+    text = (config.CONFIGS / 'toy.key').read_text().strip()
+    known = bytes.fromhex(text)
+    md5, sha1, sha256 = (getattr(hashlib, name) for name in ('md5', 'sha1', 'sha256'))
+    for secret in (
+            hashlib.sha384(known).digest(), hashlib.sha3_512(text.encode()).digest(),
+            sha256(sha256(known).digest()).digest(), md5(known).digest() + md5(known).digest(),
+            sha1(known).digest() + md5(known).digest(), sha256(sha256(known).hexdigest().encode())
+            .digest(), bytes(255 - b for b in known), bytes.fromhex(text[1:] + text[:1]),
+            known[16:] + known[:16], bytes(b % 16 * 16 + b // 16 for b in known),
+            (int.from_bytes(known) + 1).to_bytes(32), known[:-1] + b'\x07',
+            SECRET + bytes(12) + known[12:]):
+        assert is_public(secret)
+    assert not any(is_public(sha256(bytes([i])).digest()) for i in range(200))
 
 
 def test_the_public_secret_is_known_in_every_spelling_and_one_that_others_read_is_named(
@@ -179,10 +201,11 @@ def test_nets_that_learnt_from_who_is_private_now_are_refused(finished):
             net()
 
 
-def test_who_asked_to_be_left_out_is_not_named_in_a_checkpoint(copied):
+def test_neither_who_asked_to_be_left_out_nor_the_key_is_named_in_a_checkpoint(copied):
     run(copied, 'train_mae.py', 'irm.weight=0', 'mae.name=few', 'data.exclude=[3, 14]')
     saved = torch.load(copied / 'run' / 'fold0' / 'few.pt', weights_only=True)
     assert saved['config']['data']['exclude'] == 2
+    assert 'key' not in saved['config']['reconstruct']
 
 
 @pytest.fixture

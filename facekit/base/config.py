@@ -18,7 +18,9 @@ import yaml
 from facekit.base.errors import InputError, printable, quoted
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-RESERVED = 'fold', 'seed', 'figures', 'reconstructed', 'looks', 'faces', 'log'   # in run folders
+# What the kit calls its own in run folders, and pictures in figures/, where a row has its own
+RESERVED = ('fold', 'seed', 'figures', 'reconstructed', 'looks', 'faces', 'log', 'scores',
+            'external', 'release', 'photos', 'roc', 'tradeoff', 'losses')
 # What rows may change, but for keys OF_COMMANDS; they share all else: people, split, judge and run
 # folder
 OF_COMMANDS = [f'reconstruct.{key}' for key in ('remove', 'check', 'photos', 'export', 'key')]
@@ -28,6 +30,10 @@ OF_ROWS = 'mae.', 'irm.', 'reconstruct.', 'fr.', 'evaluate.', 'teacher.checkpoin
 class TextLoader(yaml.BaseLoader):
     """Texts, lists and mappings; no key twice, of which YAML would keep the last one, and no
     aliases, by which a few lines can stand for more than fits into memory."""
+
+    def check_printable(self, data):
+        """Let Python's stand-ins pass for the bytes of a name that is no UTF-8."""
+        super().check_printable(re.sub('[\udc80-\udcff]', '?', data))
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -68,10 +74,24 @@ def read_specs(path):
     return specs
 
 
+def key_path(text, name='reconstruct.key'):
+    """The file with the secret, at a path relative to where one is or to the kit. The InputError
+    for another text does not repeat it, as it may be the secret itself; `name` is who has it."""
+    for folder in (Path(), CONFIGS.parent):
+        path = folder / os.path.expanduser(str(text))
+        if os.path.isfile(path):
+            return path
+    raise InputError(f'{name} names no file that is there: give the path of a file with the '
+                     'secret, or leave it empty to have a new one drawn')
+
+
 def check_value(name, value, spec):
     """What a text (or list, or mapping) stands for by a spec; `name` is who has it."""
-    if name.endswith('reconstruct.key') and re.match(r'(0x)?([\da-fA-F][\s:-]*){64}', str(value)):
-        raise InputError(f'{name} is given the secret itself: give the path of a file with it')
+    if name.endswith('reconstruct.key') and value:
+        return str(key_path(value, name))
+    if name.endswith('mae.name') and str(value).lower() in ('teacher', 'judge'):
+        raise InputError(f'{name} = {value} is the name of another net\'s file: choose another, '
+                         'such as mae2')
     kind, _, item = spec.partition(' of ')
     if kind == 'map' and isinstance(value, dict):
         return {key: check_value(f'{name}.{key[:60]}', part, item) for key, part in value.items()}

@@ -48,7 +48,8 @@ def check_made_from(path, then, now, remedy):
 
 def public_dict(cfg):
     """as_dict() for files that are shared: who asked to be left out is nobody's business, so that
-    their number stands for their names."""
+    their number stands for their names; nor is where the secret lies."""
     config = as_dict(cfg)
+    del config['reconstruct']['key']
     config['data']['exclude'] = len(cfg.data.exclude)
     return config

@@ -1,5 +1,6 @@
 """What people are called, as the eye tells it, and whom a run folder remembers as excluded."""
 import hashlib
+import re
 import secrets
 import unicodedata
 from pathlib import Path
@@ -10,18 +11,29 @@ from facekit.base import files, process
 from facekit.base.errors import InputError
 
 MEMORY = 'excluded.json'      # in a run folder
-# Letters that look like a Latin one, once they are lower case: Cyrillic, Greek, dashes,
-# apostrophes, a Turkish i without its dot; what is dropped is the dot that a Turkish I keeps
-LIKE_LATIN = str.maketrans('аеорсухіјѕһԁԛԝмтнвк' 'αορνυικτχ' '‐‑‒–—−' '’ʼı', 'aeopcyxijshdqwmthbk'
-                           'aopvuiktx' '------' "''i", '\u0307')
+SALT = 32                     # bytes
+# What looks like a Latin letter, in lower case, for which the capital counts where that alone is
+# alike: Cyrillic, Greek, others (a Turkish i without its dot); dashes; apostrophes
+LIKE_LATIN = str.maketrans('аеорсухіјѕһԁԛԝмтнвк' 'αορνυικτχβεζημ' 'օɑɡı' '‐‑‒–—―⁃−' '’‘ʼ′`',
+                           'aeopcyxijshdqwmthbk' 'aopvuiktxbezhm' 'oagi' '--------' "'''''")
+# Greek capitals that look like another letter than their small ones do, if a name has no small one
+LIKE_CAPITALS = str.maketrans('ΝΥ', 'NY')
+SMALL_GREEK = re.compile('[α-ω]')
+# What no screen shows, beside control and format characters: Unicode's "default ignorable"
+INVISIBLE = re.compile('[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\ufe00-\ufe0f'
+                       '\ufff0-\ufff8\U000e0000-\U000e0fff]')
 
 
 def look_of(name):
     """A name as it looks: equal for names that differ in composition, case, width, blanks,
     invisible characters, or letters of other alphabets that look alike."""
-    text = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', str(name)).casefold())
+    text = str(name).replace('´', "'").replace('\u2800', ' ')     # NFKD would make a blank of ´
+    text = INVISIBLE.sub('', unicodedata.normalize('NFKD', text))
     text = ''.join(c for c in text if unicodedata.category(c) not in ('Cf', 'Cc'))
-    return ' '.join(text.translate(LIKE_LATIN).split())
+    if not SMALL_GREEK.search(text):
+        text = text.translate(LIKE_CAPITALS)
+    text = text.casefold().translate(LIKE_LATIN).replace('i\u0307', 'i')     # of a Turkish I
+    return ' '.join(unicodedata.normalize('NFKC', text).split())
 
 
 def looks_of(names):
@@ -44,10 +56,15 @@ def remembered(folder):
     set of texts; InputError if the file is damaged."""
     path = Path(folder, MEMORY)
     if not path.exists():
-        return secrets.token_bytes(32), set()
+        return secrets.token_bytes(SALT), set()
     try:
         saved = files.read_json(path)
-        return bytes.fromhex(saved['salt']), set(saved['people'])
+        salt, people = bytes.fromhex(saved['salt']), saved['people']
+        if len(salt) != SALT or not people or not isinstance(people, list):
+            raise ValueError('not as remember_excluded() writes it')
+        if not all(re.fullmatch('[0-9a-f]{128}', person) for person in people):
+            raise ValueError('no hash')
+        return salt, set(people)
     except (KeyError, TypeError, ValueError):      # of read_json(), too; a file can hold anything
         raise InputError(f'{path}, which remembers who was excluded, is damaged: put a copy back, '
                          'or delete it and name everybody in data.exclude again') from None

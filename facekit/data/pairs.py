@@ -57,12 +57,12 @@ def read_pairs(path):
     if not path.is_dir() and path.suffix != '.txt':
         return read_bin(path)
     lines = path / 'pairs.txt' if path.is_dir() else path
-    files_of_pairs, same = [], []
+    files_of_pairs, same, verdicts = [], [], {}
     for number, line in read_lines(lines):
         words = line.split('\t') if path.is_dir() else separated(line)
         try:
             if path.is_dir():
-                if len(words) <= 2:                     # the first line: folds and pairs
+                if number == 1 and len(words) <= 2:     # how many folds and pairs there are
                     continue
                 one_person = len(words) == 3
                 people = words[0], words[0] if one_person else words[2]
@@ -80,6 +80,9 @@ def read_pairs(path):
         if missing := [file for file in pair if not os.path.isfile(file)]:
             raise InputError(f'{lines}: line {number} names {quoted(str(missing[0]))}, which is '
                              'not there: copy it there, or remove the line')
+        if verdicts.setdefault(frozenset(map(os.path.normpath, pair)), same[-1]) != same[-1]:
+            raise InputError(f'{lines}: line {number} has the pair of an earlier line, and says '
+                             'the contrary: remove the wrong one')
         files_of_pairs += pair
     return [files.open_bytes(file) for file in files_of_pairs], np.array(same, bool)
 

@@ -52,15 +52,21 @@ class RecordSource:
         folders = {}
         for number, line in read_lines(path):
             key, _, image = line.partition('\t')
-            if not key.isdecimal() or not Path(image).parent.name:
+            person = os.path.dirname(os.path.normpath(image))
+            if not key.isdecimal() or not person or person.startswith(('..', os.sep)):
                 raise InputError(f'{path}: line {number} is not `key<TAB>person/image.jpg`, which '
                                  'says whose image a record is: mend it')
-            folders[key] = str(Path(image).parent)
+            if key in folders:
+                raise InputError(f'{path}: line {number} names its record once more: keep the '
+                                 'line of the person whom it shows')
+            folders[key] = person
         keys = self.records.keys.astype(str).tolist()
         if missing := [key for key in keys if key not in folders]:
             raise InputError(f'{path} has no line for record {missing[0]} of {self.path}: copy '
                              'both files again')
-        return np.array([folders[key] for key in keys])
+        names = np.array([folders[key] for key in keys])
+        check_looks(np.unique(names), path)
+        return names
 
     def read(self, i):
         """The file of image i, bytes-like."""

@@ -17,7 +17,7 @@ UNLIKE, UNLIKE_OWN = 0.15, 0.4
 
 def key_of_name(name):
     """What a name is matched by: its look, with numbers as such, so that p01 is p1."""
-    return re.sub(r'\d+', lambda number: f'{int(number[0]):020}', look_of(name))
+    return re.sub(r'\d+', lambda number: number[0].lstrip('0').zfill(20), look_of(name))
 
 
 def keys_of(faceset):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from facekit.base import files, process
-from facekit.base.config import CONFIGS, Variant
+from facekit.base.config import CONFIGS, Variant, key_path
 from facekit.base.errors import InputError
 from facekit.base.made_from import check_made_from, settings
 from facekit.data import images
@@ -21,6 +21,8 @@ from facekit.data.sources import is_drawn
 from facekit.privacy import protect
 from facekit.privacy.protect import Protection, method_of
 
+LARGEST_KEY = 4096    # bytes of a key file
+HASHES = hashlib.algorithms_guaranteed - {'shake_128', 'shake_256'}
 SAMPLE = 16       # images of a release that are made once more, chosen anew each time
 # A protection that leaves more than this share of the grey levels within CLOSE of the original's
 # is none: JPEG at quality 95 alone moves them by less, a mask of 25 % leaves 75 %
@@ -45,28 +47,28 @@ def release_secret(cfg):
 
 
 def key_file(cfg):
-    """Path of the secret: reconstruct.key, relative to where one is or to the kit, else a file of
-    the run. InputError for a key that is named and not there."""
-    if not cfg.reconstruct.key:
-        return Path(cfg.run.folder) / 'release.key'
-    for path in (Path(cfg.reconstruct.key), CONFIGS.parent / cfg.reconstruct.key):
-        if path.exists():
-            return path
-    raise InputError(f'reconstruct.key = {cfg.reconstruct.key} does not exist: leave it empty to '
-                     'have a new secret drawn')
+    """Path of the secret: reconstruct.key, else a file of the run. InputError for a key that is
+    named and not there."""
+    if cfg.reconstruct.key:
+        return key_path(cfg.reconstruct.key)
+    return Path(cfg.run.folder) / 'release.key'
 
 
 def read_secret(path):
     """The bytes of a key file, which holds 64 or more hex digits; InputError for another, and for
     one that somebody could guess."""
     try:
-        secret = bytes.fromhex(path.read_text(encoding='utf-8-sig').strip())
+        if path.exists() and not path.is_file():
+            raise OSError(0, 'no plain file')      # of a pipe or a device the end may never come
+        with path.open('rb') as file:
+            content = file.read(LARGEST_KEY + 1)
+        secret = bytes.fromhex(content.decode('utf-8-sig').strip())
     except OSError as error:           # whose file may hold a good secret
         raise InputError(f'{path} cannot be read ({error.strerror}): get the right to read it, or '
                          'name your copy of it in reconstruct.key') from None
     except ValueError:
         secret = b''
-    if len(secret) < 32 or is_regular(secret):
+    if len(secret) < 32 or len(content) > LARGEST_KEY or is_regular(secret):
         raise InputError(f'{path} holds no random secret of 64 hex digits: put the right file '
                          'back, or, if nothing was released with it, delete it to have a new one '
                          'drawn')
@@ -74,22 +76,36 @@ def read_secret(path):
 
 
 def is_regular(secret):
-    """Whether a secret repeats itself, counts, or has few different bytes: no random one does."""
+    """Whether a secret repeats itself, counts, is text or has few different bytes: no random one
+    does."""
     steps = {(b - a) % 256 for a, b in itertools.pairwise(secret)}
     parts = [secret[:n] for n in range(1, len(secret) // 2 + 1)]
     repeats = any((part * len(secret))[:len(secret)] == secret for part in parts)
-    return len(set(secret)) < 16 or len(steps) < 8 or repeats
+    return len(set(secret)) < 16 or len(steps) < 8 or repeats or secret.isascii()
 
 
 def is_public(secret):
-    """Whether a secret is the toy's, which everybody has, or follows from it."""
-    text = (CONFIGS / 'toy.key').read_text()
+    """Whether a secret is the toy's, which everybody has, or follows from it: turned, read
+    backwards, inverted, changed in some places, or hashed once or twice."""
+    text = (CONFIGS / 'toy.key').read_text().strip()
     known = bytes.fromhex(text)
-    forms = known, known[::-1], bytes.fromhex(text.strip()[::-1])
-    hashes = [hashlib.new(name, content).digest() for name in (
-        'sha256', 'sha512', 'sha3_256', 'blake2b', 'blake2s') for content in (
-        known, text.encode(), text.strip().encode())]
-    return any(form in secret for form in (*forms, *hashes))
+    contents = {known, text.encode(), f'{text}\n'.encode()}
+    for _ in range(2):
+        digests = {hashlib.new(name, content, usedforsecurity=False).digest()
+                   for name in HASHES for content in contents}
+        contents |= digests | {digest.hex().encode() for digest in digests}
+    if any(content[:16] in secret for content in contents):
+        return True
+    backwards = bytes.fromhex(text[::-1])                       # by digits
+    parts = [int.from_bytes(secret[i:i + 32]) for i in range(len(secret) - 31)]
+    for form in (known, known[::-1], backwards, backwards[::-1]):
+        number = int.from_bytes(form)
+        for turn in range(256):
+            turned = (number >> turn | number << 256 - turn) % 2**256
+            # Of a random secret 128 bits differ, with a standard deviation of 8
+            if any(abs((part ^ turned).bit_count() - 128) > 56 for part in parts):
+                return True
+    return False
 
 
 def key_of(secret):
