@@ -103,6 +103,7 @@ def draw(found, path):
         panel.set_xticks(people, [str(n) for n in people])
         panel.minorticks_off()
         panel.spines[['top', 'right']].set_visible(False)
+    panels[1].set_ylim(-20, 100)                           # shares of small gaps are wide
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
 
