@@ -61,7 +61,9 @@ STATE = models.iresnet(10, 8, 32, 16).state_dict()
     (lambda: Path('net.pt').write_bytes(b'PK\3\4' + bytes(99)), 'download or make it again',
      net_file),
     (net_file('net.pt', {'conv1.weight': torch.ones(2)}),
-     'it lacks conv1, layer1-4, bn2 or fc; use a backbone of arcface_torch', net_file),
+     'it lacks conv1, layer1-4, bn2 or fc, .*; use a backbone of arcface_torch', net_file),
+    (net_file('net.pt', STATE | {f'layer1.{n}.x': torch.zeros(1) for n in range(1032)}),
+     'or has over 1031 blocks; use a backbone of arcface_torch', net_file),
     (net_file('net.pt', STATE | {'bn2.bias': torch.ones(7)}),
      'use a checkpoint of this architecture or change its keys in the config', net_file),
     (net_file('net.pt', STATE | {'bn2.bias': STATE['bn2.bias'] * math.nan}),
@@ -277,6 +279,12 @@ def test_advice_on_an_export_and_a_page_of_a_release(whole):
     script = Path(shlex.split(re.search('is missing: first run `(.*?)`', told)[1])[1]).name
     run(whole, script)
     run(whole, 'reconstruct.py', f'reconstruct.export={whole}/newer')
+    strange = whole / 'run' / 'reconstructed' / 'faces'
+    shutil.copytree(whole / 'new', strange)
+    told = run(whole, 'reconstruct.py', code=2)
+    assert 'which is no part of a release: move it out of that folder' in told
+    strange.rename(whole / 'moved')
+    assert 'finished and sound' in run(whole, 'reconstruct.py', 'reconstruct.check=true')
     manifest = whole / 'run' / 'reconstructed' / 'manifest.json'
     manifest.write_text(manifest.read_text().replace('facemae', 'facemay'))
     told = run(whole, 'reconstruct.py', code=2)
