@@ -20,7 +20,6 @@ same for any number of processes.
 """
 import facekit.base.start  # noqa: F401 (first: says what is not installed)
 
-import json
 import math
 import os
 import shlex
@@ -46,9 +45,16 @@ from facekit.data.records import Records, write_records
 from facekit.data.sources import FolderSource
 from facekit.data.people import count_release, split
 from facekit.privacy import protect
+from facekit.privacy.contents import (
+    check_digests,
+    check_records,
+    digests,
+    made_with,
+    manifest_text,
+)
 from facekit.privacy.protect import Protection
 from facekit.privacy.removal import delete, is_run, nets_of_others, results_of, rows_in
-from facekit.privacy.release import check_digests, digests, planned_release
+from facekit.privacy.release import planned_release
 from facekit.report import pictures
 
 PART = 2048     # images that a process makes between two times that all send theirs to process 0
@@ -87,8 +93,10 @@ def release(variant, folds, device):
         planned.check_files(variant.release, facts, data_card)
         # It may be of a Protection whose code was changed since
         planned.check_images(variant.release, all_images=cfg.reconstruct.check)
-        sound = ' and sound' if cfg.reconstruct.check else ''
-        return process.say(f'{variant.release} is finished{sound}: nothing to do')
+        state = 'finished: nothing to do'
+        if cfg.reconstruct.check:
+            state = check_records(variant, plan.label, encoded_images(planned), device)
+        return process.say(f'{variant.release} is {state}')
     refuse_foreign(variant.release)
     planned.check_protections()
     say_what_is_released(variant, counts, planned.private)
@@ -103,7 +111,7 @@ def release(variant, folds, device):
 
     def finish():
         save_picture(planned)
-        (draft / 'manifest.json').write_text(json.dumps(facts, indent=1) + '\n')
+        (draft / 'manifest.json').write_text(manifest_text(facts))
         (draft / 'README.md').write_text(data_card(facts))
         planned.check_files(draft, facts, data_card)
         planned.check_images(draft)
@@ -112,7 +120,8 @@ def release(variant, folds, device):
             files.make_private(draft)
         # It names the source, and is not released
         files.write_json(variant.folder / 'release.json', {
-            'config': public_dict(cfg), 'made_from': planned.made_from, 'files': digests(draft)})
+            'config': public_dict(cfg), 'made_from': planned.made_from, 'files': digests(draft),
+            'made_with': made_with(cfg, device)})
         os.sync()                           # a power cut shall not leave empty files in a release
         draft.rename(variant.release)
 

@@ -19,7 +19,7 @@ import torch
 from test_advice import followed, pictures
 from test_data import make_config, write_faces
 from test_people import folder_of_people
-from test_published import export, onnx_file
+from test_published import export, folded, onnx_file
 
 import models
 from conftest import ROOT, run
@@ -29,7 +29,7 @@ from facekit.base.config import variants
 from facekit.base.errors import InputError
 from facekit.data import people
 from facekit.data.faces import load, load_release
-from facekit.nets import embed, weights
+from facekit.nets import embed, published, weights
 from facekit.privacy import release
 from facekit.privacy.groups import Owned, foreign_groups
 from tools import align, bench
@@ -61,7 +61,9 @@ STATE = models.iresnet(10, 8, 32, 16).state_dict()
     (lambda: Path('net.pt').write_bytes(b'PK\3\4' + bytes(99)), 'download or make it again',
      net_file),
     (net_file('net.pt', {'conv1.weight': torch.ones(2)}),
-     'it lacks conv1, layer1-4, bn2 or fc; use a backbone of arcface_torch', net_file),
+     'it lacks conv1, layer1-4, bn2 or fc, .*; use a backbone of arcface_torch', net_file),
+    (net_file('net.pt', STATE | {f'layer1.{n}.x': torch.zeros(1) for n in range(1032)}),
+     'or has over 1031 blocks; use a backbone of arcface_torch', net_file),
     (net_file('net.pt', STATE | {'bn2.bias': torch.ones(7)}),
      'use a checkpoint of this architecture or change its keys in the config', net_file),
     (net_file('net.pt', STATE | {'bn2.bias': STATE['bn2.bias'] * math.nan}),
@@ -148,7 +150,7 @@ def test_advice_on_embeddings_that_are_not_finite(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-def test_advice_on_published_recognisers(tmp_path):
+def test_advice_on_published_recognisers(tmp_path, monkeypatch):
     import onnx
     node = onnx.helper.make_node
     flat, net = node('Flatten', ['input'], ['flat']), models.iresnet(10, 8, 48, 16).eval()
@@ -156,7 +158,7 @@ def test_advice_on_published_recognisers(tmp_path):
     onnx_file(good, node('Flatten', ['input'], ['out']))
     for nodes, constants, sentence in (
             ([flat, node('Gather', ['flat', 'rows'], ['out'])], {'rows': [98, 99]},
-             'when it embeds two images: export it again, or name another'),
+             'when it embeds 2 images: export it again, or name another'),
             ([flat, node('Sub', ['flat', 'inf'], ['low']), node('Sqrt', ['low'], ['out'])],
              {'inf': np.float32(np.inf)}, 'for images of noise: export it again, or name another'),
             ([flat, node('ReduceMean', ['flat'], ['out'], axes=[1])], {},
@@ -164,6 +166,11 @@ def test_advice_on_published_recognisers(tmp_path):
         onnx_file(used[0], *nodes, **constants)
         followed(lambda: weights.recogniser(used[0], CPU), sentence,
                  lambda: shutil.copy(good, used[0]))
+    named = [folded(tmp_path / 'slow.onnx', 100)]
+    with monkeypatch.context() as short:
+        short.setattr(published, 'LOAD_SECONDS', 0.5)
+        followed(lambda: weights.recogniser(named[-1], CPU), 'is not loaded within 0.5 s: export '
+                 'it again, or name another recogniser', lambda: named.append(good))
     export(net, used[0], dynamic_axes={'input': {2: 'height', 3: 'width'}})
     followed(lambda: weights.recogniser(used[0], CPU),
              'export it with a fixed image size and its weights inside',
@@ -277,6 +284,12 @@ def test_advice_on_an_export_and_a_page_of_a_release(whole):
     script = Path(shlex.split(re.search('is missing: first run `(.*?)`', told)[1])[1]).name
     run(whole, script)
     run(whole, 'reconstruct.py', f'reconstruct.export={whole}/newer')
+    strange = whole / 'run' / 'reconstructed' / 'faces'
+    shutil.copytree(whole / 'new', strange)
+    told = run(whole, 'reconstruct.py', code=2)
+    assert 'which is no part of a release: move it out of that folder' in told
+    strange.rename(whole / 'moved')
+    assert 'finished and sound' in run(whole, 'reconstruct.py', 'reconstruct.check=true')
     manifest = whole / 'run' / 'reconstructed' / 'manifest.json'
     manifest.write_text(manifest.read_text().replace('facemae', 'facemay'))
     told = run(whole, 'reconstruct.py', code=2)

@@ -103,11 +103,13 @@ def test_encoded_images_come_back():
 def test_what_is_transparent_is_grey_whatever_colour_it_had():
     pixels = np.dstack([photo(), np.full((24, 16), 255, np.uint8)])
     pixels[:12, :, 3] = 0
-    for form in ('PNG', 'WEBP'):
+    for form in ('PNG', 'WEBP', 'BMP'):
         found = decoded(saved(pixels, form, **({'lossless': True, 'exact': True}
                                                if form == 'WEBP' else {})))
         assert (found[:12] == 128).all()
         np.testing.assert_array_equal(found[12:], photo()[12:])
+    pixels[:, :, 3] = 0                              # a fourth byte that is not used
+    np.testing.assert_array_equal(decoded(saved(pixels, 'BMP')), photo())
     palette, grey = Image.fromarray(photo()).quantize(8), Image.fromarray(photo()[:, :, 0])
     for image, clear in (palette, palette.getpixel((0, 0))), (grey, 0):
         file = io.BytesIO()

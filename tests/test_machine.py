@@ -67,6 +67,13 @@ def test_a_screen_that_takes_nothing_costs_nothing(copied):
         assert (copied / folder / 'fold0' / 'teacher.pt').exists()
 
 
+@pytest.mark.parametrize('screen, code', [('> /dev/full', 2), ('| true', 2), ('| cat', 0)])
+def test_help_that_cannot_be_written_is_no_traceback(screen, code):
+    done = subprocess.run(['bash', '-o', 'pipefail', '-c', f'{sys.executable} evaluate.py --help '
+                           f'{screen}'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and len(done.stderr.splitlines()) == bool(code)
+
+
 def test_a_screen_in_ascii_shows_other_letters_escaped():
     shown = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
     print('Анна', file=launch.Screen(shown))

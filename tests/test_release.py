@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+import zlib
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from test_people import folder_of_people
 
 import train_mae
 from conftest import TINY, run
-from facekit.base import config
+from facekit.base import config, files
 from facekit.base.errors import InputError
 from facekit.data import batches, images, records, toy
 from facekit.data.people import count_release, split
-from facekit.privacy import protect
+from facekit.privacy import contents, protect
 from facekit.privacy.groups import Owned
 from facekit.privacy.protect import FaceMAE, Protection
 from facekit.privacy.release import (
@@ -31,7 +32,8 @@ from facekit.privacy.release import (
 
 CPU = torch.device('cpu')
 SECRET = hashlib.sha256(b'a secret of these tests').digest()
-FACTS = {'method': 'mask', 'made_by': 'FaceMAE kit 2.0'}
+FACTS = {'method': 'mask', 'made_by': 'FaceMAE kit version 2.0'}
+TEXT = b'\0\0\0\x05tEXtA\0Ann' + zlib.crc32(b'tEXtA\0Ann').to_bytes(4)       # a chunk of a PNG
 
 
 # -------------------------------------------------------------------------------- the secret
@@ -219,7 +221,7 @@ def masked(tmp_path):
     released = protections[0].of_rows(private.select(plan.image), plan.seeds, CPU)
     encoded = [images.encode(torch.from_numpy(x).permute(2, 0, 1), 'png') for x in released]
     records.write_records(tmp_path / 'out', encoded, plan.label, 32)
-    (tmp_path / 'out' / 'manifest.json').write_text(json.dumps(FACTS))
+    (tmp_path / 'out' / 'manifest.json').write_text(contents.manifest_text(FACTS))
     (tmp_path / 'out' / 'README.md').write_text(card(FACTS))
     return tmp_path / 'out', PlannedRelease(config.variants(cfg, compare=False)[0], private,
                                             protections, SECRET, plan, {}, CPU)
@@ -231,10 +233,13 @@ def card(facts):
 
 
 @pytest.mark.parametrize('name, content, words', [
-    ('id_000.txt', b'', r"holds \['README.md', 'id_000.txt'"),
-    ('manifest.json', json.dumps(FACTS | {'source': 'faces'}).encode(), 'another manifest'),
-    ('manifest.json', json.dumps(FACTS | {'made_by': 'ann/bob'}).encode(), 'another manifest'),
-    ('README.md', b'# Of ann', 'another README.md'),
+    ('id_000.txt', b'', r"holds \['id_000.txt'\], which is no part of a release"),
+    *(('manifest.json', text.encode(), 'another manifest') for text in (
+        contents.manifest_text(FACTS | {'source': 'faces'}),
+        contents.manifest_text(FACTS | {'made_by': 'FaceMAE kit Ann was here'}),
+        contents.manifest_text(FACTS) + '  ', '{"method": "mask", ' + json.dumps(FACTS)[1:])),
+    ('README.md', b'# Of ann', 'another README.md'), ('README.md', b'\xff', 'another README.md'),
+    ('README.md', b'# Made by mask\r\n', 'another README.md'),
     ('property', SECRET.hex().encode(), 'holds the secret'),
     ('property', key_of(SECRET), 'holds the secret')])
 def test_a_release_with_other_files_than_it_may_hold_is_refused(masked, name, content, words):
@@ -255,6 +260,60 @@ def test_a_release_with_other_labels_or_images_than_its_plan_is_refused(masked):
     records.write_records(folder, found, np.arange(len(found)), 32)
     with pytest.raises(InputError, match='other labels'):
         planned.check_images(folder)
+
+
+def test_a_link_in_place_of_a_release_or_of_its_file_is_refused(masked):
+    folder, planned = masked
+    moved = folder.rename(folder.with_name('moved'))
+    folder.symlink_to(moved)
+    with pytest.raises(InputError, match='out is a link: .* delete it, make it again'):
+        planned.check_files(folder, FACTS, card)
+    folder.unlink()
+    shutil.copytree(moved, folder)
+    (folder / 'train.rec').unlink()
+    (folder / 'train.rec').symlink_to(moved / 'train.rec')
+    with pytest.raises(InputError, match='train.rec is no plain file'):
+        planned.check_files(folder, FACTS, card)
+
+
+def low_bits_changed(file):
+    """An image file whose pixels differ by less than can be seen."""
+    pixels = images.decode(file, 'an image')
+    return images.encode(pixels ^ 1, 'png')
+
+
+@pytest.mark.parametrize('change', ['more in train.rec', 'blanks', 'text', 'low bits'])
+def test_a_full_check_compares_whole_files(masked, change):
+    folder, planned = masked
+    variant, labels = planned.variant, planned.plan.label
+    folder = folder.rename(variant.release)
+    encoded = [bytes(image) for image in records.Records(folder)]
+
+    def check():
+        return contents.check_records(variant, labels, iter(encoded), CPU)
+
+    made_with = contents.made_with(variant.cfg, CPU)
+    files.write_json(variant.folder / 'release.json', {'made_with': made_with})
+    assert check() == 'finished and sound'
+    of_image = {'text': lambda file: file[:33] + TEXT + file[33:], 'low bits': low_bits_changed}
+    if change in of_image:
+        records.write_records(folder, [of_image[change](encoded[0]), *encoded[1:]], labels, 32)
+        words = 'stores 1 images in other bytes'
+    else:
+        name = {'more in train.rec': 'train.rec', 'blanks': 'property'}[change]
+        (folder / name).write_bytes((folder / name).read_bytes() + b'  ')
+        words = 'holds more than its images and labels'
+    planned.check_images(folder, all_images=True)
+    with pytest.raises(InputError, match=words):
+        check()
+    # Another Pillow stores the same image in other bytes, but changes nothing around it
+    files.write_json(variant.folder / 'release.json', {'made_with': 'Pillow 1.0'})
+    if change in of_image:
+        assert 'could hide something' in check()
+    else:
+        with pytest.raises(InputError, match=words):
+            check()
+    assert not folder.with_name('reconstructed.tmp').exists()
 
 
 def test_a_method_that_reads_hidden_pixels_is_not_released(masked, monkeypatch):

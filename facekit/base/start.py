@@ -23,12 +23,17 @@ for name in ('stdout', 'stderr'):      # closed by the shell: another file would
 if KIT == Path(getattr(sys.modules['__main__'], '__file__', '/')).resolve().parent:
     signal.signal(signal.SIGINT, stopped)
 if {'-h', '--help'} & set(sys.argv[1:]):
-    print(f'''usage: {sys.argv[0]} [CONFIG.yaml] [--compare] [section.key=value ...]
+    text = f'''usage: {sys.argv[0]} [CONFIG.yaml] [--compare] [section.key=value ...]
 
 {sys.modules['__main__'].__doc__}
 CONFIG.yaml        the experiment (default: the toy); configs/casia.yaml explains every key
 --compare          all rows of the config's comparison
-section.key=value  sets a key of the config, for example mae.epochs=100''')
+section.key=value  sets a key of the config, for example mae.epochs=100'''
+    try:
+        print(text, flush=True)
+    except OSError as error:           # sys.exit() would try to write it once more
+        os.write(2, f'error: no help ({error.strerror}): write it elsewhere\n'.encode())
+        os._exit(2)
     sys.exit()
 if missing := [name for name in PACKAGES if not importlib.util.find_spec(name)]:
     sys.exit(f'error: {", ".join(missing)} not installed for {sys.executable}: run '

@@ -6,11 +6,12 @@ import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import BmpImagePlugin, Image
 
 from facekit.base.errors import InputError
 
 warnings.filterwarnings('ignore', module='PIL')    # of damaged EXIF data, which is passed over
+BmpImagePlugin.USE_RAW_ALPHA = True    # else Pillow drops the transparency of those it writes
 MAX_PIXELS = 16 << 20      # a few bytes can promise an image of any size
 SMALL = 8                  # grey levels a side by which copies of a picture are told
 MAX_SCANS = 500            # of a progressive JPEG: real ones have ten or so, and each takes long
@@ -64,6 +65,8 @@ def opaque(image):
         if 'transparency' in image.info:
             raise ValueError('16 bit with a transparent grey level')
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.format == 'BMP' and image.getextrema()[3:] == ((0, 0),):
+        image = image.convert('RGB')       # most writers leave the fourth byte of a pixel empty
     if 'A' in image.getbands() or 'a' in image.getbands() or 'transparency' in image.info:
         grey = Image.new('RGBA', image.size, (128, 128, 128, 255))
         image = Image.alpha_composite(grey, image.convert('RGBA'))

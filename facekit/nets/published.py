@@ -4,6 +4,7 @@ They stand wherever a checkpoint of a judge or attacker is named, and need one m
 (requirements-optional.txt). Like an IResNet they take float (B, 3, size, size) in -1..1, RGB, and
 give embeddings float32 (B, d).
 """
+import contextlib
 import importlib.util
 import os
 import threading
@@ -14,13 +15,15 @@ import torch
 import torch.nn.functional as F
 
 from facekit.base import files
-from facekit.base.errors import InputError, optional
+from facekit.base.errors import InputError, counted, optional
 
 DLIB = 'dlib'                                  # what stands for the path of dlib's recogniser
 # Where its 150-pixel chips lie in an aligned face of 112 pixels: left, top, right, bottom; below
 # the face the edge is repeated. Of CFP's 7,000 frontal pairs it then tells 99.1 % (AUC 0.9991).
 CHIP, CHIP_BOX = 150, (6.4, 20.1, 106.8, 120.5)
-SECONDS = 60                                   # in which an ONNX file embeds two images
+LOAD_SECONDS = 120                             # in which an ONNX file is loaded
+SECONDS = 30                                   # in which it embeds an image
+MOST_PIXELS = 1 << 28                          # of all images that it wants at once
 DLIB_AT_ONCE = 32                              # chips; more take more memory and no less time
 
 
@@ -82,60 +85,74 @@ class OnnxRecogniser(torch.nn.Module):
         gpu = {'device_id': os.environ.get('LOCAL_RANK', '0')}
         providers = [(name, gpu) if name == 'CUDAExecutionProvider' else name
                      for name in onnxruntime.get_available_providers()]
+        self.session, self.run_options, self.path = None, onnxruntime.RunOptions, path
+
+        def load():
+            with contextlib.suppress(Exception):      # the runtime raises of many kinds
+                self.session = onnxruntime.InferenceSession(content, options, providers)
+
+        # It computes all that does not depend on images, for as long as a file likes
+        loader = threading.Thread(target=load, daemon=True)
+        loader.start()
+        loader.join(LOAD_SECONDS)
+        if loader.is_alive():
+            raise InputError(f'{path} is not loaded within {LOAD_SECONDS} s: export it again, or '
+                             'name another recogniser')
         try:
-            self.session = onnxruntime.InferenceSession(content, options, providers)
             face, = self.session.get_inputs()
             self.input, (self.batch, channels, self.size, width) = face.name, face.shape
             good = (channels, width) == (3, self.size) and face.type == 'tensor(float)'
-            good = good and isinstance(self.size, int)
-        except Exception:                      # the runtime raises of many kinds
+            at_once = self.batch if isinstance(self.batch, int) else 1
+            good = good and 0 < at_once * self.size ** 2 < MOST_PIXELS and self.size > 0
+        except Exception:                      # see above
             good = False
         if not good:
             raise InputError(f'{path} is no ONNX recogniser that takes float32 images (B, 3, S, '
                              'S): export it with a fixed image size and its weights inside')
-        self.path, self.pixels = path, pixels
-        self.try_out(onnxruntime.RunOptions())
+        self.pixels = pixels
+        self.try_out()
 
-    def try_out(self, options):
-        """Refuse a file that cannot embed two images of noise in SECONDS; a blank image would be
-        divided by its own contrast where a net does so."""
-        timer = threading.Timer(SECONDS, setattr, (options, 'terminate', True))
-        timer.start()
-        try:
-            noise = torch.rand(2, 3, self.size, self.size, generator=torch.Generator()) * 2 - 1
-            finite = self.embed(noise, options).isfinite().all()
-        except InputError:
-            raise
-        except Exception as error:             # see above
-            reason = f'does not end within {SECONDS} s'
-            if timer.is_alive():
-                reason = f'fails ({" ".join(str(error).split())[:150]})'
-            raise InputError(f'{self.path} {reason} when it embeds two images: export it again, '
-                             'or name another recogniser') from None
-        finally:
-            timer.cancel()
-        if not finite:
+    def try_out(self):
+        """Refuse a file that cannot embed two images of noise; a blank image would be divided by
+        its own contrast where a net does so."""
+        noise = torch.rand(2, 3, self.size, self.size, generator=torch.Generator()) * 2 - 1
+        if not self(noise).isfinite().all():
             raise InputError(f'{self.path} gives no finite numbers for images of noise: export it '
                              'again, or name another recogniser')
 
     def forward(self, x):
         """x float (B, 3, size, size) in -1..1 -> embeddings float32 (B, d)."""
-        return self.embed(x.float().cpu()).to(x.device)
-
-    def embed(self, x, options=None):
-        """forward() on the CPU; options: onnxruntime's RunOptions."""
-        x = (x + 1) * 127.5 if self.pixels == 'bytes' else x
-        size = self.batch if isinstance(self.batch, int) else len(x)
+        images = x.float().cpu()
+        images = (images + 1) * 127.5 if self.pixels == 'bytes' else images
+        size = self.batch if isinstance(self.batch, int) else len(images)
         out = []
-        for part in x.split(size):
+        for part in images.split(size):
             filled = F.pad(part, (0, 0, 0, 0, 0, 0, 0, size - len(part)))
-            z, *_ = self.session.run(None, {self.input: filled.contiguous().numpy()}, options)
-            z = np.asarray(z)
+            z = np.asarray(self.run(filled.contiguous().numpy()))
             if z.dtype.kind != 'f' or z.ndim != 2 or len(z) != size or z.shape[1] < 2:
                 raise InputError(f'{self.path} gives an output of shape {z.shape} and type '
                                  f'{z.dtype}, not one embedding an image: name a recogniser')
             out.append(torch.from_numpy(z)[:len(part)].float())
-        return torch.cat(out)
+        return torch.cat(out).to(x.device)
+
+    def run(self, images):
+        """What the net makes of images as it takes them, numpy (B, 3, size, size); InputError
+        where it fails or takes longer than SECONDS an image."""
+        options, seconds = self.run_options(), SECONDS * len(images)
+        timer = threading.Timer(seconds, setattr, (options, 'terminate', True))
+        timer.start()
+        try:
+            output, *_ = self.session.run(None, {self.input: images}, options)
+        except Exception as error:             # see above
+            reason = f'does not end within {seconds} s'
+            if timer.is_alive():
+                reason = f'fails ({" ".join(str(error).split())[:150]})'
+            raise InputError(f'{self.path} {reason} when it embeds '
+                             f'{counted(len(images), "image")}: export it again, or name another '
+                             'recogniser') from None
+        finally:
+            timer.cancel()
+        return output
 
 
 class DlibRecogniser(torch.nn.Module):

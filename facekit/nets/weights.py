@@ -18,6 +18,7 @@ from facekit.nets.published import is_published, published
 KINDS = {'config': dict, 'step': int, 'steps': int, 'logged': int, 'net': dict, 'head': dict,
          'model': dict, 'optimizer': dict, 'scaler': dict, 'std': float, 'mean': torch.Tensor,
          'sums': torch.Tensor}
+MOST_BLOCKS = 1031         # of an IResNet: those of arcface_torch's largest, iresnet2060
 NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
 
@@ -193,13 +194,16 @@ def recogniser_from(saved, path, device):
         stem, fc = state['conv1.weight'], state['fc.weight']
         layers = [len({k.split('.')[1] for k in state if k.startswith(f'layer{i}.')})
                   for i in range(1, 5)]
+        if sum(layers) > MOST_BLOCKS:        # each takes a millisecond, and a file names millions
+            raise ValueError
         side = round((fc.shape[1] / state['bn2.weight'].numel()) ** 0.5)
         size = saved['config']['data']['size'] if 'config' in saved else 16 * side
         with torch.device('meta'):           # takes no memory, before its shapes are compared
             net = models.IResNet(layers, stem.shape[0], max(1, int(size)), fc.shape[0])
     except Exception:                        # a file can hold anything
-        raise InputError(f'{path} is no insightface IResNet: it lacks conv1, layer1-4, bn2 or fc; '
-                         'use a backbone of arcface_torch') from None
+        raise InputError(f'{path} is no insightface IResNet: it lacks conv1, layer1-4, bn2 or fc, '
+                         f'or has over {MOST_BLOCKS} blocks; use a backbone of '
+                         'arcface_torch') from None
     load_weights(net, state, path)
     return net.to(device, memory_format=torch.channels_last).eval()
 

@@ -19,6 +19,7 @@ from facekit.data.people import private_digest
 from facekit.data.records import Records
 from facekit.data.sources import is_drawn
 from facekit.privacy import protect
+from facekit.privacy.contents import FILES, check_digests, check_names, manifest_text, refuse
 from facekit.privacy.protect import Protection, method_of
 
 LARGEST_KEY = 4096    # bytes of a key file
@@ -28,6 +29,7 @@ SAMPLE = 16       # images of a release that are made once more, chosen anew eac
 # is none: JPEG at quality 95 alone moves them by less, a mask of 25 % leaves 75 %
 UNCHANGED, CLOSE = 0.9, 8
 PART = 512        # images that are made at a time
+MADE_BY = r'FaceMAE kit ([0-9a-f]{12,40}(-dirty)?|version [0-9.]{1,9})'        # see commit()
 
 
 def release_secret(cfg):
@@ -223,20 +225,18 @@ class PlannedRelease:
         that makes README.md from it. So no path, name or label of the source needs to be searched
         for.
         """
-        names = sorted(path.name for path in folder.iterdir())
-        expected = ['README.md', 'manifest.json', 'property', 'train.idx', 'train.rec']
-        refuse(names != expected, folder, f'holds {names}, not {expected}')
-        manifest = files.read_json(folder / 'manifest.json')
-        made_by = str(manifest.get('made_by'))
-        is_ours = re.fullmatch(r'FaceMAE kit [\w. -]+', made_by)
-        refuse(not is_ours or manifest != facts | {'made_by': made_by}, folder,
-               'has another manifest')
-        text = (folder / 'README.md').read_text()
-        refuse(text != card(manifest), folder, 'has another README.md')
+        check_names(folder)
+        made_by = str(files.read_json(folder / 'manifest.json').get('made_by'))
+        is_ours = re.fullmatch(MADE_BY, made_by)
+        manifest = facts | {'made_by': made_by}
+        texts = {'manifest.json': manifest_text(manifest), 'README.md': card(manifest)}
+        for name, text in texts.items():
+            found = files.open_bytes(folder / name)[:]
+            refuse(not is_ours or found != text.encode(), folder, f'has another {name}')
         keys = self.secret, key_of(self.secret)
         forms = [form for key in keys
                  for form in (key, key.hex().encode(), key.hex().upper().encode())]
-        for path in folder.iterdir():
+        for path in map(folder.joinpath, FILES):
             content = files.open_bytes(path)
             refuse(any(content.find(form) >= 0 for form in forms), path, 'holds the secret')
 
@@ -289,18 +289,6 @@ def planned_release(variant, folds, device):
         release_made_from(variant.cfg, folds, maes, secret), device)
 
 
-def digests(folder):
-    """{name: SHA-256} of the files of a release."""
-    return {path.name: files.digest(files.open_bytes(path)) for path in sorted(folder.iterdir())}
-
-
-def check_digests(variant):
-    """Refuse a finished release of which a file was changed since it was published."""
-    saved = files.read_json(variant.folder / 'release.json')
-    refuse(digests(variant.release) != saved.get('files'), variant.release,
-           'has other files than when it was published')
-
-
 def check_strength(cfg, originals, protected):
     """Refuse a protection that hardly changes originals; both uint8 (B, H, W, 3)."""
     if cfg.reconstruct.method == 'none':
@@ -324,10 +312,3 @@ def check_hidden(protection, originals, seeds, protected, folder):
     changed = torch.where(pixels > 0, 255 - originals, originals)
     refuse(not torch.equal(protection(changed, seeds), protected), folder,
            'would tell hidden pixels')
-
-
-def refuse(wrong, path, text):
-    """InputError about a release, if something is wrong."""
-    if wrong:
-        raise InputError(f'{path} {text}: it must not be published; delete it, make it again, and '
-                         'report this if it stays')
