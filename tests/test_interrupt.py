@@ -61,7 +61,7 @@ def content(path):
         look = np.load(path)
         return look['hashes'].tolist(), look['skipped'].tolist()
     if path.suffix == '.html':           # without the wall times
-        return re.sub('<h2>Made with.*?</table>', '', path.read_text(), flags=re.DOTALL)
+        return re.sub('<h2>(Made with|Seconds).*?</table>', '', path.read_text(), flags=re.DOTALL)
     return unchanging(path.read_text()) if path.suffix == '.json' else path.read_bytes()
 
 
