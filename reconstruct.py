@@ -302,7 +302,7 @@ def remove_people(cfg, device):
     unnamed = process.on_rank_0(lambda: [
         folder for folder in rows_in(cfg.run.folder) if (folder / 'reconstructed').exists()
         and folder not in [row.folder for row in rows]])
-    nets = process.on_rank_0(lambda: nets_of_others(cfg))
+    nets = process.on_rank_0(lambda: nets_of_others(cfg, folds[0]))
     process.on_rank_0(lambda: delete([*nets, *results_of(cfg.run.folder)]))
     process.say(f'out: {", ".join(names)}. Add them to data.exclude of your configs, too, and '
                 'replace what was published or exported; the secret is kept')

@@ -190,7 +190,7 @@ def train(cfg, task, device):
     own = process.own_share(c.batch, 'fr.batch')           # this process's slice of a global batch
     size = norm_batch(own, c)
     order = batches.Order(len(task.rows), c.batch, task.seed, 'fr.batch')
-    steps = max(1, round(getattr(cfg, task.section).epochs * order.steps_per_epoch))
+    steps = order.steps(getattr(cfg, task.section).epochs)
     made_from = settings(cfg, FIXED + task.fixed) | {
         'set of images': task.faces.digest(task.rows)}
     code = made_by('train_fr.py')

@@ -194,7 +194,7 @@ def train(variant, fold, device):
     own = process.own_share(c.batch, 'mae.batch')          # this process's slice of a global batch
     protect.visible_count(cfg.data.size, c.patch, c.mask_ratio)       # refuses a wrong ratio
     order = batches.Order(len(fold.mae), c.batch, cfg.run.seed, 'mae.batch')
-    steps = max(1, round(c.epochs * order.steps_per_epoch))
+    steps = order.steps(c.epochs)
     teacher, teacher_digest = load_teacher(cfg, fold, device)
     made_from = settings(cfg, FIXED) | {'set of images': fold.public.digest(fold.mae)}
     if teacher:

@@ -21,8 +21,8 @@ def remaining(folds, rows):
     needed = {}
 
     def add(path, section, c, count, batch):
-        steps = round(c.epochs * Order(count, batch, 0, f'{section}.batch').steps_per_epoch)
-        needed[path] = section, max(1, steps) * batch
+        steps = Order(count, batch, 0, f'{section}.batch').steps(c.epochs)
+        needed[path] = section, steps * batch
 
     for variant in rows:
         cfg = variant.cfg

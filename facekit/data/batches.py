@@ -71,6 +71,10 @@ class Order:
         self.steps_per_epoch = count // batch
         self.epoch = None
 
+    def steps(self, epochs):
+        """How many steps a training of `epochs` makes, whole or not: at least one."""
+        return max(1, round(epochs * self.steps_per_epoch))
+
     def __call__(self, step):
         """Image numbers int64 (batch,) and the epoch of a step."""
         epoch, number = divmod(step, self.steps_per_epoch)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from facekit.base import process
 from facekit.data.names import MEMORY
-from facekit.data.people import split
+from facekit.data.people import make_folds
 from facekit.nets.weights import load_checkpoint
 
 # What has figures, pictures or images of people, with what a killed process left of it: of each
@@ -37,12 +37,12 @@ def results_of(run):
     return list(paths | {path: True for name in OF_THE_RUN for path in Path(run).glob(name)})
 
 
-def nets_of_others(cfg):
+def nets_of_others(cfg, fold):
     """The checkpoints of a run that learnt from other images than are public now, in whichever
-    fold: maybe from who was taken out. No stage would use them."""
+    fold: maybe from who was taken out. No stage would use them. fold: any Fold of the run."""
     cfg = copy.deepcopy(cfg)
     cfg.data.release_folds = []
-    folds = {f'fold{fold.k}': fold for fold in split(cfg)}
+    folds = {f'fold{each.k}': each for each in make_folds(fold.private, fold.public, cfg)}
     return [path for path in sorted(Path(cfg.run.folder).glob('fold*/*.pt'))
             if path.parent.name not in folds
             or not folds[path.parent.name].taught(load_checkpoint(path))]

@@ -64,19 +64,21 @@ def html_pictures(folder, titles):
     return parts
 
 
+def pairs_of(results, *names):
+    """Rows [key, text] of what stands under some names of results.json."""
+    return [[key, str(value)] for name in names for key, value in results.get(name, {}).items()]
+
+
 def write_page(folder, sheets, results):
     """Write <folder>/report.html of a run: its picture, verdicts, Sheets, the other pictures in
     <folder>/figures, and what made them, by the results.json of one row."""
     folder = Path(folder)
     config = {k: v for k, v in results.get('config', {}).items()
               if k not in ('compare', 'base', 'reference')}
-    made, seconds = (
-        Sheet(title, ['', ''], [[key, str(value)] for name in names
-                                for key, value in results.get(name, {}).items()], meaning=meaning)
-        for title, names, meaning in (
-            ('Made with', ('made_with', 'people'),
-             'Versions; how many people and images are released, and how many are not and why.'),
-            ('Seconds of each stage', ('seconds',), '')))
+    made = Sheet('Made with', ['', ''], pairs_of(results, 'made_with', 'people'),
+                 meaning='Versions; how many people and images are released, and how many are not '
+                         'and why.')
+    seconds = Sheet('Seconds of each stage', ['', ''], pairs_of(results, 'seconds'))
     links = ', '.join(
         f'<a href="{escape(os.path.relpath(CONFIGS.parent / name, folder))}">{text}</a>'
         for name, text in EXPLAINED.items())
